@@ -1,0 +1,23 @@
+"""ard-kernels: the ops of AutoRegressive Distillation (ARD, arXiv 2504.11295). Needs torch and numpy only."""
+
+from ard_kernels import flops
+from ard_kernels.backends import BackendStatus, backends, use_backend
+from ard_kernels.block_causal_attention import block_causal_attention
+from ard_kernels.history import HistoryCache, HistoryRouting, history_attention
+from ard_kernels.segment_adaln import adaln_modulate, gate_residual, gate_residual_adaln
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendStatus",
+    "HistoryCache",
+    "HistoryRouting",
+    "adaln_modulate",
+    "backends",
+    "block_causal_attention",
+    "flops",
+    "gate_residual",
+    "gate_residual_adaln",
+    "history_attention",
+    "use_backend",
+]

@@ -1,0 +1,20 @@
+"""Autocast, said once: which dtype a region of torch.autocast asks for."""
+
+from __future__ import annotations
+
+import torch
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of the enclosing autocast region for `device`; None outside of one."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def cast_to_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tensors in the autocast dtype (fp64 stays, as in PyTorch's own rules); unchanged outside of autocast."""
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(dtype) for x in tensors)

@@ -1,0 +1,89 @@
+"""Which backend runs an op: argument > `use_backend` > environment `ARD_BACKEND` > best available.
+
+Every op registers the backends it has, each with a function that says why it cannot serve a device and dtype
+(or None when it can). Order in `BACKENDS` is the order of preference for the automatic choice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+
+Refusal = Callable[[torch.device, torch.dtype], "str | None"]
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend serves an op on a device, and why not (empty when it does)."""
+
+    available: bool
+    reason: str
+
+
+_refusals: dict[str, dict[str, Refusal]] = {}
+# A plain global, not a ContextVar: Dynamo guards on it, so a compiled caller follows `use_backend` too.
+_override: str | None = None
+_environment: str | None = os.environ.get("ARD_BACKEND") or None
+
+
+def register_backend(op: str, backend: str, refuses: Refusal) -> None:
+    """Declare that `op` has an implementation named `backend`; `refuses(device, dtype)` gives the reason or None."""
+    _refusals.setdefault(op, {})[backend] = refuses
+
+
+def refusal(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run `op` on tensors of this device and dtype; None when it can."""
+    if backend not in BACKENDS:
+        return f"unknown backend; expected one of {', '.join(BACKENDS)}"
+    if backend not in _refusals[op]:
+        return f"{op} has no {backend} implementation in this build"
+    return _refusals[op][backend](device, dtype)
+
+
+def resolve(op: str, requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the backend to run. An explicit choice that cannot serve raises; nothing falls back silently."""
+    explicit = requested or _override or _environment
+    if explicit is None:
+        for backend in BACKENDS:
+            if backend in _refusals[op] and _refusals[op][backend](device, dtype) is None:
+                return backend
+        raise RuntimeError(f"{op}: no backend serves {device.type} tensors of {dtype}; see ard_kernels.backends()")
+    reason = refusal(op, explicit, device, dtype)
+    if reason is not None:
+        source = "argument backend" if requested else "use_backend" if _override else "environment ARD_BACKEND"
+        raise ValueError(f"{op}: backend {explicit!r} ({source}) cannot run on {device.type} {dtype}: {reason}")
+    return explicit
+
+
+def backends(
+    device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, dict[str, BackendStatus]]:
+    """For each op, each backend's status on `device` (default: CUDA when present, else CPU) for `dtype`."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    table = {}
+    for op in sorted(_refusals):
+        reasons = {name: refusal(op, name, device, dtype) for name in BACKENDS}
+        table[op] = {name: BackendStatus(reason is None, reason or "") for name, reason in reasons.items()}
+    return table
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on backend `name`; process-wide, nests, restored on exit.
+
+    Raises:
+        ValueError: unknown name now; an op that `name` cannot serve raises when it is called.
+    """
+    global _override
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: name is {name!r}; expected one of {', '.join(BACKENDS)}")
+    previous, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = previous

@@ -1,0 +1,67 @@
+"""Attention over segments: every token sees its own segment and the allowed earlier ones (ARD, Fig. 4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ard_kernels.autocast import cast_to_autocast
+from ard_kernels.backends import resolve
+from ard_kernels.block_causal_attention import spec
+from ard_kernels.block_causal_attention.op import forward_op
+from ard_kernels.segments import check_segment_length
+
+__all__ = ["block_causal_attention"]
+
+OP = "block_causal_attention"
+
+
+def block_causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    segment_length: int | Sequence[int],
+    window: int | None = None,
+    sink: int = 0,
+    scale: float | None = None,
+    layout: str = "bhtd",
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale * Q K^T + mask) V, where a query of segment s sees segments s-window+1 .. s and the first `sink`.
+
+    Args:
+        q, k, v: (B, H, T, D), or (B, T, H, D) with layout "bthd"; fp32, bf16 or fp16 (fp64 on the torch backend),
+            D a multiple of 8 up to 256. Any strides with a contiguous last dim are read in place, so the three may be
+            views of one packed qkv projection.
+        segment_length: tokens per segment L (T = S * L), or the S lengths of ragged segments.
+        window: segments a query sees, its own included; None sees all earlier ones. `window=1` is block-diagonal.
+        sink: the first `sink` segments are seen by every later query.
+        scale: softmax scale; default 1 / sqrt(D).
+        return_lse: also return the log-sum-exp of each query's scores, (B, H, T) fp32, not differentiable.
+        backend: None chooses; see `ard_kernels.backends()`.
+
+    Returns:
+        out, like q in shape, layout and dtype, its memory ordered (B, T, H, D); with return_lse (out, lse).
+        Accumulation is fp32. Under autocast q, k, v are cast to its dtype first, as scaled_dot_product_attention does.
+
+    Raises:
+        ValueError: a shape, dtype, device, segment, window, sink or backend outside this contract.
+
+    Source: ARD, arXiv 2504.11295, Sec. 3 and Fig. 4 (masks M1 window=1, M2 window=2, M3 window=1 sink=1, M4 None).
+    """
+    spec.check_qkv(OP, q, k, v, layout)
+    lengths = check_segment_length(OP, segment_length, "q", q.shape[layout.index("t")])
+    spec.check_window(OP, window, sink)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in cast_to_autocast(q, k, v))
+    chosen = resolve(OP, backend, q.device, q.dtype)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if layout == "bthd":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out, lse = forward_op(q, k, v, lengths, window, sink, scale, chosen)
+    if layout == "bthd":
+        out = out.transpose(1, 2)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,83 @@
+"""`ard::block_causal_attention` and its backward: schema, dispatch on the resolved backend, gradient, FLOPs."""
+
+from __future__ import annotations
+
+import torch
+
+from ard_kernels.backends import register_backend
+from ard_kernels.block_causal_attention import torch_impl
+from ard_kernels.block_causal_attention.spec import useful_pairs
+from ard_kernels.library import define_op
+
+IMPLEMENTATIONS = {"torch": torch_impl}
+
+for _name, _module in IMPLEMENTATIONS.items():
+    register_backend("block_causal_attention", _name, _module.refuses)
+register_backend(
+    "block_causal_attention",
+    "cpu",
+    lambda device, dtype: "attention on the CPU is the torch backend: PyTorch's fused kernel runs near the matmul rate",
+)
+
+
+def _forward(q, k, v, lengths, window, sink, scale, backend):
+    return IMPLEMENTATIONS[backend].forward(q, k, v, lengths, window, sink, scale)
+
+
+def _forward_fake(q, k, v, lengths, window, sink, scale, backend):
+    B, H, T, _ = q.shape
+    return torch_impl.out_like(q), q.new_empty(B, H, T, dtype=torch_impl.lse_dtype(q.dtype))
+
+
+def _backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, backend):
+    if grad_out.stride(-1) != 1:  # an expanded gradient, as sum().backward() makes
+        grad_out = grad_out.contiguous()
+    return IMPLEMENTATIONS[backend].backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale)
+
+
+def _backward_fake(grad_out, q, k, v, out, lse, lengths, window, sink, scale, backend):
+    return torch_impl.out_like(q), torch_impl.out_like(k), torch_impl.out_like(v)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, *ctx.settings = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _autograd(ctx, grad_out, _grad_lse):
+    grads = (None, None, None) if grad_out is None else backward_op(grad_out, *ctx.saved_tensors, *ctx.settings)
+    return (*grads, *(None for _ in ctx.settings))
+
+
+def _flops(q_shape, lengths, window, sink, matmuls: int) -> int:
+    """Each matmul costs 2 FLOPs per pair and head-dim element; a pair the mask drops costs nothing."""
+    B, H, T, D = q_shape
+    return matmuls * 2 * B * H * D * useful_pairs(lengths, T, window, sink)
+
+
+def _forward_flops(q, k, v, lengths, window, sink, *args, **kwargs) -> int:
+    return _flops(q, lengths, window, sink, matmuls=2)  # Q K^T, P V
+
+
+def _backward_flops(grad_out, q, k, v, out, lse, lengths, window, sink, *args, **kwargs) -> int:
+    return _flops(q, lengths, window, sink, matmuls=5)  # Q K^T again, dO V^T, P^T dO, dS K, dS^T Q
+
+
+backward_op = define_op(
+    "block_causal_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "SymInt[] lengths, int? window, int sink, float scale, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    flops=_backward_flops,
+)
+forward_op = define_op(
+    "block_causal_attention(Tensor q, Tensor k, Tensor v, SymInt[] lengths, int? window, int sink, float scale, "
+    "str backend) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    backward=_autograd,
+    setup_context=_setup_context,
+    flops=_forward_flops,
+)

@@ -1,0 +1,176 @@
+"""Block-causal attention as a composition of PyTorch ops: no wasted FLOPs, no T x T mask (but for tiny T).
+
+Forward, one attention call per query segment over the keys it sees. Backward, one call per *key* segment over the
+queries that see it: that set is contiguous for every mask, dK and dV of the segment come out complete, and only
+dQ is accumulated (half the additions of a loop over query segments). This is exact because each call gets the
+global output and log-sum-exp. Block-diagonal masks over equal segments become one call by a batch reshape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ard_kernels.block_causal_attention.spec import dense_mask, key_ranges, query_range, useful_pairs
+from ard_kernels.segments import segment_offsets
+
+# One masked call over all T tokens costs its wasted (query, key) pairs but saves S - 1 calls. Measured on a 2-core
+# Zen 5, fp32, H 16, D 72: a call costs ~30 us, a pair of one head ~0.03 ns per element of D, so a call is worth ~1e6
+# pair-elements (S=4: dense wins up to L=16, loses from L=32 on).
+DENSE_PAIR_ELEMENTS_PER_CALL = 1_000_000
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def out_like(q_BHTD: torch.Tensor) -> torch.Tensor:
+    """Empty (B, H, T, D) with (B, T, H, D) memory, the layout every backend returns: reshaping to (B, T, C) is free."""
+    B, H, T, D = q_BHTD.shape
+    return q_BHTD.new_empty(B, T, H, D).transpose(1, 2)
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fused(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def attend(q, k, v, scale: float, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale q k^T + mask) v and lse (B, H, T). The CPU has a fused kernel; elsewhere fp32 matmuls."""
+    if _fused(q.device):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    acc = lse_dtype(q.dtype)
+    scores = q.to(acc) @ k.to(acc).transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores + mask
+    lse = scores.logsumexp(-1)
+    return ((scores - lse[..., None]).exp() @ v.to(acc)).to(q.dtype), lse
+
+
+def attend_backward(grad_out, q, k, v, out, lse, scale: float, mask=None) -> tuple[torch.Tensor, ...]:
+    """(dq, dk, dv) of `attend` restricted to these queries and keys, given the *global* out and lse of the queries."""
+    if _fused(q.device):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
+        )
+    acc = lse_dtype(q.dtype)
+    q_, k_, v_, grad_out_ = q.to(acc), k.to(acc), v.to(acc), grad_out.to(acc)
+    scores = q_ @ k_.transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores + mask
+    p = (scores - lse[..., None]).exp()
+    delta = (grad_out_ * out.to(acc)).sum(-1, keepdim=True)
+    ds = p * (grad_out_ @ v_.transpose(-1, -2) - delta) * scale
+    return (ds @ k_).to(q.dtype), (ds.transpose(-1, -2) @ q_).to(q.dtype), (p.transpose(-1, -2) @ grad_out_).to(q.dtype)
+
+
+def _use_dense(q_BHTD, lengths, offsets, window, sink) -> bool:
+    B, H, T, D = q_BHTD.shape
+    wasted = T * T - useful_pairs(lengths, T, window, sink)
+    return wasted * B * H * D <= (len(offsets) - 2) * DENSE_PAIR_ELEMENTS_PER_CALL
+
+
+_masks: dict[tuple, torch.Tensor] = {}
+
+
+def _additive_mask(q_BHTD, lengths, window, sink) -> torch.Tensor:
+    """(T, T) of 0 and -inf for the tiny-T path; T is a few hundred at the most there, so a small cache is enough."""
+    T = q_BHTD.shape[2]
+    key = (tuple(lengths), T, window, sink, q_BHTD.dtype, q_BHTD.device)
+    if key not in _masks:
+        if len(_masks) >= 64:
+            _masks.clear()
+        mask = dense_mask(lengths, T, window, sink, q_BHTD.device)
+        _masks[key] = torch.zeros_like(mask, dtype=q_BHTD.dtype).masked_fill_(~mask, float("-inf"))
+    return _masks[key]
+
+
+def _fold(x_BHTD: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, H, S*L, D) as (B*S, H, L, D): a view for packed qkv, (B, T, H, D) memory and B = 1; else a copy."""
+    return x_BHTD.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+
+
+def _unfold(x: torch.Tensor, batch: int) -> torch.Tensor:
+    """Inverse of `_fold`."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def gather(x_BHTD: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
+    parts = [x_BHTD[:, :, start:stop] for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def as_output(x_BHTD: torch.Tensor) -> torch.Tensor:
+    """x itself when its memory is (B, T, H, D), as the CPU kernel makes it; else a copy that is."""
+    return x_BHTD.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _is_folded(lengths: Sequence[int], segments: int, window: int | None, sink: int) -> bool:
+    return segments == 1 or (window == 1 and sink == 0 and len(lengths) == 1)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], window: int | None, sink: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q, k, v (B, H, T, D) -> out (B, H, T, D) with (B, T, H, D) memory, lse (B, H, T) contiguous."""
+    B, H, T, _ = q.shape
+    offsets = segment_offsets(lengths, T)
+    segments = len(offsets) - 1
+    if q.numel() > 0 and _is_folded(lengths, segments, window, sink):
+        out, lse = attend(*(_fold(x, offsets[1]) for x in (q, k, v)), scale)
+        return as_output(_unfold(out, B)), _unfold(lse[..., None], B)[..., 0].contiguous()
+    if q.numel() > 0 and _use_dense(q, lengths, offsets, window, sink):
+        out, lse = attend(q, k, v, scale, _additive_mask(q, lengths, window, sink))
+        return as_output(out), lse.contiguous()
+    out, lse = out_like(q), q.new_empty(B, H, T, dtype=lse_dtype(q.dtype))
+    for segment in range(segments if q.numel() > 0 else 0):
+        rows = slice(offsets[segment], offsets[segment + 1])
+        ranges = key_ranges(offsets, segment, window, sink)
+        out[:, :, rows], lse[:, :, rows] = attend(q[:, :, rows], gather(k, ranges), gather(v, ranges), scale)
+    return out, lse
+
+
+def backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    lengths: Sequence[int],
+    window: int | None,
+    sink: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv (B, H, T, D), each with (B, T, H, D) memory."""
+    B, _, T, _ = q.shape
+    offsets = segment_offsets(lengths, T)
+    segments = len(offsets) - 1
+    if q.numel() == 0:
+        return out_like(q), out_like(k), out_like(v)
+    if _is_folded(lengths, segments, window, sink):
+        folded = (_fold(x, offsets[1]) for x in (grad_out, q, k, v, out))
+        grads = attend_backward(*folded, _fold(lse[..., None], offsets[1])[..., 0], scale)
+        return tuple(as_output(_unfold(grad, B)) for grad in grads)
+    if _use_dense(q, lengths, offsets, window, sink):
+        grads = attend_backward(grad_out, q, k, v, out, lse, scale, _additive_mask(q, lengths, window, sink))
+        return tuple(as_output(grad) for grad in grads)
+    dq, dk, dv = None, out_like(k), out_like(v)
+    for segment in range(segments):
+        keys = slice(offsets[segment], offsets[segment + 1])
+        rows = slice(*query_range(offsets, segment, window, sink))
+        queries = (x[:, :, rows] for x in (grad_out, q))
+        statistics = (x[:, :, rows] for x in (out, lse))
+        part, dk[:, :, keys], dv[:, :, keys] = attend_backward(
+            *queries, k[:, :, keys], v[:, :, keys], *statistics, scale
+        )
+        if dq is None:  # accumulated in fp32, also for half precision
+            dq = part.to(lse_dtype(q.dtype)) if rows == slice(0, T) else torch.zeros_like(q, dtype=lse_dtype(q.dtype))
+            if rows == slice(0, T):
+                continue
+        dq[:, :, rows] += part
+    return as_output(dq.to(q.dtype)), dk, dv

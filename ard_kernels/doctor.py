@@ -1,0 +1,55 @@
+"""`python -m ard_kernels.doctor`: versions, devices, and each op's backends with the reason when one is refused."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import numpy
+import torch
+
+import ard_kernels
+from ard_kernels import extension
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report() -> str:
+    """The whole diagnosis as text."""
+    lines = [
+        f"ard-kernels {ard_kernels.__version__}  Python {platform.python_version()}  {platform.machine()}",
+        f"torch {torch.__version__}  numpy {numpy.__version__}  triton {_version('triton')}",
+        f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+    ]
+    if extension.module is None:
+        lines.append(f"extension: {extension.missing}")
+    else:
+        lines.append(f"extension: ard_kernels._C, row kernels compiled for and running {extension.module.cpu_isa()}")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        properties = torch.cuda.get_device_properties(0)
+        lines.append(f"GPU: {properties.name}, sm_{properties.major}{properties.minor}, CUDA {torch.version.cuda}")
+    else:
+        lines.append("GPU: none visible to torch")
+    for device in devices:
+        lines.append(f"\nbackends on {device} (first available is the automatic choice):")
+        for op, table in ard_kernels.backends(device).items():
+            lines.append(f"  {op}")
+            for name, status in table.items():
+                lines.append(f"    {name:<7}{'available' if status.available else 'refused: ' + status.reason}")
+    lines.append("\nNo kernel of this release has been verified on GPU hardware yet.")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    print(report())
+
+
+if __name__ == "__main__":
+    main()

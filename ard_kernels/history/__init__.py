@@ -1,0 +1,116 @@
+"""Few-step sampling with history: the cache, the op that appends and attends, and which layer does which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ard_kernels.autocast import cast_to_autocast
+from ard_kernels.backends import resolve
+from ard_kernels.block_causal_attention import block_causal_attention
+from ard_kernels.block_causal_attention.spec import check_qkv, check_window
+from ard_kernels.history.cache import HistoryCache
+from ard_kernels.history.op import history_op
+from ard_kernels.history.spec import check_cache, visible_tokens
+
+__all__ = ["HistoryCache", "HistoryRouting", "history_attention"]
+
+
+def history_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: HistoryCache,
+    *,
+    layer: int,
+    window: int | None = None,
+    sink: int = 0,
+    scale: float | None = None,
+    layout: str = "bhtd",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Append this segment's k, v to `cache` and attend from q to every segment it may see, in one op.
+
+    After S calls the outputs equal the S segments of `block_causal_attention` with the same window and sink.
+
+    Args:
+        q, k, v: (B, H, L, D) of one new segment, or (B, L, H, D) with layout "bthd"; dtype and device of the cache.
+            Segments may differ in length.
+        cache: written in place at `layer`.
+        layer: row of the cache, 0 .. cache.layers - 1.
+        window, sink, scale, layout, backend: as in `block_causal_attention`.
+
+    Returns:
+        out, like q in shape, layout and dtype. Not differentiable: sampling only.
+
+    Raises:
+        ValueError: an argument outside this contract, or no room left; the cache then keeps its contents.
+        RuntimeError: a gradient is recorded for q, k or v (use torch.no_grad()).
+    """
+    op = "history_attention"
+    check_qkv(op, q, k, v, layout)
+    check_window(op, window, sink)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise RuntimeError(f"{op}: q, k or v requires a gradient; expected sampling under torch.no_grad()")
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in cast_to_autocast(q, k, v))
+    if layout == "bthd":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    check_cache(op, cache, layer, k)
+    chosen = resolve(op, backend, q.device, q.dtype)
+    offsets = cache.offsets[layer] + [cache.offsets[layer][-1] + k.shape[2]]
+    sink_stop, window_start = visible_tokens(offsets, window, sink)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    keys, values = cache.keys[layer], cache.values[layer]
+    out = history_op(q, k, v, keys, values, offsets[-2], sink_stop, window_start, scale, chosen)
+    cache.offsets[layer] = offsets
+    return out.transpose(1, 2) if layout == "bthd" else out
+
+
+class HistoryRouting:
+    """Which layers read history: layers 0 .. history_layers-1 of `depth` do, the others see their own segment.
+
+    Args:
+        depth: layers of the model.
+        history_layers: N of the paper, 0 (plain step distillation) to depth.
+        window, sink: the mask of the history layers, in segments; see `block_causal_attention`.
+    """
+
+    def __init__(self, depth: int, history_layers: int, window: int | None = None, sink: int = 0):
+        if not isinstance(depth, int) or depth < 1:
+            raise ValueError(f"HistoryRouting: depth is {depth!r}; expected an int >= 1")
+        if not isinstance(history_layers, int) or not 0 <= history_layers <= depth:
+            raise ValueError(f"HistoryRouting: history_layers is {history_layers!r}; expected 0 to depth={depth}")
+        check_window("HistoryRouting", window, sink)
+        self.depth, self.history_layers, self.window, self.sink = depth, history_layers, window, sink
+
+    def attention(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        segment_length: int | Sequence[int],
+        cache: HistoryCache | None = None,
+        layout: str = "bhtd",
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> torch.Tensor:
+        """The attention of `layer` as its place in the model asks.
+
+        Without a cache q, k, v hold all segments (teacher-forced training). With one they hold a single new segment
+        (sampling): history layers append it and attend to the past, the others attend within it and keep nothing.
+        """
+        if not 0 <= layer < self.depth:
+            raise ValueError(f"HistoryRouting: layer is {layer}; expected 0 to {self.depth - 1}")
+        reads_history = layer < self.history_layers
+        shared = {"layout": layout, "scale": scale, "backend": backend}
+        if cache is not None and reads_history:
+            return history_attention(q, k, v, cache, layer=layer, window=self.window, sink=self.sink, **shared)
+        mask = {"window": self.window, "sink": self.sink} if reads_history else {"window": 1}
+        return block_causal_attention(q, k, v, segment_length=segment_length, **mask, **shared)
+
+    def __repr__(self) -> str:
+        return f"HistoryRouting({self.depth}, {self.history_layers}, window={self.window}, sink={self.sink})"

@@ -1,0 +1,27 @@
+"""History attention with the C++ append of csrc/history_cache; the attention itself is PyTorch's fused CPU kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from ard_kernels import extension
+from ard_kernels.history.torch_impl import attend_to_cache
+
+refuses = extension.refuses_cpu
+
+
+def _view(x_BHTD: torch.Tensor):
+    return extension.module.HeadsView(x_BHTD.data_ptr(), *x_BHTD.stride()[:3])
+
+
+def append(k, v, cache_k, cache_v, start: int) -> None:
+    """cache[:, :, start : start + L] = (k, v)."""
+    B, H, L, D = k.shape
+    views = map(_view, (k, v, cache_k[:, :, start:], cache_v[:, :, start:]))
+    extension.module.history_cache_append(*views, B, H, L, D * k.element_size(), k.element_size(), torch.get_num_threads())
+
+
+def forward(q, k, v, cache_k, cache_v, start, sink_stop, window_start, scale) -> torch.Tensor:
+    """See torch_impl.forward."""
+    append(k, v, cache_k, cache_v, start)
+    return attend_to_cache(q, cache_k, cache_v, start + q.shape[2], sink_stop, window_start, scale)

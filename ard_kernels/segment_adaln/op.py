@@ -1,0 +1,177 @@
+"""The ops of the adaLN family: schemas, dispatch on the resolved backend, fakes, gradients.
+
+A backend gives two functions, `forward` and `backward`, that serve all three ops; the inputs an op lacks are None.
+"""
+
+from __future__ import annotations
+
+from ard_kernels.backends import register_backend
+from ard_kernels.library import define_op
+from ard_kernels.segment_adaln import cpu, torch_impl
+
+IMPLEMENTATIONS = {"cpu": cpu, "torch": torch_impl}
+
+for _op in ("adaln_modulate", "gate_residual_adaln", "gate_residual"):
+    for _name, _module in IMPLEMENTATIONS.items():
+        register_backend(_op, _name, _module.refuses)
+
+
+def _statistics_fake(x):
+    dtype = torch_impl.statistics_dtype(x.dtype)
+    return x.new_empty(x.shape[:2], dtype=dtype), x.new_empty(x.shape[:2], dtype=dtype)
+
+
+def _empty(x, dtype=None):
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _dense(grad):
+    return grad if grad is None or grad.stride(-1) == 1 else grad.contiguous()
+
+
+# adaln_modulate
+
+
+def _modulate(x, shift, scale, lengths, eps, y_dtype, backend):
+    return IMPLEMENTATIONS[backend].forward(x, None, None, shift, scale, lengths, eps, y_dtype)[1:]
+
+
+def _modulate_fake(x, shift, scale, lengths, eps, y_dtype, backend):
+    return _empty(x, y_dtype), *_statistics_fake(x)
+
+
+def _modulate_backward(grad_y, x, scale, mean, rstd, lengths, backend):
+    run = IMPLEMENTATIONS[backend].backward
+    dx, _, _, dshift, dscale = run(None, _dense(grad_y), x, None, None, scale, mean, rstd, lengths)
+    return dx, dshift, dscale
+
+
+def _modulate_backward_fake(grad_y, x, scale, mean, rstd, lengths, backend):
+    return _empty(x), _empty(scale), _empty(scale)
+
+
+def _modulate_setup(ctx, inputs, output):
+    x, _, scale, ctx.lengths, _, _, ctx.backend = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, scale, mean, rstd)
+
+
+def _modulate_autograd(ctx, grad_y, _grad_mean, _grad_rstd):
+    if grad_y is None:
+        return (None,) * 7
+    return *modulate_backward_op(grad_y, *ctx.saved_tensors, ctx.lengths, ctx.backend), None, None, None, None
+
+
+modulate_backward_op = define_op(
+    "adaln_modulate_backward(Tensor grad_y, Tensor x, Tensor scale, Tensor mean, Tensor rstd, SymInt[] lengths, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    _modulate_backward,
+    _modulate_backward_fake,
+)
+modulate_op = define_op(
+    "adaln_modulate(Tensor x, Tensor shift, Tensor scale, SymInt[] lengths, float eps, ScalarType y_dtype, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    _modulate,
+    _modulate_fake,
+    backward=_modulate_autograd,
+    setup_context=_modulate_setup,
+)
+
+# gate_residual_adaln
+
+
+def _gated(x, branch, gate, shift, scale, lengths, eps, y_dtype, backend):
+    return IMPLEMENTATIONS[backend].forward(x, branch, gate, shift, scale, lengths, eps, y_dtype)
+
+
+def _gated_fake(x, branch, gate, shift, scale, lengths, eps, y_dtype, backend):
+    return _empty(x), _empty(x, y_dtype), *_statistics_fake(x)
+
+
+def _gated_backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths, backend):
+    run = IMPLEMENTATIONS[backend].backward
+    return run(_dense(grad_h), _dense(grad_y), h, branch, gate, scale, mean, rstd, lengths)
+
+
+def _gated_backward_fake(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths, backend):
+    return _empty(h), _empty(branch), _empty(gate), _empty(scale), _empty(scale)
+
+
+def _gated_setup(ctx, inputs, output):
+    _, branch, gate, _, scale, ctx.lengths, _, _, ctx.backend = inputs
+    h, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(h, branch, gate, scale, mean, rstd)
+
+
+def _gated_autograd(ctx, grad_h, grad_y, _grad_mean, _grad_rstd):
+    h, branch, gate, scale, mean, rstd = ctx.saved_tensors
+    rest = (None,) * 4
+    if grad_y is not None:
+        grads = gated_backward_op(grad_h, grad_y, h, branch, gate, scale, mean, rstd, ctx.lengths, ctx.backend)
+        return *grads, *rest
+    if grad_h is not None:
+        return grad_h, *gate_backward_op(grad_h, branch, gate, ctx.lengths, ctx.backend), None, None, *rest
+    return (None,) * 9
+
+
+gated_backward_op = define_op(
+    "gate_residual_adaln_backward(Tensor? grad_h, Tensor grad_y, Tensor h, Tensor branch, Tensor gate, Tensor scale, "
+    "Tensor mean, Tensor rstd, SymInt[] lengths, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gated_backward,
+    _gated_backward_fake,
+)
+gated_op = define_op(
+    "gate_residual_adaln(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, SymInt[] lengths, "
+    "float eps, ScalarType y_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _gated,
+    _gated_fake,
+    backward=_gated_autograd,
+    setup_context=_gated_setup,
+)
+
+# gate_residual
+
+
+def _gate(x, branch, gate, lengths, backend):
+    return IMPLEMENTATIONS[backend].forward(x, branch, gate, None, None, lengths, 1.0, None)[0]
+
+
+def _gate_fake(x, branch, gate, lengths, backend):
+    return _empty(x)
+
+
+def _gate_backward(grad_h, branch, gate, lengths, backend):
+    run = IMPLEMENTATIONS[backend].backward
+    return run(_dense(grad_h), None, None, branch, gate, None, None, None, lengths)[1:3]
+
+
+def _gate_backward_fake(grad_h, branch, gate, lengths, backend):
+    return _empty(branch), _empty(gate)
+
+
+def _gate_setup(ctx, inputs, output):
+    _, branch, gate, ctx.lengths, ctx.backend = inputs
+    ctx.save_for_backward(branch, gate)
+
+
+def _gate_autograd(ctx, grad_h):
+    return grad_h, *gate_backward_op(grad_h, *ctx.saved_tensors, ctx.lengths, ctx.backend), None, None
+
+
+gate_backward_op = define_op(
+    "gate_residual_backward(Tensor grad_h, Tensor branch, Tensor gate, SymInt[] lengths, str backend) "
+    "-> (Tensor, Tensor)",
+    _gate_backward,
+    _gate_backward_fake,
+)
+gate_op = define_op(
+    "gate_residual(Tensor x, Tensor branch, Tensor gate, SymInt[] lengths, str backend) -> Tensor",
+    _gate,
+    _gate_fake,
+    backward=_gate_autograd,
+    setup_context=_gate_setup,
+)

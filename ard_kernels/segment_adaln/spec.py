@@ -1,0 +1,66 @@
+"""The adaLN family, said once: formulas, row addressing, validation.
+
+    adaln_modulate        y = LN(x) * (1 + scale) + shift
+    gate_residual_adaln   h = x + gate * branch,  y = LN(h) * (1 + scale) + shift
+    gate_residual         h = x + gate * branch
+
+x (B, T, C). Rows (shift, scale, gate) are (B, S, C), one per segment, or (B, T, C), one per token: the latter is the
+same thing with segments of one token, and every backend treats it so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ard_kernels.segments import check_segment_length, segment_offsets
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_activation(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> None:
+    """ValueError unless x is (B, T, C) of a supported dtype and, given `like`, has its shape and device."""
+    if x.dim() != 3:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected 3 dims (B, T, C)")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{op}: {name} has dtype {x.dtype}; expected float32, bfloat16, float16 or float64")
+    if like is not None and x.shape != like.shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected x's {tuple(like.shape)}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{op}: {name} is on {x.device}; expected x's {like.device}")
+
+
+def check_rows(
+    op: str, x: torch.Tensor, rows: dict[str, torch.Tensor], segment_length: int | Sequence[int]
+) -> list[int]:
+    """Validate the rows against x (B, T, C); the op's `lengths`, which is [1] for rows per token."""
+    B, T, C = x.shape
+    lengths = check_segment_length(op, segment_length, "x", T)
+    segments = T // lengths[0] if len(lengths) == 1 else len(lengths)
+    first_name, first = next(iter(rows.items()))
+    for name, row in rows.items():
+        if tuple(row.shape) != (B, segments, C) and tuple(row.shape) != (B, T, C):
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(row.shape)}; expected {(B, segments, C)} (per segment) "
+                f"or {(B, T, C)} (per token)"
+            )
+        if row.shape != first.shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(row.shape)}; expected {first_name}'s {tuple(first.shape)}")
+        if row.dtype != first.dtype or row.dtype not in DTYPES:
+            raise ValueError(f"{op}: {name} has dtype {row.dtype}; expected a float dtype equal to {first_name}'s")
+        if row.device != x.device:
+            raise ValueError(f"{op}: {name} is on {row.device}; expected x's {x.device}")
+    return lengths if first.shape[1] == segments else [1]
+
+
+def check_eps(op: str, eps: float) -> None:
+    """ValueError unless eps is positive."""
+    if not eps > 0:
+        raise ValueError(f"{op}: eps is {eps}; expected a positive number")
+
+
+def row_of_token(lengths: Sequence[int], tokens: int, device: torch.device | None = None) -> torch.Tensor:
+    """(T,) int64: the row that token t uses."""
+    offsets = torch.tensor(segment_offsets(lengths, tokens)[1:], device=device)
+    return torch.bucketize(torch.arange(tokens, device=device), offsets, right=True)

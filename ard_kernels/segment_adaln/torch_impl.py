@@ -1,0 +1,82 @@
+"""The adaLN family as a composition of PyTorch ops: runs on every device; rows are broadcast, not copied per token.
+
+All arithmetic is fp32 (fp64 for fp64 inputs). x (B, T, C) is viewed (B, S, L, C) against rows (B, S, 1, C); ragged
+segments spread their rows over tokens first and sum their gradients per segment, in token order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ard_kernels.segment_adaln.spec import row_of_token
+from ard_kernels.segments import segment_offsets
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _tile(x_BTC: torch.Tensor, lengths: Sequence[int], acc: torch.dtype) -> torch.Tensor:
+    """(B, S, L, C) in the accumulation dtype; (B, T, 1, C) for ragged segments."""
+    return x_BTC.to(acc).unflatten(1, (-1, lengths[0] if len(lengths) == 1 else 1))
+
+
+def _rows(rows_BSC: torch.Tensor, lengths: Sequence[int], tokens: int, acc: torch.dtype) -> torch.Tensor:
+    """(B, S, 1, C) against `_tile`; (B, T, 1, C) for ragged segments."""
+    if len(lengths) > 1:
+        rows_BSC = rows_BSC[:, row_of_token(lengths, tokens, rows_BSC.device)]
+    return rows_BSC.to(acc).unsqueeze(2)
+
+
+def _row_sum(terms_BSLC: torch.Tensor, lengths: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """(B, S, C): sum over the tokens of each segment."""
+    if len(lengths) == 1:
+        return terms_BSLC.sum(2).to(dtype)
+    terms_BTC, offsets = terms_BSLC.flatten(1, 2), segment_offsets(lengths, terms_BSLC.shape[1])
+    return torch.stack([terms_BTC[:, a:b].sum(1) for a, b in zip(offsets, offsets[1:])], 1).to(dtype)
+
+
+def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.dtype | None):
+    """(h or None, y or None, mean (B, T) or None, rstd (B, T) or None); branch and gate, or shift and scale, may be None."""
+    B, T, C = x.shape
+    acc = statistics_dtype(x.dtype)
+    h = y = mean = rstd = None
+    if branch is not None:
+        h = torch.addcmul(_tile(x, lengths, acc), _rows(gate, lengths, T, acc), _tile(branch, lengths, acc))
+        x = h = h.to(x.dtype).reshape(B, T, C)
+    if shift is not None:
+        normalised, mean, rstd = torch.native_layer_norm(_tile(x, lengths, acc), (C,), None, None, eps)
+        y = torch.addcmul(_rows(shift, lengths, T, acc), normalised, 1 + _rows(scale, lengths, T, acc))
+        y, mean, rstd = y.to(y_dtype).reshape(B, T, C), mean.reshape(B, T), rstd.reshape(B, T)
+    return h, y, mean, rstd
+
+
+def backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths):
+    """(dx, dbranch, dgate, dshift, dscale), None where the forward had no such input (no norm: dx is grad_h, not made).
+
+    With n = LN(h), g = dy * (1 + scale):  dx = rstd * (g - mean(g) - n * mean(g * n)) + dh,  dshift = sum dy,
+    dscale = sum dy * n,  dbranch = gate * dx,  dgate = sum dx * branch.
+    """
+    like = h if h is not None else grad_h
+    B, T, C = like.shape
+    acc = statistics_dtype(like.dtype)
+    dx = None if grad_h is None else _tile(grad_h, lengths, acc)
+    dbranch = dgate = dshift = dscale = None
+    if grad_y is not None:
+        dy = _tile(grad_y, lengths, acc)
+        mean, rstd = (_tile(statistic[..., None], lengths, acc) for statistic in (mean, rstd))
+        n = (_tile(h, lengths, acc) - mean) * rstd
+        g = dy * (1 + _rows(scale, lengths, T, acc))
+        dn = rstd * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
+        dx = dn if dx is None else dx + dn
+        dshift, dscale = _row_sum(dy, lengths, scale.dtype), _row_sum(dy * n, lengths, scale.dtype)
+    if branch is not None:
+        dbranch = (dx * _rows(gate, lengths, T, acc)).to(branch.dtype).reshape(B, T, C)
+        dgate = _row_sum(dx * _tile(branch, lengths, acc), lengths, gate.dtype)
+    return None if h is None else dx.to(h.dtype).reshape(B, T, C), dbranch, dgate, dshift, dscale

@@ -1,0 +1,36 @@
+"""Exponential moving average of a module's parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """``average <- d * average + (1 - d) * value`` with ``d = min(decay, (1 + step) / (10 + step))``.
+
+    The warm-up keeps the first averages close to the weights, which matters when a run is shorter than 1 / (1 - decay).
+    Buffers are copied, not averaged.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"Ema: decay={decay}; expected 0 <= decay < 1")
+        self.decay = decay
+        self.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self._parameters = [name for name, _ in model.named_parameters()]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages = [self.state[name] for name in self._parameters]
+        torch._foreach_lerp_(averages, list(model.parameters()), 1.0 - decay)
+        parameters = set(self._parameters)
+        for name, value in model.state_dict().items():
+            if name not in parameters:
+                self.state[name].copy_(value)
+
+    def copy_to(self, model: nn.Module) -> nn.Module:
+        """Loads the average into ``model`` and returns it."""
+        model.load_state_dict(self.state)
+        return model

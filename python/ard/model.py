@@ -1,0 +1,381 @@
+"""Diffusion transformer (DiT, arXiv 2212.09748): configuration, blocks and the teacher.
+
+Shape suffixes used here and in `student.py`:
+
+    B batch   S segments   L tokens of one segment   T = S*L tokens   H heads   D head width   C = H*D model width
+    R width of a modulation row (6C in a block, 2C in a final layer)   P = patch*patch*out_channels   chw latent
+
+One `DiTBlock` serves teacher and student; the teacher is the case S = 1. Parameter names are the public checkpoints'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ard_kernels import adaln_modulate, block_causal_attention, gate_residual_adaln
+
+# q, k, v (B, T, H, D) -> out (B, T, H, D)
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# branch (B, T, C) and gate (B, S, C) of a residual that the next fused op adds: h = x + gate * branch
+Pending = tuple[Tensor, Tensor]
+
+_PRESETS = {  # family -> (hidden_size, depth, num_heads)
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+_PRESET_PATCHES = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of a DiT. `input_size` is the height = width of the latent, or (height, width)."""
+
+    input_size: int | tuple[int, int] = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    frequency_embedding_size: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"DiTConfig: {name} is {getattr(self, name)}; expected at least 1")
+        if any(side < 1 or side % self.patch_size for side in self.input_hw):
+            raise ValueError(
+                f"DiTConfig: input_size is {self.input_size}; expected multiples of patch_size={self.patch_size}"
+            )
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ValueError(
+                f"DiTConfig: hidden_size is {self.hidden_size}; expected a multiple of 4 (2-D sin-cos positions) "
+                f"and of num_heads={self.num_heads}"
+            )
+        if self.frequency_embedding_size % 2:
+            raise ValueError(
+                f"DiTConfig: frequency_embedding_size is {self.frequency_embedding_size}; expected an even number"
+            )
+
+    @classmethod
+    def from_name(cls, name: str, **overrides) -> DiTConfig:
+        """Preset such as "DiT-XL/2" (families S, B, L, XL; patches 2, 4, 8), with any field overridden."""
+        family, _, patch = name.removeprefix("DiT-").partition("/")
+        if name[:4] != "DiT-" or family not in _PRESETS or patch not in map(str, _PRESET_PATCHES):
+            known = ", ".join(f"DiT-{f}/{p}" for f in _PRESETS for p in _PRESET_PATCHES)
+            raise ValueError(f"DiTConfig.from_name: name is {name!r}; expected one of {known}")
+        hidden_size, depth, num_heads = _PRESETS[family]
+        sizes = {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": int(patch)}
+        return cls(**{**sizes, **overrides})
+
+    @property
+    def input_hw(self) -> tuple[int, int]:
+        """Latent (height, width)."""
+        return (self.input_size, self.input_size) if isinstance(self.input_size, int) else tuple(self.input_size)
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """Token grid (rows, columns)."""
+        height, width = self.input_hw
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """L, the tokens of one segment."""
+        return math.prod(self.grid_hw)
+
+    @property
+    def out_channels(self) -> int:
+        """Channels a final layer emits: epsilon, and sigma when `learn_sigma`."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_hidden_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+def sincos_position_embedding(channels: int, grid_hw: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sin-cos positions (L, C) in float64, tokens in row-major order.
+
+    The first half of C encodes the column, the second half the row, each as [sin, cos] (the public checkpoints' order).
+    """
+    rows, columns = grid_hw
+    quarter = channels // 4
+    omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
+    row_L = torch.arange(rows, dtype=torch.float64, device="cpu").repeat_interleave(columns)
+    column_L = torch.arange(columns, dtype=torch.float64, device="cpu").repeat(rows)
+    angles = [position_L[:, None] * omega for position_L in (column_L, row_L)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+
+
+class PatchEmbed(nn.Module):
+    """Images (M, c, h, w) -> tokens (M, L, C): a convolution with kernel = stride = patch.
+
+    Such a convolution is one matrix product over flattened patches; written so, the tokens come out contiguous in C.
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
+
+    def forward(self, x_Mchw: Tensor) -> Tensor:
+        M, c, h, w = x_Mchw.shape
+        p = self.proj.kernel_size[0]
+        rows, columns = h // p, w // p
+        patches = x_Mchw.reshape(M, c, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+        patches_MLK = patches.reshape(M, rows * columns, c * p * p)
+        return F.linear(patches_MLK, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (...,) -> (..., C): MLP over [cos, sin](t * 10000^(-i / half)), i < half = frequency_size / 2."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.frequency_size = config.frequency_embedding_size
+        width = config.hidden_size
+        self.mlp = nn.Sequential(nn.Linear(self.frequency_size, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.frequency_size // 2
+        index = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t.float()[..., None] * torch.exp(-math.log(10000.0) * index / half)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (B,) int64 -> (B, C). Row `num_classes` is the null label of classifier-free guidance."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+
+    def forward(self, labels_B: Tensor) -> Tensor:
+        return self.embedding_table(labels_B)
+
+
+class Attention(nn.Module):
+    """Multi-head mixing of tokens (B, T, C); `attend` gets strided views of the packed qkv projection, no copies."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, y_BTC: Tensor, attend: Attend) -> Tensor:
+        B, T, C = y_BTC.shape
+        q_BTHD, k_BTHD, v_BTHD = self.qkv(y_BTC).view(B, T, 3, self.num_heads, C // self.num_heads).unbind(2)
+        return self.proj(attend(q_BTHD, k_BTHD, v_BTHD).reshape(B, T, C))
+
+
+class Mlp(nn.Module):
+    """fc2(gelu_tanh(fc1(y)))."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.mlp_hidden_size)
+        self.fc2 = nn.Linear(config.mlp_hidden_size, config.hidden_size)
+
+    def forward(self, y_BTC: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(y_BTC), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """adaLN-Zero block; with rows (shift, scale, gate)_attention, (shift, scale, gate)_mlp of each segment:
+
+        x = x + gate_a * attention(LN(x) * (1 + scale_a) + shift_a)
+        x = x + gate_m * mlp(LN(x) * (1 + scale_m) + shift_m)
+
+    The second sum is left pending, so that the next block or final layer adds it in the op that also normalizes:
+    every residual + LayerNorm + modulation is one pass over the tokens.
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.attn = Attention(config)
+        self.mlp = Mlp(config)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        pending: Pending | None,
+        attend: Attend,
+        *,
+        segment_length: int,
+        c_BSC: Tensor | None = None,
+        rows_BSR: Tensor | None = None,
+    ) -> tuple[Tensor, Pending]:
+        """Give either the conditioning `c_BSC` or its rows `rows_BSR = adaLN_modulation(c_BSC)`."""
+        rows_BSR = self.adaLN_modulation(c_BSC) if rows_BSR is None else rows_BSR
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows_BSR.chunk(6, dim=-1)
+        if pending is None:
+            y_BTC = adaln_modulate(x_BTC, shift_a, scale_a, segment_length=segment_length)
+        else:
+            x_BTC, y_BTC = gate_residual_adaln(x_BTC, *pending, shift_a, scale_a, segment_length=segment_length)
+        branch_BTC = self.attn(y_BTC, attend)
+        x_BTC, y_BTC = gate_residual_adaln(x_BTC, branch_BTC, gate_a, shift_m, scale_m, segment_length=segment_length)
+        return x_BTC, (self.mlp(y_BTC), gate_m)
+
+
+class FinalLayer(nn.Module):
+    """linear(LN(x) * (1 + scale) + shift); the trunk calls its two parts, as their token op spans all segments."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
+        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
+
+
+class DiTTrunk(nn.Module):
+    """What teacher and student share: embedders, blocks, and the way from tokens back to images."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = TimestepEmbedder(config)
+        self.y_embedder = LabelEmbedder(config)
+        self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+
+    def embed(self, states_BSchw: Tensor) -> Tensor:
+        """States (B, S, c, h, w) -> tokens (B, T, C) with positions, the same in every segment."""
+        B, S = states_BSchw.shape[:2]
+        x_MLC = self.x_embedder(states_BSchw.flatten(0, 1)) + self.pos_embed
+        return x_MLC.view(B, S * self.config.tokens, self.config.hidden_size)
+
+    def condition(self, t_BS: Tensor, labels_B: Tensor) -> Tensor:
+        """c_s = t_emb(t_s) + y_emb(y), (B, S, C); `t_BS` is (B, S), or (1, S) when all samples share the timesteps."""
+        return self.t_embedder(t_BS) + self.y_embedder(labels_B)[:, None]
+
+    def transform(
+        self,
+        x_BTC: Tensor,
+        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+        final_layers: Sequence[FinalLayer],
+        *,
+        c_BSC: Tensor | None = None,
+        block_rows: Sequence[Tensor] | None = None,
+        final_rows_BSR: Tensor | None = None,
+    ) -> Tensor:
+        """All blocks, then final layer s on segment s: (B, T, C) -> (B, S, L, P).
+
+        `attend(layer, q, k, v)` mixes tokens. Modulation comes from `c_BSC`, or from the rows that
+        `modulation_rows(c_BSC, final_layers)` has computed beforehand.
+        """
+        L, pending = self.config.tokens, None
+        for layer, block in enumerate(self.blocks):
+            rows_BSR = None if block_rows is None else block_rows[layer]
+
+            def attend_in_layer(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
+                return attend(layer, q, k, v)
+
+            x_BTC, pending = block(x_BTC, pending, attend_in_layer, segment_length=L, c_BSC=c_BSC, rows_BSR=rows_BSR)
+        if final_rows_BSR is None:
+            final_rows_BSR = self.final_rows(c_BSC, final_layers)
+        shift_BSC, scale_BSC = final_rows_BSR.chunk(2, dim=-1)
+        _, y_BTC = gate_residual_adaln(x_BTC, *pending, shift_BSC, scale_BSC, segment_length=L)
+        segments = y_BTC.split(L, dim=1)
+        return torch.stack([f.linear(y_BLC) for f, y_BLC in zip(final_layers, segments, strict=True)], dim=1)
+
+    @staticmethod
+    def final_rows(c_BSC: Tensor, final_layers: Sequence[FinalLayer]) -> Tensor:
+        """Modulation rows (B, S, 2C); row s is computed by final layer s."""
+        rows_BR = [f.adaLN_modulation(c_BC) for f, c_BC in zip(final_layers, c_BSC.unbind(1), strict=True)]
+        return torch.stack(rows_BR, dim=1)
+
+    def unpatchify(self, tokens_BSLP: Tensor, channels: int) -> Tensor:
+        """(B, S, L, P), P ordered (row in patch, column in patch, channel) -> the first `channels`, (B, S, c, h, w)."""
+        B, S = tokens_BSLP.shape[:2]
+        (rows, columns), p = self.config.grid_hw, self.config.patch_size
+        x = tokens_BSLP.view(B, S, rows, columns, p, p, self.config.out_channels)[..., :channels]
+        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(B, S, channels, rows * p, columns * p)
+
+    def check_inputs(self, name: str, images: Tensor, labels_B: Tensor, leading: tuple[str, ...]) -> None:
+        """Raise unless `images` is (*leading, c, h, w) of the configured sizes and labels are (B,) integers."""
+        chw = (self.config.in_channels, *self.config.input_hw)
+        if images.ndim != len(leading) + 3 or tuple(images.shape[-3:]) != chw:
+            expected = ", ".join((*leading, *map(str, chw)))
+            raise ValueError(f"{name}: got {tuple(images.shape)}; expected ({expected})")
+        if labels_B.shape != images.shape[:1] or labels_B.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"labels: got {tuple(labels_B.shape)} {labels_B.dtype}; expected ({images.shape[0]},) of torch.int64"
+            )
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As the DiT reference: Xavier linears, normal(0.02) embeddings, zero adaLN and final linears."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        self.pos_embed.copy_(sincos_position_embedding(self.config.hidden_size, self.config.grid_hw)[None])
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for weight in (
+            self.y_embedder.embedding_table.weight,
+            self.t_embedder.mlp[0].weight,
+            self.t_embedder.mlp[2].weight,
+        ):
+            nn.init.normal_(weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, (DiTBlock, FinalLayer)):
+                nn.init.zeros_(module.adaLN_modulation[1].weight)
+            if isinstance(module, FinalLayer):
+                nn.init.zeros_(module.linear.weight)
+
+
+class DiT(DiTTrunk):
+    """The teacher: x (B, c, h, w), timesteps (B,), labels (B,) -> (B, out_channels, h, w), epsilon, then sigma."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
+        self.final_layer = FinalLayer(config)
+        self.initialize_weights()
+
+    def forward(
+        self,
+        x_Bchw: Tensor,
+        t_B: Tensor,
+        labels_B: Tensor,
+        *,
+        class_dropout_prob: float = 0.0,
+        force_drop: Tensor | None = None,
+    ) -> Tensor:
+        """Predict epsilon (and sigma) at the original timesteps `t_B` in [0, 1000).
+
+        labels_B: int64 in [0, num_classes]; num_classes is the null label.
+        force_drop: bool (B,), True replaces that label by the null label; without it each label is dropped with
+            probability `class_dropout_prob` (classifier-free guidance training).
+        """
+        self.check_inputs("x", x_Bchw, labels_B, ("B",))
+        if t_B.shape != labels_B.shape:
+            raise ValueError(f"t: got {tuple(t_B.shape)}; expected ({labels_B.shape[0]},)")
+        if force_drop is None and class_dropout_prob > 0:
+            force_drop = torch.rand(labels_B.shape, device=labels_B.device) < class_dropout_prob
+        if force_drop is not None:
+            labels_B = labels_B.masked_fill(force_drop, self.config.num_classes)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return block_causal_attention(q, k, v, segment_length=self.config.tokens, layout="bthd")
+
+        c_BSC = self.condition(t_B[:, None], labels_B)
+        tokens_BSLP = self.transform(self.embed(x_Bchw[:, None]), attend, [self.final_layer], c_BSC=c_BSC)
+        return self.unpatchify(tokens_BSLP, self.config.out_channels)[:, 0]

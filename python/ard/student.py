@@ -1,0 +1,131 @@
+"""The ARD student (arXiv 2504.11295): a DiT over S segments of one trajectory that attends to its own history.
+
+Shape suffixes as in `model.py`. Segment s holds the state at timestep t_s = 999 * (1 - s / S); segment 0 is the noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ard.model import DiT, DiTConfig, DiTTrunk, FinalLayer
+from ard_kernels import HistoryCache, HistoryRouting
+
+LAST_TIMESTEP = 999.0
+
+
+def final_layer_name(segment: int) -> str:
+    """Published name of a segment's final layer: final_layer, final_layer2, final_layer3, ..."""
+    return "final_layer" if segment == 0 else f"final_layer{segment + 1}"
+
+
+class ARDStudent(DiTTrunk):
+    """Few-step student. In blocks 0..history_layers-1 a query of segment s sees the keys of the earlier segments that
+    `window` and `sink` allow; in the other blocks only its own segment.
+
+    window=None is the paper's M4 (block-causal), window=1 M1, window=2 M2, window=1 with sink=1 M3.
+    Final layers keep the teacher's sigma channels (they start as copies); the outputs drop them.
+    """
+
+    def __init__(
+        self, config: DiTConfig, *, steps: int = 4, history_layers: int = 6, window: int | None = None, sink: int = 0
+    ):
+        if steps < 1:
+            raise ValueError(f"ARDStudent: steps is {steps}; expected at least 1")
+        super().__init__(config)
+        self.steps = steps
+        self.routing = HistoryRouting(config.depth, history_layers, window=window, sink=sink)
+        for segment in range(steps):
+            self.add_module(final_layer_name(segment), FinalLayer(config))
+        self.initialize_weights()
+
+    @classmethod
+    def from_teacher(
+        cls, teacher: DiT, *, steps: int = 4, history_layers: int = 6, window: int | None = None, sink: int = 0
+    ) -> ARDStudent:
+        """A student whose every weight is a copy of the teacher's, on its device; so is each final layer."""
+        with torch.device("meta"):
+            student = cls(teacher.config, steps=steps, history_layers=history_layers, window=window, sink=sink)
+        state = teacher.state_dict()
+        for segment in range(1, steps):
+            for name, tensor in teacher.final_layer.state_dict().items():
+                state[f"{final_layer_name(segment)}.{name}"] = tensor
+        student.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
+        return student.train(teacher.training)
+
+    @property
+    def final_layers(self) -> list[FinalLayer]:
+        """Final layer of each segment."""
+        return [self.get_submodule(final_layer_name(segment)) for segment in range(self.steps)]
+
+    def timesteps(self, segments: int, device: torch.device) -> Tensor:
+        """t_s = 999 * (1 - s / S) of the first `segments` segments, (1, segments) float32."""
+        s = torch.arange(segments, dtype=torch.float32, device=device)
+        return (LAST_TIMESTEP * (1.0 - s / self.steps))[None]
+
+    def forward(self, states_BSchw: Tensor, labels_B: Tensor) -> Tensor:
+        """Teacher-forced training forward: one pass over all T tokens.
+
+        states_BSchw: (B, s, c, h, w), 1 <= s <= steps; [:, 0] is the noise, the others are trajectory states.
+        labels_B: int64 (B,). Returns predictions of the next states, (B, s, c, h, w).
+        """
+        self.check_inputs("states", states_BSchw, labels_B, ("B", "S"))
+        S, L = states_BSchw.shape[1], self.config.tokens
+        if not 1 <= S <= self.steps:
+            raise ValueError(f"states: got {S} segments; expected 1 to steps={self.steps}")
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.routing.attention(layer, q, k, v, segment_length=L, layout="bthd")
+
+        c_BSC = self.condition(self.timesteps(S, states_BSchw.device), labels_B)
+        tokens_BSLP = self.transform(self.embed(states_BSchw), attend, self.final_layers[:S], c_BSC=c_BSC)
+        return self.unpatchify(tokens_BSLP, self.config.in_channels)
+
+    def new_cache(self, batch: int) -> HistoryCache:
+        """An empty cache for `sample` with this batch size, on the weights' device, in the dtype K and V will have."""
+        weight = self.blocks[0].attn.qkv.weight
+        kind = weight.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return HistoryCache(
+            layers=self.routing.history_layers,
+            batch=batch,
+            heads=self.config.num_heads,
+            head_dim=self.config.head_dim,
+            capacity=self.steps * self.config.tokens,
+            dtype=torch.get_autocast_dtype(kind) if autocast else weight.dtype,
+            device=weight.device,
+        )
+
+    @torch.no_grad()
+    def sample(self, noise_Bchw: Tensor, labels_B: Tensor, *, cache: HistoryCache | None = None) -> Tensor:
+        """S cached forwards of L tokens, each reading the previous prediction; equals `forward` on its own predictions.
+
+        noise_Bchw: (B, c, h, w); labels_B: int64 (B,). Returns all predictions (B, S, c, h, w); the last is the image.
+        cache: from `new_cache(B)`, to reuse its memory between calls; it is reset here.
+        """
+        self.check_inputs("noise", noise_Bchw, labels_B, ("B",))
+        L, final_layers = self.config.tokens, self.final_layers
+        if cache is None:
+            cache = self.new_cache(noise_Bchw.shape[0])
+        cache.reset()
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.routing.attention(layer, q, k, v, segment_length=L, cache=cache, layout="bthd")
+
+        # Rows depend on timesteps and labels only: adaLN weights, a third of the model, are read once and not S times.
+        c_BSC = self.condition(self.timesteps(self.steps, noise_Bchw.device), labels_B)
+        block_rows = [block.adaLN_modulation(c_BSC) for block in self.blocks]
+        final_rows_BSR = self.final_rows(c_BSC, final_layers)
+
+        state_Bchw, predictions = noise_Bchw, []
+        for s in range(self.steps):
+            tokens_BSLP = self.transform(
+                self.embed(state_Bchw[:, None]),
+                attend,
+                final_layers[s : s + 1],
+                block_rows=[rows_BSR[:, s : s + 1] for rows_BSR in block_rows],
+                final_rows_BSR=final_rows_BSR[:, s : s + 1],
+            )
+            state_Bchw = self.unpatchify(tokens_BSLP, self.config.in_channels)[:, 0]
+            predictions.append(state_Bchw)
+        return torch.stack(predictions, dim=1)

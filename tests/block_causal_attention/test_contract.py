@@ -1,0 +1,146 @@
+"""The public contract: errors, determinism, threads, compile, autocast, opcheck, FLOPs."""
+
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import ard_kernels
+from ard_kernels import block_causal_attention
+from ard_kernels.block_causal_attention.spec import useful_pairs
+
+
+def qkv(*shape, dtype=torch.float32, grad=False):
+    return tuple(torch.randn(shape, dtype=dtype).requires_grad_(grad) for _ in range(3))
+
+
+BAD = {
+    "tokens": (lambda q: (q, q, q), {"segment_length": 256}, "q has 1000 tokens; expected a multiple of"),
+    "zero_length": (lambda q: (q, q, q), {"segment_length": 0}, "segment_length is 0; expected a positive"),
+    "ragged_sum": (lambda q: (q, q, q), {"segment_length": [10, 20]}, "sums to 30; expected the 1000 tokens of q"),
+    "ragged_zero": (lambda q: (q, q, q), {"segment_length": [1000, 0]}, "expected one or more positive lengths"),
+    "window": (lambda q: (q, q, q), {"segment_length": 100, "window": 0}, "window is 0; expected None or an int >= 1"),
+    "sink": (lambda q: (q, q, q), {"segment_length": 100, "sink": -1}, "sink is -1; expected an int >= 0"),
+    "layout": (lambda q: (q, q, q), {"segment_length": 100, "layout": "bhdt"}, "expected 'bhtd' or 'bthd'"),
+    "rank": (lambda q: (q[0], q[0], q[0]), {"segment_length": 100}, "q has shape .*; expected 4 dims"),
+    "shape": (lambda q: (q, q[:, :, :500], q), {"segment_length": 100}, "k has shape .*; expected q's"),
+    "dtype": (lambda q: (q, q, q.half()), {"segment_length": 100}, "v has dtype torch.float16; expected q's"),
+    "int_dtype": (lambda q: (q.int(),) * 3, {"segment_length": 100}, "q has dtype torch.int32; expected float32"),
+    "device": (lambda q: (q, q.to("meta"), q), {"segment_length": 100}, "k is on meta; expected q's cpu"),
+    "head_dim": (lambda q: (q[..., :12],) * 3, {"segment_length": 100}, "q has head dim 12; expected a multiple of 8"),
+    "backend": (lambda q: (q, q, q), {"segment_length": 100, "backend": "nope"}, "unknown backend"),
+    "no_triton": (lambda q: (q, q, q), {"segment_length": 100, "backend": "cuda"}, "'cuda' .argument backend. cannot run"),
+    "cpu": (lambda q: (q, q, q), {"segment_length": 100, "backend": "cpu"}, "attention on the CPU is the torch backend"),
+}
+
+
+@pytest.mark.parametrize(("make", "arguments", "message"), BAD.values(), ids=BAD)
+def test_bad_input(make, arguments, message):
+    q = torch.randn(1, 2, 1000, 16)
+    with pytest.raises(ValueError, match=f"block_causal_attention: .*{message}"):
+        block_causal_attention(*make(q), **arguments)
+
+
+def test_lse_is_not_differentiable_and_double_backward_is_refused():
+    q, k, v = qkv(1, 2, 32, 16, grad=True)
+    out, lse = block_causal_attention(q, k, v, segment_length=16, return_lse=True)
+    assert not lse.requires_grad
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="cannot be differentiated"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("length", [16, 64])
+def test_bit_equal_over_runs_and_threads(length, thread_counts):
+    q, k, v = qkv(2, 4, 4 * length, 72, grad=True)
+    grad_out = torch.randn_like(q)
+
+    def run():
+        out = block_causal_attention(q, k, v, segment_length=length)
+        return out, *torch.autograd.grad(out, (q, k, v), grad_out)
+
+    first = run()
+    for count in thread_counts():
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{count} threads"
+
+
+@pytest.mark.parametrize("segment_length", [16, [8, 40, 16]])
+@pytest.mark.parametrize("mask", [(None, 0), (1, 0), (1, 1)])
+def test_flop_counter_counts_the_useful_pairs(segment_length, mask):
+    q, k, v = qkv(2, 3, 64, 24, grad=True)
+    lengths = [segment_length] if isinstance(segment_length, int) else segment_length
+    pairs = useful_pairs(lengths, 64, *mask)
+    with FlopCounterMode(display=False) as counter:
+        out = block_causal_attention(q, k, v, segment_length=segment_length, window=mask[0], sink=mask[1])
+    assert counter.get_total_flops() == 4 * 2 * 3 * 24 * pairs
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 10 * 2 * 3 * 24 * pairs
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic):
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    def layer(x, window):
+        B, T, C = x.shape
+        q, k, v = (x * 2).view(B, T, 3, 2, C // 6).unbind(2)
+        out = block_causal_attention(q, k, v, segment_length=16, window=window, layout="bthd")
+        return out.reshape(B, T, C // 3).sin()
+
+    for B, T in ((1, 48), (2, 64), (2, 96)):
+        x = torch.randn(B, T, 96, requires_grad=True)
+        out = layer(x, 2)
+        expected = layer._torchdynamo_orig_callable(x, 2)
+        torch.testing.assert_close(out, expected)
+        grads = [torch.autograd.grad(y.sum(), x)[0] for y in (out, expected)]
+        torch.testing.assert_close(*grads)
+
+
+def test_compiles_with_inductor():
+    def layer(q, k, v):
+        return block_causal_attention(q * 2, k, v, segment_length=16).sin()
+
+    q, k, v = qkv(2, 2, 48, 16)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(q, k, v), layer(q, k, v))
+
+
+def test_autocast_casts_as_sdpa_does():
+    q, k, v = qkv(1, 2, 32, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block_causal_attention(q, k, v, segment_length=16)
+    assert out.dtype == torch.bfloat16
+    halves = (x.bfloat16() for x in (q, k, v))
+    assert torch.equal(out, block_causal_attention(*halves, segment_length=16))
+
+
+@pytest.mark.parametrize(("lengths", "window", "sink"), [([16], None, 0), ([16], 1, 0), ([8, 24, 16], 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(lengths, window, sink, dtype):
+    q, k, v = qkv(2, 2, 48, 16, dtype=dtype, grad=True)
+    torch.library.opcheck(torch.ops.ard.block_causal_attention, (q, k, v, lengths, window, sink, 0.25, "torch"))
+    out, lse = (x.detach() for x in torch.ops.ard.block_causal_attention(q, k, v, lengths, window, sink, 0.25, "torch"))
+    inputs = (torch.randn_like(out), *(x.detach() for x in (q, k, v)), out, lse, lengths, window, sink, 0.25, "torch")
+    torch.library.opcheck(torch.ops.ard.block_causal_attention_backward, inputs)
+
+
+def test_use_backend_and_environment(monkeypatch):
+    q, k, v = qkv(1, 1, 32, 16)
+    with ard_kernels.use_backend("cpu"), pytest.raises(ValueError, match=r"'cpu' \(use_backend\) cannot run"):
+        block_causal_attention(q, k, v, segment_length=16)
+    with ard_kernels.use_backend("cpu"), ard_kernels.use_backend("torch"):
+        block_causal_attention(q, k, v, segment_length=16)
+    with ard_kernels.use_backend("cpu"):  # the argument wins
+        block_causal_attention(q, k, v, segment_length=16, backend="torch")
+    monkeypatch.setattr(sys.modules["ard_kernels.backends"], "_environment", "triton")
+    with pytest.raises(ValueError, match=r"'triton' \(environment ARD_BACKEND\)"):
+        block_causal_attention(q, k, v, segment_length=16)
+    with pytest.raises(ValueError, match="name is 'nope'; expected one of"), ard_kernels.use_backend("nope"):
+        pass
+
+
+def test_backends_lists_a_reason_for_every_refusal():
+    table = ard_kernels.backends("cpu")["block_causal_attention"]
+    assert table["torch"].available and not table["torch"].reason
+    assert all(status.reason for name, status in table.items() if name != "torch")

@@ -1,0 +1,145 @@
+"""Values and gradients of every backend against the fp64 reference, under the 1.5x / 2x rule."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import BACKWARD_FACTOR, assert_all_close, assert_close
+
+from ard_kernels import block_causal_attention
+from ard_kernels.block_causal_attention import torch_impl
+from ard_kernels.block_causal_attention.reference import block_causal_attention as reference
+from ard_kernels.block_causal_attention.spec import dense_mask
+
+BACKENDS = ["torch"]
+MASKS = {"M1": (1, 0), "M2": (2, 0), "M3": (1, 1), "M4": (None, 0), "window2_sink1": (2, 1)}
+
+
+def plain(q, k, v, lengths, window, sink):
+    """Plain PyTorch in the same dtype: softmax attention under a dense mask."""
+    mask = dense_mask(lengths, q.shape[2], window, sink)
+    scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def make_qkv(B, H, T, D, dtype, kind="packed"):
+    """q, k, v (B, H, T, D) leaf-backed, in one of the memory layouts a user may bring."""
+    if kind == "packed":
+        leaf = torch.randn(B, T, 3, H, D, dtype=dtype).requires_grad_()
+        return (leaf,), tuple(x.transpose(1, 2) for x in leaf.unbind(2))
+    if kind == "offset":  # strided in T and D, starting past the storage's beginning
+        leaf = torch.randn(3, B, H, 2 * T + 1, D + 8, dtype=dtype).requires_grad_()
+        return (leaf,), tuple(leaf[:, :, :, 1::2, 8:].unbind(0))
+    if kind == "transposed_last":  # out of the no-copy contract, still right
+        leaf = torch.randn(3, B, H, D, T, dtype=dtype).requires_grad_()
+        return (leaf,), tuple(leaf.transpose(-1, -2).unbind(0))
+    leaf = torch.randn(3, B, H, T, D, dtype=dtype).requires_grad_()
+    return (leaf,), tuple(leaf.unbind(0))
+
+
+def check(backend, lengths, mask, B=2, H=3, D=16, dtype=torch.float32, kind="packed"):
+    segment_length = lengths[0] if len(lengths) == 1 else lengths
+    tokens = sum(lengths) if len(lengths) > 1 else 3 * lengths[0]
+    leaves, (q, k, v) = make_qkv(B, H, tokens, D, dtype, kind)
+    window, sink = mask
+    out, lse = block_causal_attention(
+        q, k, v, segment_length=segment_length, window=window, sink=sink, return_lse=True, backend=backend
+    )
+    expected, expected_lse = reference(q, k, v, lengths, window, sink)
+    plain_out = plain(q, k, v, lengths, window, sink)
+    assert_close(out, plain_out, expected, label="out")
+    torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-5, atol=2e-2 if dtype != torch.float32 else 1e-4)
+    grad_out = torch.randn_like(out)
+    results = [torch.autograd.grad(y, leaves, grad_out.to(y.dtype)) for y in (out, plain_out, expected)]
+    references = [g.double() for g in results[2]]
+    assert_all_close(results[0], results[1], references, factor=BACKWARD_FACTOR, label="grad")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("D", [64, 72, 128])
+def test_equal_segments(backend, dtype, mask, D, poisoned):
+    check(backend, [16], mask, D=D, dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["packed", "contiguous", "offset", "transposed_last"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_layouts_without_the_dense_shortcut(backend, kind, mask, monkeypatch, poisoned):
+    monkeypatch.setattr(torch_impl, "DENSE_PAIR_ELEMENTS_PER_CALL", 0)
+    check(backend, [24], mask, D=72, kind=kind)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    lengths=st.lists(st.integers(1, 19), min_size=1, max_size=6),
+    mask=st.tuples(st.one_of(st.none(), st.integers(1, 7)), st.integers(0, 6)),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([8, 16, 24, 72, 80])),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    kind=st.sampled_from(["packed", "contiguous", "offset", "transposed_last"]),
+    dense=st.booleans(),
+)
+def test_drawn_cases(backend, lengths, mask, shape, dtype, kind, dense):
+    B, H, D = shape
+    saved = torch_impl.DENSE_PAIR_ELEMENTS_PER_CALL
+    torch_impl.DENSE_PAIR_ELEMENTS_PER_CALL = saved if dense else 0
+    try:
+        check(backend, lengths, mask, B, H, D, dtype, kind)
+    finally:
+        torch_impl.DENSE_PAIR_ELEMENTS_PER_CALL = saved
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_matmul_path_of_devices_without_the_fused_kernel(mask, monkeypatch):
+    """The composition that serves every non-CPU device, run here on CPU tensors."""
+    monkeypatch.setattr(torch_impl, "_fused", lambda device: False)
+    monkeypatch.setattr(torch_impl, "DENSE_PAIR_ELEMENTS_PER_CALL", 0)
+    check("torch", [16], mask, D=72)
+    check("torch", [5, 9, 30], mask, D=72, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_layouts_agree(mask):
+    q, k, v = (torch.randn(2, 3, 48, 72) for _ in range(3))
+    settings = {"segment_length": 16, "window": mask[0], "sink": mask[1]}
+    out = block_causal_attention(q, k, v, **settings)
+    other = block_causal_attention(*(x.transpose(1, 2) for x in (q, k, v)), layout="bthd", **settings)
+    assert torch.equal(out, other.transpose(1, 2))
+    assert other.is_contiguous(), "(B, T, H, D) memory: reshape to (B, T, C) is free"
+
+
+def test_expanded_inputs_and_gradients():
+    q = torch.randn(1, 1, 48, 16, requires_grad=True)
+    x = q.expand(2, 3, 48, 16)
+    block_causal_attention(x, x, x, segment_length=16).sum().backward()
+    expected = torch.autograd.grad(reference(x, x, x, [16])[0].sum(), q)[0]
+    torch.testing.assert_close(q.grad, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_scale_and_single_segment():
+    q, k, v = (torch.randn(1, 2, 40, 72) for _ in range(3))
+    out = block_causal_attention(q, k, v, segment_length=40, scale=0.3)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, scale=0.3))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 32, 16), (2, 0, 32, 16), (2, 2, 0, 16)])
+def test_empty(shape):
+    q = torch.randn(shape, requires_grad=True)
+    out, lse = block_causal_attention(q, q, q, segment_length=16, return_lse=True)
+    assert out.shape == shape and lse.shape == shape[:3]
+    out.sum().backward()
+    assert q.grad.shape == shape
+
+
+@pytest.mark.parametrize("dense_elements", [0, 1_000_000], ids=["segments", "dense"])
+def test_gradcheck(dense_elements, monkeypatch):
+    monkeypatch.setattr(torch_impl, "DENSE_PAIR_ELEMENTS_PER_CALL", dense_elements)
+    for mask in MASKS.values():
+        q, k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+        def run(q, k, v, mask=mask):
+            return block_causal_attention(q, k, v, segment_length=[2, 3, 4], window=mask[0], sink=mask[1])
+
+        assert torch.autograd.gradcheck(run, (q, k, v))

@@ -1,0 +1,64 @@
+"""The index algebra against the dense mask, for thousands of drawn cases."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ard_kernels.block_causal_attention import spec
+from ard_kernels.segments import segment_offsets
+
+masks = st.tuples(st.one_of(st.none(), st.integers(1, 6)), st.integers(0, 5))
+ragged = st.lists(st.integers(1, 7), min_size=1, max_size=7)
+
+
+def visible(query_segment, key_segment, window, sink):
+    """The sentence of the docstring, token by token."""
+    in_past = key_segment <= query_segment
+    in_window = window is None or key_segment >= query_segment - window + 1
+    return in_past and (in_window or key_segment < sink)
+
+
+@settings(max_examples=2000)
+@given(ragged, masks)
+def test_dense_mask_is_the_definition(lengths, mask):
+    segment_of = [segment for segment, length in enumerate(lengths) for _ in range(length)]
+    expected = [[visible(q, k, *mask) for k in segment_of] for q in segment_of]
+    assert spec.dense_mask(lengths, len(segment_of), *mask).tolist() == expected
+
+
+@settings(max_examples=2000)
+@given(ragged, masks)
+def test_ranges_equal_the_dense_mask(lengths, mask):
+    tokens = sum(lengths)
+    dense = spec.dense_mask(lengths, tokens, *mask)
+    offsets = segment_offsets(lengths, tokens)
+    for segment in range(len(lengths)):
+        keys = torch.zeros(tokens, dtype=torch.bool)
+        for start, stop in spec.key_ranges(offsets, segment, *mask):
+            assert start < stop and not keys[start:stop].any(), "ranges overlap or are empty"
+            keys[start:stop] = True
+        assert torch.equal(keys, dense[offsets[segment]])
+        queries = torch.zeros(tokens, dtype=torch.bool)
+        queries[slice(*spec.query_range(offsets, segment, *mask))] = True
+        assert torch.equal(queries, dense[:, offsets[segment]])
+    assert spec.useful_pairs(lengths, tokens, *mask) == int(dense.sum())
+
+
+@given(st.integers(1, 8), st.integers(0, 8))
+def test_equal_segments_are_a_special_case_of_ragged_ones(length, segments):
+    tokens = length * segments
+    assert segment_offsets([length], tokens) == [length * i for i in range(segments + 1)]
+    if segments:
+        assert segment_offsets([length] * segments, tokens) == segment_offsets([length], tokens)
+
+
+def test_the_masks_of_the_paper():
+    one_token_segments = [1, 1, 1, 1]
+    masks = {
+        "M1": ((1, 0), [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+        "M2": ((2, 0), [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]),
+        "M3": ((1, 1), [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]),
+        "M4": ((None, 0), [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]),
+    }
+    for name, (mask, expected) in masks.items():
+        assert spec.dense_mask(one_token_segments, 4, *mask).int().tolist() == expected, name

@@ -1,0 +1,41 @@
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Drawn cases are the same in every run, so a failure is a failure everywhere.
+settings.register_profile(
+    "ard", max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("ard")
+
+
+# Tiny tensors gain nothing from threads, and on a busy machine OpenMP's barriers cost 10x; tests about threads set them.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.manual_seed(0)
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def thread_counts():
+    """Iterate over thread counts, each set while the loop body runs."""
+
+    def each():
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            yield count
+
+    yield each
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poisoned():
+    """Every torch.empty inside comes back full of NaN: an output or workspace that is not fully written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

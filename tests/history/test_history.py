@@ -1,0 +1,217 @@
+"""Cached sampling against the dense reference: values, ragged steps, contract, compile, opcheck, FLOPs."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import ard_kernels
+from ard_kernels import HistoryCache, HistoryRouting, block_causal_attention, history_attention
+from ard_kernels.block_causal_attention.reference import block_causal_attention as dense_reference
+from ard_kernels.block_causal_attention.spec import useful_pairs
+from ard_kernels.history.reference import history_attention as reference
+from ard_kernels.history.spec import visible_tokens
+from ard_kernels.segments import segment_offsets
+
+BACKENDS = ["torch", "cpu"]
+MASKS = {"M1": (1, 0), "M2": (2, 0), "M3": (1, 1), "M4": (None, 0), "window2_sink1": (2, 1)}
+
+
+def make_segments(B, H, lengths, D, dtype=torch.float32, packed=True):
+    segments = []
+    for length in lengths:
+        qkv = torch.randn(B, length, 3, H, D).to(dtype)
+        parts = (x.transpose(1, 2) for x in qkv.unbind(2))
+        segments.append(tuple(parts if packed else (x.contiguous() for x in parts)))
+    return segments
+
+
+def check(backend, lengths, mask, B=2, H=3, D=72, dtype=torch.float32, packed=True):
+    segments = make_segments(B, H, lengths, D, dtype, packed)
+    cache = HistoryCache(2, B, H, D, sum(lengths), dtype)
+    cache.keys.fill_(float("nan"))
+    cache.values.fill_(float("nan"))
+    for step, (q, k, v) in enumerate(segments):
+        out = history_attention(q, k, v, cache, layer=1, window=mask[0], sink=mask[1], backend=backend)
+        so_far = segments[: step + 1]
+        expected = reference(so_far, *mask)
+        plain_in = [torch.cat(parts, 2) for parts in zip(*so_far)]
+        plain = dense_plain(*plain_in, lengths[: step + 1], *mask)[:, :, -lengths[step] :]
+        assert_close(out, plain, expected, label=f"step {step}")
+    assert torch.equal(cache.keys[1], torch.cat([k for _, k, _ in segments], 2))
+    assert torch.equal(cache.values[1], torch.cat([v for _, _, v in segments], 2))
+    assert cache.offsets == [[0], segment_offsets(lengths, sum(lengths)) if len(lengths) > 1 else [0, lengths[0]]]
+
+
+def dense_plain(q, k, v, lengths, window, sink):
+    from ard_kernels.block_causal_attention.spec import dense_mask
+
+    mask = dense_mask(lengths, q.shape[2], window, sink)
+    return ((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_steps_equal_the_dense_reference(backend, mask, dtype, poisoned):
+    check(backend, [16, 16, 16, 16], mask, dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    mask=st.tuples(st.one_of(st.none(), st.integers(1, 5)), st.integers(0, 4)),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([8, 24, 72])),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    packed=st.booleans(),
+)
+def test_drawn_cases(backend, lengths, mask, shape, dtype, packed):
+    check(backend, lengths, mask, *shape, dtype, packed)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.one_of(st.none(), st.integers(1, 6)), st.integers(0, 5))
+def test_visible_tokens_count_the_pairs_of_the_mask(lengths, window, sink):
+    total = 0
+    for step in range(1, len(lengths) + 1):
+        offsets = [sum(lengths[:i]) for i in range(step + 1)]
+        sink_stop, window_start = visible_tokens(offsets, window, sink)
+        assert 0 <= sink_stop <= window_start < offsets[-1] or (sink_stop == 0 and window_start == 0)
+        total += lengths[step - 1] * (sink_stop + offsets[-1] - window_start)
+    assert total == useful_pairs(lengths if len(lengths) > 1 else lengths, sum(lengths), window, sink)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bit_equal_over_threads_and_runs(backend, thread_counts):
+    segments = make_segments(2, 4, [64, 64], 72)
+
+    def run():
+        cache = HistoryCache(1, 2, 4, 72, 128)
+        return [history_attention(*s, cache, layer=0, backend=backend) for s in segments] + [cache.keys, cache.values]
+
+    first = run()
+    for count in thread_counts():
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{count} threads"
+
+
+def test_a_full_cache_raises_and_keeps_its_contents():
+    cache = HistoryCache(1, 1, 2, 16, 40)
+    q, k, v = (torch.randn(1, 2, 16, 16) for _ in range(3))
+    for _ in range(2):
+        history_attention(q, k, v, cache, layer=0)
+    before = cache.keys.clone(), cache.values.clone(), [list(o) for o in cache.offsets]
+    with pytest.raises(ValueError, match=r"layer 0 of the cache holds 32 of 40 tokens; expected room for 16 more"):
+        history_attention(q, k, v, cache, layer=0)
+    assert torch.equal(cache.keys[:, :, :, :32], before[0][:, :, :, :32]) and cache.offsets == before[2]
+    assert cache.length == 32
+    history_attention(q[:, :, :8], k[:, :, :8], v[:, :, :8], cache, layer=0)
+    assert cache.length == 40
+    cache.reset()
+    assert cache.length == 0
+    assert cache.nbytes == 2 * 2 * 40 * 16 * 4
+
+
+BAD = {
+    "layer": (lambda q: (q, q, q), {"layer": 2}, "layer is 2; expected 0 to 1"),
+    "heads": (lambda q: (q[:, :1],) * 3, {}, r"k has \(batch, heads, head_dim\) \(1, 1, 16\); expected the cache's"),
+    "dtype": (lambda q: (q.half(),) * 3, {}, "k has dtype torch.float16; expected the cache's torch.float32"),
+    "empty": (lambda q: (q[:, :, :0],) * 3, {}, "k has 0 tokens; expected a segment of at least 1"),
+    "window": (lambda q: (q, q, q), {"window": 0}, "window is 0"),
+    "shape": (lambda q: (q, q[:, :, :4], q), {}, "k has shape"),
+    "device": (lambda q: (q.to("meta"),) * 3, {}, "k is on meta; expected the cache's cpu"),
+    "backend": (lambda q: (q, q, q), {"backend": "triton"}, "has no triton implementation"),
+}
+
+
+@pytest.mark.parametrize(("make", "arguments", "message"), BAD.values(), ids=BAD)
+def test_bad_input_leaves_the_cache_alone(make, arguments, message):
+    cache = HistoryCache(2, 1, 2, 16, 64)
+    cache.keys.zero_()
+    q = torch.randn(1, 2, 16, 16)
+    with pytest.raises(ValueError, match=f"history_attention: .*{message}"):
+        history_attention(*make(q), cache, **{"layer": 0, **arguments})
+    assert cache.length == 0 and not cache.keys.any()
+
+
+def test_gradients_are_refused():
+    q = torch.randn(1, 2, 16, 16, requires_grad=True)
+    with pytest.raises(RuntimeError, match="requires a gradient; expected sampling under torch.no_grad"):
+        history_attention(q, q, q, HistoryCache(1, 1, 2, 16, 16), layer=0)
+
+
+def test_bad_cache_sizes():
+    with pytest.raises(ValueError, match="HistoryCache: heads is -1; expected an int >= 0"):
+        HistoryCache(1, 1, -1, 16, 16)
+    with pytest.raises(ValueError, match="HistoryCache: dtype is torch.int32"):
+        HistoryCache(1, 1, 1, 16, 16, torch.int32)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_flops_of_all_steps_equal_the_mask(mask):
+    cache = HistoryCache(1, 2, 3, 24, 64)
+    with FlopCounterMode(display=False) as counter:
+        for q, k, v in make_segments(2, 3, [16] * 4, 24):
+            history_attention(q, k, v, cache, layer=0, window=mask[0], sink=mask[1])
+    assert counter.get_total_flops() == 4 * 2 * 3 * 24 * useful_pairs([16], 64, *mask)
+
+
+def test_compiles_to_one_graph():
+    segments = make_segments(1, 2, [16] * 4, 16)
+    caches = HistoryCache(1, 1, 2, 16, 64), HistoryCache(1, 1, 2, 16, 64)
+
+    def step(q, k, v, cache):
+        return history_attention(q, k, v, cache, layer=0, window=2).sin()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for q, k, v in segments:
+            torch.testing.assert_close(compiled(q, k, v, caches[0]), step(q, k, v, caches[1]))
+    assert torch.equal(caches[0].keys, caches[1].keys) and caches[0].offsets == caches[1].offsets
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    q, k, v = make_segments(2, 3, [8], 16)[0]
+    cache_k, cache_v = torch.randn(2, 2, 3, 32, 16)
+    torch.library.opcheck(torch.ops.ard.history_attention, (q, k, v, cache_k, cache_v, 16, 8, 12, 0.25, backend))
+
+
+def test_autocast():
+    q, k, v = (torch.randn(1, 2, 16, 16) for _ in range(3))
+    cache = HistoryCache(1, 1, 2, 16, 16, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert history_attention(q, k, v, cache, layer=0).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("layout", ["bhtd", "bthd"])
+def test_routing_trains_and_samples_alike(mask, layout):
+    routing = HistoryRouting(3, 2, *mask)
+    cache = HistoryCache(2, 2, 3, 24, 48)
+    axis = layout.index("t")
+    q, k, v = (torch.randn(2, 3, 48, 24) for _ in range(3))
+    if layout == "bthd":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    for layer in range(3):
+        window, sink = mask if layer < 2 else (1, 0)
+        trained = routing.attention(layer, q, k, v, segment_length=16, layout=layout)
+        heads_first = [x.transpose(1, 2) if layout == "bthd" else x for x in (q, k, v)]
+        expected = dense_reference(*heads_first, [16], window, sink)[0]
+        expected = expected.transpose(1, 2) if layout == "bthd" else expected
+        torch.testing.assert_close(trained, expected.float(), rtol=1e-4, atol=1e-5)
+        steps = [
+            routing.attention(layer, *(x.narrow(axis, t, 16) for x in (q, k, v)), segment_length=16, cache=cache, layout=layout)
+            for t in (0, 16, 32)
+        ]
+        torch.testing.assert_close(torch.cat(steps, axis), trained, rtol=1e-5, atol=1e-6)
+    assert cache.length == 48
+
+
+def test_routing_rejects_bad_layers():
+    with pytest.raises(ValueError, match="history_layers is 5; expected 0 to depth=4"):
+        HistoryRouting(4, 5)
+    with pytest.raises(ValueError, match="layer is 4; expected 0 to 3"):
+        q = torch.randn(1, 1, 4, 8)
+        HistoryRouting(4, 2).attention(4, q, q, q, segment_length=4)
+    assert block_causal_attention is ard_kernels.block_causal_attention

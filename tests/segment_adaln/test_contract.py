@@ -1,0 +1,146 @@
+"""The public contract of the adaLN family: errors, determinism, threads, compile, autocast, opcheck."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import ard_kernels
+from ard_kernels import adaln_modulate, gate_residual, gate_residual_adaln
+
+BACKENDS = ["torch", "cpu"]
+
+BAD = {
+    "rank": (lambda x, r: (x[0], r, r), {}, "x has shape .*; expected 3 dims"),
+    "tokens": (lambda x, r: (x, r, r), {"segment_length": 7}, "x has 24 tokens; expected a multiple of segment_length=7"),
+    "rows": (lambda x, r: (x, r[:, :2], r), {}, r"shift has shape \(2, 2, 16\); expected \(2, 3, 16\) .per segment."),
+    "rows_differ": (lambda x, r: (x, r, x), {}, r"scale has shape \(2, 24, 16\); expected shift's \(2, 3, 16\)"),
+    "width": (lambda x, r: (x, r[..., :8], r), {}, "shift has shape"),
+    "row_dtype": (lambda x, r: (x, r, r.half()), {}, "scale has dtype torch.float16; expected a float dtype equal to"),
+    "dtype": (lambda x, r: (x.long(), r, r), {}, "x has dtype torch.int64; expected float32"),
+    "device": (lambda x, r: (x, r, r.to("meta")), {}, "scale is on meta; expected x's cpu"),
+    "eps": (lambda x, r: (x, r, r), {"eps": 0.0}, "eps is 0.0; expected a positive number"),
+    "fp64": (lambda x, r: (x.double(), r, r), {"backend": "cpu"}, "float64 is served by the torch backend only"),
+    "backend": (lambda x, r: (x, r, r), {"backend": "cuda"}, "has no cuda implementation"),
+}
+
+
+@pytest.mark.parametrize(("make", "arguments", "message"), BAD.values(), ids=BAD)
+def test_bad_input(make, arguments, message):
+    x, rows = torch.randn(2, 24, 16), torch.randn(2, 3, 16)
+    with pytest.raises(ValueError, match=f"adaln_modulate: .*{message}"):
+        adaln_modulate(*make(x, rows), **{"segment_length": 8, **arguments})
+
+
+def test_bad_branch_and_gate():
+    x, rows = torch.randn(2, 24, 16), torch.randn(2, 3, 16)
+    with pytest.raises(ValueError, match="gate_residual: branch has shape .*; expected x's"):
+        gate_residual(x, x[:, :8], rows, segment_length=8)
+    with pytest.raises(ValueError, match="gate_residual_adaln: shift has shape .*; expected gate's"):
+        gate_residual_adaln(x, x, rows, x, x, segment_length=8)
+
+
+def inputs(B=2, T=96, S=3, C=72, dtype=torch.float32, grad=True):
+    x, branch = (torch.randn(B, T, C, dtype=dtype).requires_grad_(grad) for _ in range(2))
+    gate, shift, scale = (torch.randn(B, S, C, dtype=dtype).requires_grad_(grad) for _ in range(3))
+    return x, branch, gate, shift, scale
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("T", "C"), [(96, 72), (1024, 384)])
+def test_bit_equal_over_runs_and_threads(backend, T, C, thread_counts):
+    tensors = inputs(T=T, S=2, C=C)
+    grads = torch.randn(2, 2, T, C)
+
+    def run():
+        h, y = gate_residual_adaln(*tensors, segment_length=T // 2, backend=backend)
+        return h, y, *torch.autograd.grad((h, y), tensors, tuple(grads))
+
+    first = run()
+    for count in thread_counts():
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{count} threads"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(backend, dynamic):
+    def layer(x, rows):
+        gate, shift, scale = rows.chunk(3, -1)
+        y = adaln_modulate(x, shift, scale, segment_length=8, backend=backend)
+        h, y = gate_residual_adaln(x, y.sin(), gate, shift, scale, segment_length=8, backend=backend)
+        return gate_residual(h, y, gate, segment_length=8, backend=backend)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for B, S in ((1, 2), (2, 3), (3, 4)):
+        x, rows = torch.randn(B, 8 * S, 16, requires_grad=True), torch.randn(B, S, 48, requires_grad=True)
+        results = [torch.autograd.grad(f(x, rows).sum(), (x, rows)) for f in (compiled, layer)]
+        torch.testing.assert_close(*results)
+
+
+def test_compiles_with_inductor_and_follows_use_backend():
+    x, branch, gate, shift, scale = inputs(grad=False)
+    compiled = torch.compile(
+        lambda: gate_residual_adaln(x.sin(), branch, gate, shift, scale, segment_length=32), fullgraph=True
+    )
+    for name in BACKENDS:
+        with ard_kernels.use_backend(name):
+            expected = gate_residual_adaln(x.sin(), branch, gate, shift, scale, segment_length=32)
+            torch.testing.assert_close(compiled(), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_gives_the_next_matmul_its_dtype(backend):
+    """y comes in the autocast dtype, the residual h stays fp32; gradients return in each input's dtype."""
+    x, branch, *rows = inputs()
+    rows = [row.detach().bfloat16().requires_grad_() for row in rows]
+    with torch.autocast("cpu", torch.bfloat16):
+        h, y = gate_residual_adaln(x, branch.bfloat16(), *rows, segment_length=32, backend=backend)
+        z = adaln_modulate(x, *rows[1:], segment_length=32, backend=backend)
+    assert (h.dtype, y.dtype, z.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+    expected = gate_residual_adaln(x, branch.bfloat16().float(), *(r.float() for r in rows), segment_length=32)
+    torch.testing.assert_close(h, expected[0])
+    torch.testing.assert_close(y, expected[1].bfloat16(), rtol=1e-2, atol=1e-2)
+    (y.float().sum() + h.sum() + z.float().sum()).backward()
+    assert x.grad.dtype == torch.float32 and rows[0].grad.dtype == torch.bfloat16
+
+
+def test_counted_as_no_flops():
+    """conv, linear and attention are counted; the adaLN ops add nothing to that."""
+    with FlopCounterMode(display=False) as counter:
+        h, y = gate_residual_adaln(*inputs(), segment_length=32)
+        (h.sum() + y.sum()).backward()
+    assert counter.get_total_flops() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [[32], [1], [16, 80]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(backend, lengths, dtype):
+    segments = 96 // lengths[0] if len(lengths) == 1 else len(lengths)
+    x, branch, gate, shift, scale = inputs(S=segments, dtype=dtype)
+    ops = torch.ops.ard
+    checks = [
+        (ops.adaln_modulate, (x, shift, scale, lengths, 1e-6, dtype, backend)),
+        (ops.gate_residual_adaln, (x, branch, gate, shift, scale, lengths, 1e-6, dtype, backend)),
+        (ops.gate_residual, (x, branch, gate, lengths, backend)),
+    ]
+    with torch.no_grad():
+        y, mean, rstd = ops.adaln_modulate(x, shift, scale, lengths, 1e-6, dtype, backend)
+    x, branch, gate, scale = (t.detach() for t in (x, branch, gate, scale))
+    checks += [
+        (ops.adaln_modulate_backward, (y, x, scale, mean, rstd, lengths, backend)),
+        (ops.gate_residual_adaln_backward, (x, y, x, branch, gate, scale, mean, rstd, lengths, backend)),
+        (ops.gate_residual_adaln_backward, (None, y, x, branch, gate, scale, mean, rstd, lengths, backend)),
+        (ops.gate_residual_backward, (x, branch, gate, lengths, backend)),
+    ]
+    for op, arguments in checks:
+        torch.library.opcheck(op, arguments)
+
+
+def test_offsets_beyond_int32():
+    """Strides whose products pass 2**31 elements, without the memory: rows of one expanded or far-strided buffer."""
+    x = torch.randn(1, 1, 16).expand(3, 40, 16)
+    far = torch.empty_strided((2, 3, 16), (2**31 + 8, 16, 1), device="meta")
+    assert far.stride(0) * 1 > 2**31
+    y = adaln_modulate(x, x[:, :5], x[:, :5], segment_length=8, backend="cpu")
+    assert torch.equal(y[0, 0], y[2, 39])

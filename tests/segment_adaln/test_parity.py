@@ -1,0 +1,210 @@
+"""Values and gradients of the adaLN family on every backend against the fp64 reference, under the 1.5x / 2x rule."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import BACKWARD_FACTOR, assert_all_close
+
+import ard_kernels
+from ard_kernels import adaln_modulate, extension, gate_residual, gate_residual_adaln
+from ard_kernels.segment_adaln import reference
+from ard_kernels.segment_adaln.spec import row_of_token
+
+BACKENDS = ["torch", "cpu"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPS = ("adaln_modulate", "gate_residual_adaln", "gate_residual")
+EPS = 1e-6
+
+
+def plain(op, x, branch, gate, shift, scale, lengths):
+    """The op as eager PyTorch code of a DiT writes it, in the dtypes given; rows spread over tokens."""
+    gate, shift, scale = (r[:, row_of_token(lengths, x.shape[1])] for r in (gate, shift, scale))
+    h = x if op == "adaln_modulate" else (x + gate * branch).to(x.dtype)
+    if op == "gate_residual":
+        return (h,)
+    y = (F.layer_norm(h, h.shape[-1:], eps=EPS) * (1 + scale) + shift).to(x.dtype)
+    return (y,) if op == "adaln_modulate" else (h, y)
+
+
+def run_reference(op, x, branch, gate, shift, scale, lengths):
+    if op == "adaln_modulate":
+        return (reference.adaln_modulate(x, shift, scale, lengths, EPS),)
+    if op == "gate_residual":
+        return (reference.gate_residual(x, branch, gate, lengths),)
+    return reference.gate_residual_adaln(x, branch, gate, shift, scale, lengths, EPS)
+
+
+def run_op(op, x, branch, gate, shift, scale, segment_length, backend):
+    settings = {"segment_length": segment_length, "backend": backend}
+    if op == "adaln_modulate":
+        return (adaln_modulate(x, shift, scale, **settings),)
+    if op == "gate_residual":
+        return (gate_residual(x, branch, gate, **settings),)
+    return gate_residual_adaln(x, branch, gate, shift, scale, **settings)
+
+
+def make_inputs(B, lengths, C, x_dtype, row_dtype, per_token, kind):
+    """Leaves, then x, branch (B, T, C) and the rows as chunks of one (B, S or T, 6C) projection."""
+    T = sum(lengths)
+    rows = torch.randn(B, T if per_token else len(lengths), 6 * C, dtype=row_dtype).requires_grad_()
+    if kind == "strided":  # every other token of a wider, offset buffer
+        leaf = torch.randn(2, B, 2 * T + 1, C + 3, dtype=x_dtype).requires_grad_()
+        x, branch = leaf[:, :, 1::2, 3:].unbind(0)
+    elif kind == "transposed":  # out of the no-copy contract, still right
+        leaf = torch.randn(2, B, C, T, dtype=x_dtype).requires_grad_()
+        x, branch = leaf.transpose(-1, -2).unbind(0)
+    else:
+        leaf = torch.randn(2, B, T, C, dtype=x_dtype).requires_grad_()
+        x, branch = leaf.unbind(0)
+    return (leaf, rows), (x, branch, *rows.chunk(6, -1)[1:4])
+
+
+def check(op, backend, B, lengths, C, x_dtype=torch.float32, row_dtype=None, per_token=False, kind="contiguous"):
+    row_dtype = row_dtype or x_dtype
+    leaves, inputs = make_inputs(B, lengths, C, x_dtype, row_dtype, per_token, kind)
+    segment_length = lengths[0] if len(set(lengths)) == 1 else lengths
+    row_lengths = [1] if per_token else lengths
+    outputs = (
+        run_op(op, *inputs, segment_length, backend),
+        plain(op, *inputs, row_lengths),
+        run_reference(op, *inputs, row_lengths),
+    )
+    assert all(y.dtype == x_dtype for y in outputs[0])
+    assert_all_close(*outputs, label=f"{op} forward")
+    grad_outputs = [torch.randn_like(y) for y in outputs[0]]
+    grads = [torch.autograd.grad(ys, leaves, [g.to(y.dtype) for g, y in zip(grad_outputs, ys)]) for ys in outputs]
+    # autograd rounds the reference's gradient to the leaf's dtype; that rounding is the oracle's floor.
+    assert_all_close(grads[0], grads[1], [g.double() for g in grads[2]], factor=BACKWARD_FACTOR, label=f"{op} grad")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("per_token", [False, True], ids=["segment_rows", "token_rows"])
+@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in (a, torch.float32)], ids=str)
+def test_model_width(backend, op, per_token, dtypes, poisoned):
+    check(op, backend, 2, [40, 40, 40], 1152, *dtypes, per_token=per_token)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("kind", ["contiguous", "strided", "transposed"])
+@pytest.mark.parametrize("lengths", [[33], [7, 64, 1, 100]], ids=["one_segment", "ragged"])
+def test_strides_and_ragged_segments(backend, op, kind, lengths, poisoned):
+    check(op, backend, 3, lengths, 40, kind=kind)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+@given(
+    lengths=st.one_of(
+        st.lists(st.integers(1, 70), min_size=1, max_size=5),
+        st.tuples(st.integers(1, 70), st.integers(1, 5)).map(lambda p: [p[0]] * p[1]),
+    ),
+    shape=st.tuples(st.integers(1, 3), st.integers(8, 100)),  # narrower rows are ill-conditioned
+    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+    per_token=st.booleans(),
+    kind=st.sampled_from(["contiguous", "strided", "transposed"]),
+)
+def test_drawn_cases(backend, op, lengths, shape, dtypes, per_token, kind):
+    B, C = shape
+    check(op, backend, B, lengths, C, *dtypes, per_token=per_token, kind=kind)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_past_the_caches(backend, dtype, poisoned):
+    """Above the streaming threshold of the C++ kernel (8 MiB), with rows that are not aligned to a vector."""
+    tokens = (9 << 20) // (104 * dtype.itemsize) // 4
+    check("gate_residual_adaln", backend, 1, [tokens] * 4, 104, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_value_survives_the_conversions(dtype):
+    """h = x + 0 * branch through fp32 and back is x, for all 65536 bit patterns; fp32 -> half rounds as PyTorch does."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(1, 64, 1024)
+    zero = torch.zeros_like(x)
+    h = gate_residual(x, zero, zero[:, :1], segment_length=64, backend="cpu")
+    assert torch.equal(h.isnan(), x.isnan())
+    assert torch.equal(h.nan_to_num(0.0) + 0.0, x.nan_to_num(0.0) + 0.0)
+    fp32 = torch.cat([torch.randn(60000) * 10 ** (torch.rand(60000) * 16 - 9), x.float().flatten() * (1 + 2**-9)])
+    fp32 = fp32.reshape(1, 1, -1)
+    one, none = torch.ones_like(fp32), torch.zeros(1, 1, fp32.shape[-1], dtype=dtype)
+    rounded = gate_residual(none, fp32, one, segment_length=1, backend="cpu")
+    expected = fp32.to(dtype)
+    assert torch.equal(rounded.isnan(), expected.isnan())
+    assert torch.equal(rounded.nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("used", ["h", "y"])
+def test_only_one_output_used(backend, used, poisoned):
+    leaves, inputs = make_inputs(2, [20, 20], 24, torch.float32, torch.float32, False, "contiguous")
+    results = []
+    for run in (lambda: run_op("gate_residual_adaln", *inputs, 20, backend),
+                lambda: run_reference("gate_residual_adaln", *inputs, [20, 20])):
+        out = run()[0 if used == "h" else 1]
+        results.append(torch.autograd.grad(out.double().sin().sum(), leaves))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chained_ops_with_a_shared_table(backend, poisoned):
+    """The trap of torch.compile: modulated LayerNorms in a chain whose rows come from one shared table."""
+    leaves, (x, _, gate, shift, scale) = make_inputs(2, [16, 16, 16], 72, torch.float32, torch.float32, False, "contiguous")
+
+    def chain(op, *settings):
+        h, y = op(x, x.sin(), gate, shift, scale, *settings)
+        h, y = op(h, y.sin(), gate, shift, scale, *settings)
+        return op(h, y.sin(), gate, shift, scale, *settings)[1]
+
+    ours = chain(lambda *a: gate_residual_adaln(*a[:5], segment_length=16, backend=backend))
+    expected = chain(reference.gate_residual_adaln, [16])
+    got = torch.autograd.grad(ours.sum(), leaves)
+    torch.testing.assert_close(got, torch.autograd.grad(expected.sum(), leaves), rtol=1e-3, atol=2e-3)
+
+
+def test_expanded_rows_and_inputs():
+    row = torch.randn(1, 1, 48, requires_grad=True)
+    x = torch.randn(1, 12, 48, requires_grad=True)
+    rows = row.expand(3, 4, 48)
+    for backend in BACKENDS:
+        y = adaln_modulate(x.expand(3, 12, 48), rows, rows, segment_length=3, backend=backend)
+        expected = reference.adaln_modulate(x.expand(3, 12, 48), rows, rows, [3])
+        torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-5)
+        grads = [torch.autograd.grad(v.sum(), (x, row), retain_graph=True) for v in (y, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 8, 16), (2, 0, 16)])
+def test_empty(backend, shape):
+    B, T, C = shape
+    x = torch.randn(shape, requires_grad=True)
+    rows = torch.randn(B, T // 4, C, requires_grad=True)
+    h, y = gate_residual_adaln(x, x, rows, rows, rows, segment_length=4, backend=backend)
+    assert h.shape == y.shape == shape
+    (h.sum() + y.sum()).backward()
+    assert x.grad.shape == shape and rows.grad.shape == rows.shape
+
+
+@pytest.mark.parametrize("lengths", [[6], [1], [2, 4]])
+def test_gradcheck(lengths):
+    x, branch = (torch.randn(2, 6, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    segments = 6 // lengths[0] if len(lengths) == 1 else len(lengths)
+    rows = [torch.randn(2, segments, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    length = lengths[0] if len(lengths) == 1 else lengths
+    for op in OPS:
+        needed = {"adaln_modulate": (x, rows[1], rows[2]), "gate_residual": (x, branch, rows[0])}
+        inputs = needed.get(op, (x, branch, *rows))
+
+        def run(*tensors, op=op):
+            return getattr(ard_kernels, op)(*tensors, segment_length=length)
+
+        assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_the_extension_is_built():
+    """The cpu backend is part of the package: a test run without it would test nothing of it."""
+    assert extension.module is not None, extension.missing
