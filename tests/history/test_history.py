@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ard_kernels
 from ard_kernels import HistoryCache, HistoryRouting, block_causal_attention, history_attention
 from ard_kernels.block_causal_attention.reference import block_causal_attention as dense_reference
-from ard_kernels.block_causal_attention.spec import useful_pairs
+from ard_kernels.block_causal_attention.spec import dense_mask, useful_pairs
 from ard_kernels.history.reference import history_attention as reference
 from ard_kernels.history.spec import visible_tokens
 from ard_kernels.segments import segment_offsets
@@ -33,21 +33,21 @@ def check(backend, lengths, mask, B=2, H=3, D=72, dtype=torch.float32, packed=Tr
     cache = HistoryCache(2, B, H, D, sum(lengths), dtype)
     cache.keys.fill_(float("nan"))
     cache.values.fill_(float("nan"))
+    steps = []
     for step, (q, k, v) in enumerate(segments):
         out = history_attention(q, k, v, cache, layer=1, window=mask[0], sink=mask[1], backend=backend)
         so_far = segments[: step + 1]
         expected = reference(so_far, *mask)
         plain_in = [torch.cat(parts, 2) for parts in zip(*so_far)]
         plain = dense_plain(*plain_in, lengths[: step + 1], *mask)[:, :, -lengths[step] :]
-        assert_close(out, plain, expected, label=f"step {step}")
+        steps.append((out, plain, expected))
+    assert_close(*(torch.cat(parts, 2) for parts in zip(*steps)))
     assert torch.equal(cache.keys[1], torch.cat([k for _, k, _ in segments], 2))
     assert torch.equal(cache.values[1], torch.cat([v for _, _, v in segments], 2))
     assert cache.offsets == [[0], segment_offsets(lengths, sum(lengths)) if len(lengths) > 1 else [0, lengths[0]]]
 
 
 def dense_plain(q, k, v, lengths, window, sink):
-    from ard_kernels.block_causal_attention.spec import dense_mask
-
     mask = dense_mask(lengths, q.shape[2], window, sink)
     return ((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))).softmax(-1) @ v
 
