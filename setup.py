@@ -35,7 +35,7 @@ def check_build_cuda():
     if choice != "1":
         return
     if find_nvcc() is None:
-        sys.exit("ARD_BUILD_CUDA=1 needs nvcc, and none is on PATH or under CUDA_HOME; install the CUDA toolkit or use 0")
+        sys.exit("ARD_BUILD_CUDA=1 needs nvcc, and none is on PATH or in CUDA_HOME; install the CUDA toolkit or use 0")
     sys.exit("ARD_BUILD_CUDA=1: this release has no CUDA kernels to build yet; use auto or 0")
 
 

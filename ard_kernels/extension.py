@@ -1,4 +1,4 @@
-"""The compiled module `ard_kernels._C`, or why it is not here. torch comes first: both must share one OpenMP runtime."""
+"""The compiled module `ard_kernels._C`, or why it is not here. torch loads first, so that both share one OpenMP."""
 
 from __future__ import annotations
 

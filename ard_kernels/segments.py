@@ -27,7 +27,9 @@ def check_segment_length(op: str, segment_length: int | Sequence[int], name: str
         if segment_length < 1:
             raise ValueError(f"{op}: segment_length is {segment_length}; expected a positive number of tokens")
         if tokens % segment_length != 0:
-            raise ValueError(f"{op}: {name} has {tokens} tokens; expected a multiple of segment_length={segment_length}")
+            raise ValueError(
+                f"{op}: {name} has {tokens} tokens; expected a multiple of segment_length={segment_length}"
+            )
         return [segment_length]
     lengths = list(segment_length)
     if not lengths or any(length < 1 for length in lengths):

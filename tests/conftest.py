@@ -9,7 +9,7 @@ settings.register_profile(
 settings.load_profile("ard")
 
 
-# Tiny tensors gain nothing from threads, and on a busy machine OpenMP's barriers cost 10x; tests about threads set them.
+# Threads do not help tiny tensors, and OpenMP's barriers cost 10x on a busy machine. Tests about threads set them.
 torch.set_num_threads(1)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ard_kernels.backends import register_backend
 from ard_kernels.block_causal_attention import torch_impl
 from ard_kernels.block_causal_attention.spec import useful_pairs

@@ -1,4 +1,4 @@
-"""The slow oracle: dense masked softmax attention in fp64. Tests and benchmarks compare with it; nothing else uses it."""
+"""The slow oracle: dense masked softmax attention in fp64, for tests and benchmarks only."""
 
 from __future__ import annotations
 

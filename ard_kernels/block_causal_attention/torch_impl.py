@@ -114,7 +114,13 @@ def _is_folded(lengths: Sequence[int], segments: int, window: int | None, sink: 
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], window: int | None, sink: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: Sequence[int],
+    window: int | None,
+    sink: int,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q, k, v (B, H, T, D) -> out (B, H, T, D) with (B, T, H, D) memory, lse (B, H, T) contiguous."""
     B, H, T, _ = q.shape

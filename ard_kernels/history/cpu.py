@@ -18,7 +18,9 @@ def append(k, v, cache_k, cache_v, start: int) -> None:
     """cache[:, :, start : start + L] = (k, v)."""
     B, H, L, D = k.shape
     views = map(_view, (k, v, cache_k[:, :, start:], cache_v[:, :, start:]))
-    extension.module.history_cache_append(*views, B, H, L, D * k.element_size(), k.element_size(), torch.get_num_threads())
+    extension.module.history_cache_append(
+        *views, B, H, L, D * k.element_size(), k.element_size(), torch.get_num_threads()
+    )
 
 
 def forward(q, k, v, cache_k, cache_v, start, sink_stop, window_start, scale) -> torch.Tensor:

@@ -9,6 +9,6 @@ from ard_kernels.block_causal_attention.reference import block_causal_attention
 
 def history_attention(segments, window=None, sink=0, scale=None) -> torch.Tensor:
     """Output (B, H, L_s, D) of the last of `segments`, a list of (q, k, v) each (B, H, L_i, D)."""
-    q, k, v = (torch.cat(parts, 2) for parts in zip(*segments))
+    q, k, v = (torch.cat(parts, 2) for parts in zip(*segments, strict=True))
     lengths = [segment[0].shape[2] for segment in segments]
     return block_causal_attention(q, k, v, lengths, window, sink, scale)[0][:, :, -lengths[-1] :]

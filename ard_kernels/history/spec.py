@@ -27,7 +27,7 @@ def check_cache(op: str, cache, layer: int, k_BHTD: torch.Tensor) -> None:
         raise ValueError(f"{op}: layer is {layer}; expected 0 to {cache.layers - 1}")
     B, H, L, D = k_BHTD.shape
     expected = (cache.batch, cache.heads, cache.head_dim)
-    if (B, H, D) != expected:
+    if expected != (B, H, D):
         raise ValueError(f"{op}: k has (batch, heads, head_dim) {(B, H, D)}; expected the cache's {expected}")
     if k_BHTD.dtype != cache.dtype:
         raise ValueError(f"{op}: k has dtype {k_BHTD.dtype}; expected the cache's {cache.dtype}")

@@ -1,4 +1,4 @@
-"""adaLN-Zero with one row of (shift, scale, gate) per segment: LayerNorm + modulation, and the gated residual before it."""
+"""adaLN-Zero with one row of (shift, scale, gate) per segment: modulated LayerNorm and the gated residual before it."""
 
 from __future__ import annotations
 

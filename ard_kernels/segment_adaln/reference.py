@@ -1,4 +1,4 @@
-"""The slow oracle of the adaLN family: fp64, rows spread over tokens, gradients by autograd. Tests and benchmarks only."""
+"""The slow oracle of the adaLN family: fp64, rows spread over tokens, for tests and benchmarks only."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ segments spread their rows over tokens first and sum their gradients per segment
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -39,11 +40,11 @@ def _row_sum(terms_BSLC: torch.Tensor, lengths: Sequence[int], dtype: torch.dtyp
     if len(lengths) == 1:
         return terms_BSLC.sum(2).to(dtype)
     terms_BTC, offsets = terms_BSLC.flatten(1, 2), segment_offsets(lengths, terms_BSLC.shape[1])
-    return torch.stack([terms_BTC[:, a:b].sum(1) for a, b in zip(offsets, offsets[1:])], 1).to(dtype)
+    return torch.stack([terms_BTC[:, a:b].sum(1) for a, b in pairwise(offsets)], 1).to(dtype)
 
 
 def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.dtype | None):
-    """(h or None, y or None, mean (B, T) or None, rstd (B, T) or None); branch and gate, or shift and scale, may be None."""
+    """(h, y, mean (B, T), rstd (B, T)); branch and gate, or shift and scale, may be None, then so is their output."""
     B, T, C = x.shape
     acc = statistics_dtype(x.dtype)
     h = y = mean = rstd = None

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ard.files import write_tensors
 from ard.model import DiT, DiTConfig
 from ard.student import ARDStudent
 
@@ -135,25 +136,8 @@ def infer_config(
 
 
 def save_safetensors(module: nn.Module, path: str | os.PathLike) -> None:
-    """Write the module's state dict so that `path` always holds a whole file: temporary file -> fsync -> rename."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        _fsync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Write the module's state dict so that `path` always holds a whole file."""
+    write_tensors(Path(path), module.state_dict())
 
 
 def _flat_copy(state: Mapping, source: str) -> dict[str, Tensor]:

@@ -23,9 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ard import digits, report
 from ard.config import build, merge, read_yaml
 from ard.digits import ClassifierConfig, DigitClassifier
+from ard.files import write_json
 from ard.metrics import FeatureStatistics, class_consistency, endpoint_mse, feature_statistics, frechet_distance
 from ard.model import DiT, DiTConfig
-from ard.store import StoreSpec, TrajectoryStore, generate_store, noise_at, write_json
+from ard.store import StoreSpec, TrajectoryStore, generate_store, noise_at
 from ard.student import ARDStudent
 from ard.train import Fitted, TrainConfig, fit, save_checkpoint, student_step_loss, teacher_step_loss
 from ard.trajectories import generate

@@ -278,7 +278,7 @@ class DiTTrunk(nn.Module):
         """All blocks, then final layer s on segment s: (B, T, C) -> (B, S, L, P).
 
         `attend(layer, q, k, v)` mixes tokens. Modulation comes from `c_BSC`, or from the rows that
-        `modulation_rows(c_BSC, final_layers)` has computed beforehand.
+        `adaLN_modulation` and `final_rows` have computed beforehand.
         """
         L, pending = self.config.tokens, None
         for layer, block in enumerate(self.blocks):

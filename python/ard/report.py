@@ -12,7 +12,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ard.store import atomic_path
+from ard.files import atomic_path
 
 GRID_COLUMNS = 20
 COLOURS = ("#c44e52", "#4c72b0", "#55a868", "#8172b3")  # baseline first
@@ -141,7 +141,8 @@ def _how_to_read(result: dict) -> str:
         "and its values compare only within this report. To the teacher: how far the student's distribution is from "
         "that of the teacher's images. Endpoint MSE: mean squared difference, per pixel on the [-1, 1] scale, to the "
         "image the teacher makes from the same noise. To real digits: against all 1797 scans; the teacher was trained "
-        "on 80 % of them. The students of one seed share initial weights (the teacher's), batches, their order, and "
+        "on 80 % of them. The last column says how recognisable the images are; read it against the teacher's row. "
+        "The students of one seed share initial weights (the teacher's), batches, their order, and "
         "all hyper-parameters; cells give the mean over "
         f"{seeds} seed{'s' * (seeds > 1)} and, in brackets, the smallest and largest. All seeds share one teacher, so "
         "the ranges do not hold the spread over teachers."

@@ -20,16 +20,15 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+
+from ard.files import file_sha256, write_json, write_tensors
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -75,46 +74,6 @@ def batch_indices(seed: int, step: int, batch_size: int, count: int) -> torch.Te
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     indices = [_epoch_permutation(seed, int(p // count), count)[p % count] for p in positions]
     return torch.from_numpy(np.array(indices, dtype=np.int64))
-
-
-@contextmanager
-def atomic_path(path: Path):
-    """Yields a temporary path in the same folder; on success flushes it to disk and renames it to ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value) -> None:
-    """Writes JSON atomically; NaN and infinity are refused, since they are not JSON."""
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    with atomic_path(path) as temporary:
-        temporary.write_text(text)
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-    """Writes a safetensors file atomically and returns its sha256."""
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        return file_sha256(temporary)
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

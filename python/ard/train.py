@@ -21,9 +21,10 @@ from torch import nn
 
 from ard.diffusion import TRAIN_STEPS, alphas_cumprod
 from ard.ema import Ema
+from ard.files import write_json, write_tensors
 from ard.losses import trajectory_loss
 from ard.model import DiT
-from ard.store import TrajectoryStore, batch_indices, random_stream, write_json, write_tensors
+from ard.store import TrajectoryStore, batch_indices, random_stream
 from ard.student import ARDStudent
 
 

@@ -30,8 +30,16 @@ BAD = {
     "device": (lambda q: (q, q.to("meta"), q), {"segment_length": 100}, "k is on meta; expected q's cpu"),
     "head_dim": (lambda q: (q[..., :12],) * 3, {"segment_length": 100}, "q has head dim 12; expected a multiple of 8"),
     "backend": (lambda q: (q, q, q), {"segment_length": 100, "backend": "nope"}, "unknown backend"),
-    "no_triton": (lambda q: (q, q, q), {"segment_length": 100, "backend": "cuda"}, "'cuda' .argument backend. cannot run"),
-    "cpu": (lambda q: (q, q, q), {"segment_length": 100, "backend": "cpu"}, "attention on the CPU is the torch backend"),
+    "no_triton": (
+        lambda q: (q, q, q),
+        {"segment_length": 100, "backend": "cuda"},
+        "'cuda' .argument backend. cannot",
+    ),
+    "cpu": (
+        lambda q: (q, q, q),
+        {"segment_length": 100, "backend": "cpu"},
+        "on the CPU is the torch backend",
+    ),
 }
 
 

@@ -38,10 +38,10 @@ def check(backend, lengths, mask, B=2, H=3, D=72, dtype=torch.float32, packed=Tr
         out = history_attention(q, k, v, cache, layer=1, window=mask[0], sink=mask[1], backend=backend)
         so_far = segments[: step + 1]
         expected = reference(so_far, *mask)
-        plain_in = [torch.cat(parts, 2) for parts in zip(*so_far)]
+        plain_in = [torch.cat(parts, 2) for parts in zip(*so_far, strict=True)]
         plain = dense_plain(*plain_in, lengths[: step + 1], *mask)[:, :, -lengths[step] :]
         steps.append((out, plain, expected))
-    assert_close(*(torch.cat(parts, 2) for parts in zip(*steps)))
+    assert_close(*(torch.cat(parts, 2) for parts in zip(*steps, strict=True)))
     assert torch.equal(cache.keys[1], torch.cat([k for _, k, _ in segments], 2))
     assert torch.equal(cache.values[1], torch.cat([v for _, _, v in segments], 2))
     assert cache.offsets == [[0], segment_offsets(lengths, sum(lengths)) if len(lengths) > 1 else [0, lengths[0]]]
@@ -79,7 +79,7 @@ def test_visible_tokens_count_the_pairs_of_the_mask(lengths, window, sink):
         sink_stop, window_start = visible_tokens(offsets, window, sink)
         assert 0 <= sink_stop <= window_start < offsets[-1] or (sink_stop == 0 and window_start == 0)
         total += lengths[step - 1] * (sink_stop + offsets[-1] - window_start)
-    assert total == useful_pairs(lengths if len(lengths) > 1 else lengths, sum(lengths), window, sink)
+    assert total == useful_pairs(lengths, sum(lengths), window, sink)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -136,14 +136,14 @@ def test_bad_input_leaves_the_cache_alone(make, arguments, message):
 
 def test_gradients_are_refused():
     q = torch.randn(1, 2, 16, 16, requires_grad=True)
-    with pytest.raises(RuntimeError, match="requires a gradient; expected sampling under torch.no_grad"):
+    with pytest.raises(RuntimeError, match="requires a gradient; expected sampling under"):
         history_attention(q, q, q, HistoryCache(1, 1, 2, 16, 16), layer=0)
 
 
 def test_bad_cache_sizes():
-    with pytest.raises(ValueError, match="HistoryCache: heads is -1; expected an int >= 0"):
+    with pytest.raises(ValueError, match=r"HistoryCache: heads is -1; expected an int >= 0"):
         HistoryCache(1, 1, -1, 16, 16)
-    with pytest.raises(ValueError, match="HistoryCache: dtype is torch.int32"):
+    with pytest.raises(ValueError, match=r"HistoryCache: dtype is torch.int32"):
         HistoryCache(1, 1, 1, 16, 16, torch.int32)
 
 
@@ -201,7 +201,9 @@ def test_routing_trains_and_samples_alike(mask, layout):
         expected = expected.transpose(1, 2) if layout == "bthd" else expected
         torch.testing.assert_close(trained, expected.float(), rtol=1e-4, atol=1e-5)
         steps = [
-            routing.attention(layer, *(x.narrow(axis, t, 16) for x in (q, k, v)), segment_length=16, cache=cache, layout=layout)
+            routing.attention(
+                layer, *(x.narrow(axis, t, 16) for x in (q, k, v)), segment_length=16, cache=cache, layout=layout
+            )
             for t in (0, 16, 32)
         ]
         torch.testing.assert_close(torch.cat(steps, axis), trained, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,11 @@ BACKENDS = ["torch", "cpu"]
 
 BAD = {
     "rank": (lambda x, r: (x[0], r, r), {}, "x has shape .*; expected 3 dims"),
-    "tokens": (lambda x, r: (x, r, r), {"segment_length": 7}, "x has 24 tokens; expected a multiple of segment_length=7"),
+    "tokens": (
+        lambda x, r: (x, r, r),
+        {"segment_length": 7},
+        "x has 24 tokens; expected a multiple of",
+    ),
     "rows": (lambda x, r: (x, r[:, :2], r), {}, r"shift has shape \(2, 2, 16\); expected \(2, 3, 16\) .per segment."),
     "rows_differ": (lambda x, r: (x, r, x), {}, r"scale has shape \(2, 24, 16\); expected shift's \(2, 3, 16\)"),
     "width": (lambda x, r: (x, r[..., :8], r), {}, "shift has shape"),
@@ -33,9 +37,9 @@ def test_bad_input(make, arguments, message):
 
 def test_bad_branch_and_gate():
     x, rows = torch.randn(2, 24, 16), torch.randn(2, 3, 16)
-    with pytest.raises(ValueError, match="gate_residual: branch has shape .*; expected x's"):
+    with pytest.raises(ValueError, match=r"gate_residual: branch has shape .*; expected x's"):
         gate_residual(x, x[:, :8], rows, segment_length=8)
-    with pytest.raises(ValueError, match="gate_residual_adaln: shift has shape .*; expected gate's"):
+    with pytest.raises(ValueError, match=r"gate_residual_adaln: shift has shape .*; expected gate's"):
         gate_residual_adaln(x, x, rows, x, x, segment_length=8)
 
 

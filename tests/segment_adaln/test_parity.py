@@ -74,7 +74,10 @@ def check(op, backend, B, lengths, C, x_dtype=torch.float32, row_dtype=None, per
     assert all(y.dtype == x_dtype for y in outputs[0])
     assert_all_close(*outputs, label=f"{op} forward")
     grad_outputs = [torch.randn_like(y) for y in outputs[0]]
-    grads = [torch.autograd.grad(ys, leaves, [g.to(y.dtype) for g, y in zip(grad_outputs, ys)]) for ys in outputs]
+    grads = [
+        torch.autograd.grad(ys, leaves, [g.to(y.dtype) for g, y in zip(grad_outputs, ys, strict=True)])
+        for ys in outputs
+    ]
     # autograd rounds the reference's gradient to the leaf's dtype; that rounding is the oracle's floor.
     assert_all_close(grads[0], grads[1], [g.double() for g in grads[2]], factor=BACKWARD_FACTOR, label=f"{op} grad")
 
@@ -122,7 +125,7 @@ def test_outputs_past_the_caches(backend, dtype, poisoned):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_half_value_survives_the_conversions(dtype):
-    """h = x + 0 * branch through fp32 and back is x, for all 65536 bit patterns; fp32 -> half rounds as PyTorch does."""
+    """h = x + 0 * branch through fp32 and back is x, for all 65536 values; fp32 -> half rounds as PyTorch does."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(1, 64, 1024)
     zero = torch.zeros_like(x)
     h = gate_residual(x, zero, zero[:, :1], segment_length=64, backend="cpu")
@@ -142,8 +145,10 @@ def test_every_half_value_survives_the_conversions(dtype):
 def test_only_one_output_used(backend, used, poisoned):
     leaves, inputs = make_inputs(2, [20, 20], 24, torch.float32, torch.float32, False, "contiguous")
     results = []
-    for run in (lambda: run_op("gate_residual_adaln", *inputs, 20, backend),
-                lambda: run_reference("gate_residual_adaln", *inputs, [20, 20])):
+    for run in (
+        lambda: run_op("gate_residual_adaln", *inputs, 20, backend),
+        lambda: run_reference("gate_residual_adaln", *inputs, [20, 20]),
+    ):
         out = run()[0 if used == "h" else 1]
         results.append(torch.autograd.grad(out.double().sin().sum(), leaves))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
@@ -152,7 +157,9 @@ def test_only_one_output_used(backend, used, poisoned):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_chained_ops_with_a_shared_table(backend, poisoned):
     """The trap of torch.compile: modulated LayerNorms in a chain whose rows come from one shared table."""
-    leaves, (x, _, gate, shift, scale) = make_inputs(2, [16, 16, 16], 72, torch.float32, torch.float32, False, "contiguous")
+    leaves, (x, _, gate, shift, scale) = make_inputs(
+        2, [16, 16, 16], 72, torch.float32, torch.float32, False, "contiguous"
+    )
 
     def chain(op, *settings):
         h, y = op(x, x.sin(), gate, shift, scale, *settings)

@@ -8,16 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ard.files import atomic_path, write_json
 from ard.store import (
     MANIFEST_NAME,
     StoreSpec,
     TrajectoryStore,
-    atomic_path,
     batch_indices,
     generate_store,
     noise_at,
     random_stream,
-    write_json,
 )
 
 SPEC = StoreSpec(

@@ -10,8 +10,9 @@ import pytest
 import torch
 from ard.config import build, merge
 from ard.ema import Ema
+from ard.files import file_sha256
 from ard.model import DiT, DiTConfig
-from ard.store import StoreSpec, file_sha256, generate_store
+from ard.store import StoreSpec, generate_store
 from ard.student import ARDStudent
 from ard.train import NonFiniteError, TrainConfig, fit, save_checkpoint, student_step_loss, teacher_step_loss
 from safetensors.torch import load_file

@@ -6,7 +6,6 @@ import os
 import pytest
 import torch
 from ard import ARDStudent, DiT, DiTConfig
-from ard import checkpoint as checkpoint_module
 from ard.checkpoint import load_student, load_teacher, save_safetensors
 from safetensors.torch import load_file
 
@@ -175,7 +174,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint_module, "_fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         save_safetensors(DiT(CONFIGS["sigma"]), path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["teacher.safetensors"]

@@ -1,0 +1,54 @@
+# Every target sets up .venv from constraints.txt when it is needed; a machine needs Python, a C++ compiler and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: install demo test test-slow test-sanitize lint format bench clean
+
+install: $(STAMP)
+
+# torch first and exactly pinned: a range would bring another build. Python code is used in place (-e).
+$(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[train,test,bench,dev]'
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/ard demo --out runs/demo
+
+test: install
+	$(BIN)/pytest -m 'not slow'
+
+test-slow: install
+	$(BIN)/pytest -m slow
+
+# The C++ kernels once more under AddressSanitizer and UndefinedBehaviorSanitizer: the tests that reach them.
+SANITIZED := $(CURDIR)/build/sanitized
+PRELOAD = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libubsan.so)
+test-sanitize: install
+	rm -rf $(SANITIZED)
+	ARD_SANITIZE=1 $(BIN)/pip install --quiet --no-deps --target $(SANITIZED) .
+	LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONPATH=$(SANITIZED) \
+	  ARD_EXPECT_EXTENSION=$(SANITIZED) $(BIN)/pytest tests/segment_adaln tests/history -k 'not compile'
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info ard_kernels/_C*.so

@@ -1,0 +1,119 @@
+"""Timing and result files: candidates take turns in one process, medians are compared, every row says where it ran."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one candidate."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed blocks instead of returning them to the system, for every candidate alike.
+
+    Otherwise each fresh 19 MB output costs some thousand page faults, more than the kernels under test, and whether it
+    does depends on what ran before. (On a GPU PyTorch's caching allocator does the same.)
+    """
+    libc = ctypes.CDLL(None)
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+    for option, value in ((M_TRIM_THRESHOLD, 1 << 30), (M_TOP_PAD, 1 << 28), (M_MMAP_THRESHOLD, 1 << 25)):
+        libc.mallopt(option, value)
+
+
+def interleaved(candidates: dict[str, Callable[[], object]], repeats: int, warmup: int = 3) -> dict[str, Timing]:
+    """Time every candidate `repeats` times, taking turns, so that a noisy neighbour hits all of them alike."""
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(warmup + repeats):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            elapsed = (time.perf_counter() - start) * 1e3
+            if repeat >= warmup:
+                samples[name].append(elapsed)
+    timings = {}
+    for name, values in samples.items():
+        cuts = statistics.quantiles(values, n=5)
+        timings[name] = Timing(statistics.median(values), cuts[0], cuts[3])
+    return timings
+
+
+def row(
+    op: str, shape: str, direction: str, timings: dict[str, Timing], ours: str, peers: list[str], target: float, **facts
+) -> dict:
+    """One result: ours against the fastest of `peers`; `target` is the least ratio peer / ours that counts as done."""
+    best = min(peers, key=lambda name: timings[name].median)
+    ratio = timings[best].median / timings[ours].median
+    return {
+        "op": op,
+        "shape": shape,
+        "dtype": "float32",
+        "direction": direction,
+        "milliseconds": {name: asdict(timing) for name, timing in timings.items()},
+        "ours": ours,
+        "best_peer": best,
+        "ratio": ratio,
+        "target": target,
+        "met": ratio >= target,
+        **facts,
+    }
+
+
+def print_rows(rows: list[dict]) -> None:
+    for r in rows:
+        times = "  ".join(f"{name} {t['median']:.3f}" for name, t in r["milliseconds"].items())
+        verdict = "met" if r["met"] else "MISSED"
+        print(f"{r['op']} {r['shape']} {r['direction']}: {r['ratio']:.3f}x of {r['best_peer']} "
+              f"(target {r['target']:.3f}, {verdict})  [ms] {times}")  # fmt: skip
+
+
+def cpu_name() -> str:
+    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return match.group(1) if match else platform.processor()
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def environment() -> dict:
+    return {
+        "date": date.today().isoformat(),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")),
+        "device": f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ard_kernels": metadata.version("ard-kernels"),
+    }
+
+
+def write_results(name: str, rows: list[dict]) -> Path:
+    """benchmarks/results/<device>/<name>.json"""
+    device = re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {torch.get_num_threads()} threads".lower()).strip("-")
+    path = RESULTS / device / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
+    print(f"wrote {path.relative_to(RESULTS.parent.parent)}")
+    return path
