@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -42,10 +43,15 @@ def keep_freed_memory() -> None:
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], repeats: int, warmup: int = 3) -> dict[str, Timing]:
-    """Time every candidate `repeats` times, taking turns, so that a noisy neighbour hits all of them alike."""
+    """Time every candidate `repeats` times, taking turns, so that a noisy neighbour hits all of them alike.
+
+    The order is drawn anew in every round: a fixed one gives each candidate the caches its predecessor left.
+    """
     samples: dict[str, list[float]] = {name: [] for name in candidates}
+    order, draw = list(candidates.items()), random.Random(0)
     for repeat in range(warmup + repeats):
-        for name, run in candidates.items():
+        draw.shuffle(order)
+        for name, run in order:
             start = time.perf_counter()
             run()
             elapsed = (time.perf_counter() - start) * 1e3

@@ -9,6 +9,8 @@ global output and log-sum-exp. Block-diagonal masks over equal segments become o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +21,10 @@ from ard_kernels.segments import segment_offsets
 # Zen 5, fp32, H 16, D 72: a call costs ~30 us, a pair of one head ~0.03 ns per element of D, so a call is worth ~1e6
 # pair-elements (S=4: dense wins up to L=16, loses from L=32 on).
 DENSE_PAIR_ELEMENTS_PER_CALL = 1_000_000
+
+# What scaled_dot_product_attention calls on the CPU; called directly for its log-sum-exp and its backward.
+_FLASH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -42,7 +48,7 @@ def _fused(device: torch.device) -> bool:
 def attend(q, k, v, scale: float, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T + mask) v and lse (B, H, T). The CPU has a fused kernel; elsewhere fp32 matmuls."""
     if _fused(q.device):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+        return _FLASH_FORWARD(q, k, v, attn_mask=mask, scale=scale)
     acc = lse_dtype(q.dtype)
     scores = q.to(acc) @ k.to(acc).transpose(-1, -2) * scale
     if mask is not None:
@@ -54,9 +60,7 @@ def attend(q, k, v, scale: float, mask=None) -> tuple[torch.Tensor, torch.Tensor
 def attend_backward(grad_out, q, k, v, out, lse, scale: float, mask=None) -> tuple[torch.Tensor, ...]:
     """(dq, dk, dv) of `attend` restricted to these queries and keys, given the *global* out and lse of the queries."""
     if _fused(q.device):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
-        )
+        return _FLASH_BACKWARD(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
     acc = lse_dtype(q.dtype)
     q_, k_, v_, grad_out_ = q.to(acc), k.to(acc), v.to(acc), grad_out.to(acc)
     scores = q_ @ k_.transpose(-1, -2) * scale
@@ -68,10 +72,31 @@ def attend_backward(grad_out, q, k, v, out, lse, scale: float, mask=None) -> tup
     return (ds @ k_).to(q.dtype), (ds.transpose(-1, -2) @ q_).to(q.dtype), (p.transpose(-1, -2) @ grad_out_).to(q.dtype)
 
 
-def _use_dense(q_BHTD, lengths, offsets, window, sink) -> bool:
-    B, H, T, D = q_BHTD.shape
-    wasted = T * T - useful_pairs(lengths, T, window, sink)
-    return wasted * B * H * D <= (len(offsets) - 2) * DENSE_PAIR_ELEMENTS_PER_CALL
+class Plan(NamedTuple):
+    """The index algebra of one mask over T tokens; computed once, since tiny shapes would notice."""
+
+    offsets: list[int]
+    keys: list[list[tuple[int, int]]]  # per query segment
+    queries: list[tuple[int, int]]  # per key segment
+    wasted: int  # (query, key) pairs that one dense call computes for nothing
+    folded: bool  # block-diagonal over equal segments: one call on a batch of segments
+
+    def is_dense(self, q_BHTD: torch.Tensor) -> bool:
+        B, H, _, D = q_BHTD.shape
+        return self.wasted * B * H * D <= (len(self.queries) - 1) * DENSE_PAIR_ELEMENTS_PER_CALL
+
+
+@lru_cache(maxsize=256)
+def _make_plan(lengths: tuple[int, ...], tokens: int, window: int | None, sink: int) -> Plan:
+    offsets = segment_offsets(lengths, tokens)
+    segments = range(len(offsets) - 1)
+    return Plan(
+        offsets,
+        [key_ranges(offsets, segment, window, sink) for segment in segments],
+        [query_range(offsets, segment, window, sink) for segment in segments],
+        tokens * tokens - useful_pairs(lengths, tokens, window, sink),
+        len(segments) == 1 or (window == 1 and sink == 0 and len(lengths) == 1),
+    )
 
 
 _masks: dict[tuple, torch.Tensor] = {}
@@ -109,8 +134,9 @@ def as_output(x_BHTD: torch.Tensor) -> torch.Tensor:
     return x_BHTD.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _is_folded(lengths: Sequence[int], segments: int, window: int | None, sink: int) -> bool:
-    return segments == 1 or (window == 1 and sink == 0 and len(lengths) == 1)
+def _cat_tokens(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Segments (B, H, L_s, D) -> (B, H, T, D) with (B, T, H, D) memory, in one pass."""
+    return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
 
 
 def forward(
@@ -124,20 +150,21 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q, k, v (B, H, T, D) -> out (B, H, T, D) with (B, T, H, D) memory, lse (B, H, T) contiguous."""
     B, H, T, _ = q.shape
-    offsets = segment_offsets(lengths, T)
-    segments = len(offsets) - 1
-    if q.numel() > 0 and _is_folded(lengths, segments, window, sink):
-        out, lse = attend(*(_fold(x, offsets[1]) for x in (q, k, v)), scale)
+    if q.numel() == 0:
+        return out_like(q), q.new_empty(B, H, T, dtype=lse_dtype(q.dtype))
+    plan = _make_plan(tuple(lengths), T, window, sink)
+    if plan.folded:
+        out, lse = attend(*(_fold(x, plan.offsets[1]) for x in (q, k, v)), scale)
         return as_output(_unfold(out, B)), _unfold(lse[..., None], B)[..., 0].contiguous()
-    if q.numel() > 0 and _use_dense(q, lengths, offsets, window, sink):
+    if plan.is_dense(q):
         out, lse = attend(q, k, v, scale, _additive_mask(q, lengths, window, sink))
         return as_output(out), lse.contiguous()
-    out, lse = out_like(q), q.new_empty(B, H, T, dtype=lse_dtype(q.dtype))
-    for segment in range(segments if q.numel() > 0 else 0):
-        rows = slice(offsets[segment], offsets[segment + 1])
-        ranges = key_ranges(offsets, segment, window, sink)
-        out[:, :, rows], lse[:, :, rows] = attend(q[:, :, rows], gather(k, ranges), gather(v, ranges), scale)
-    return out, lse
+    parts = []
+    for segment, ranges in enumerate(plan.keys):
+        rows = slice(plan.offsets[segment], plan.offsets[segment + 1])
+        parts.append(attend(q[:, :, rows], gather(k, ranges), gather(v, ranges), scale))
+    outs, lses = zip(*parts, strict=True)
+    return _cat_tokens(outs), torch.cat(lses, 2)
 
 
 def backward(
@@ -154,29 +181,28 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv (B, H, T, D), each with (B, T, H, D) memory."""
     B, _, T, _ = q.shape
-    offsets = segment_offsets(lengths, T)
-    segments = len(offsets) - 1
     if q.numel() == 0:
         return out_like(q), out_like(k), out_like(v)
-    if _is_folded(lengths, segments, window, sink):
-        folded = (_fold(x, offsets[1]) for x in (grad_out, q, k, v, out))
-        grads = attend_backward(*folded, _fold(lse[..., None], offsets[1])[..., 0], scale)
+    plan = _make_plan(tuple(lengths), T, window, sink)
+    if plan.folded:
+        length = plan.offsets[1]
+        folded = (_fold(x, length) for x in (grad_out, q, k, v, out))
+        grads = attend_backward(*folded, _fold(lse[..., None], length)[..., 0], scale)
         return tuple(as_output(_unfold(grad, B)) for grad in grads)
-    if _use_dense(q, lengths, offsets, window, sink):
+    if plan.is_dense(q):
         grads = attend_backward(grad_out, q, k, v, out, lse, scale, _additive_mask(q, lengths, window, sink))
         return tuple(as_output(grad) for grad in grads)
-    dq, dk, dv = None, out_like(k), out_like(v)
-    for segment in range(segments):
-        keys = slice(offsets[segment], offsets[segment + 1])
-        rows = slice(*query_range(offsets, segment, window, sink))
-        queries = (x[:, :, rows] for x in (grad_out, q))
-        statistics = (x[:, :, rows] for x in (out, lse))
-        part, dk[:, :, keys], dv[:, :, keys] = attend_backward(
-            *queries, k[:, :, keys], v[:, :, keys], *statistics, scale
-        )
-        if dq is None:  # accumulated in fp32, also for half precision
-            dq = part.to(lse_dtype(q.dtype)) if rows == slice(0, T) else torch.zeros_like(q, dtype=lse_dtype(q.dtype))
-            if rows == slice(0, T):
-                continue
-        dq[:, :, rows] += part
-    return as_output(dq.to(q.dtype)), dk, dv
+    dq, dks, dvs = None, [], []
+    for segment, (start, stop) in enumerate(plan.queries):
+        keys = slice(plan.offsets[segment], plan.offsets[segment + 1])
+        queries = (x[:, :, start:stop] for x in (grad_out, q))
+        statistics = (x[:, :, start:stop] for x in (out, lse))
+        part, dk, dv = attend_backward(*queries, k[:, :, keys], v[:, :, keys], *statistics, scale)
+        dks.append(dk)
+        dvs.append(dv)
+        if dq is None and (start, stop) == (0, T):  # dQ accumulates in fp32, also for half precision
+            dq = part.to(lse_dtype(q.dtype))
+            continue
+        dq = torch.zeros_like(q, dtype=lse_dtype(q.dtype)) if dq is None else dq
+        dq[:, :, start:stop].add_(part)
+    return as_output(dq.to(q.dtype)), _cat_tokens(dks), _cat_tokens(dvs)

@@ -35,5 +35,4 @@ history_op = define_op(
     _history,
     _history_fake,
     flops=_history_flops,
-    mutates=True,
 )
