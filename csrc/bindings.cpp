@@ -12,9 +12,6 @@
 namespace py = pybind11;
 
 namespace ard {
-
-const RowKernels& row_kernels();
-
 namespace {
 
 using OptionalView = std::optional<View>;
@@ -94,4 +91,10 @@ PYBIND11_MODULE(_C, m) {
       },
       py::call_guard<py::gil_scoped_release>());
   m.def("cpu_isa", [] { return row_kernels().isa; });
+  m.def("cpu_isas", [] {
+    std::vector<std::string> names;
+    for (const RowKernels* kernels : supported_row_kernels()) names.push_back(kernels->isa);
+    return names;
+  });
+  m.def("use_cpu_isa", &use_row_kernels);
 }

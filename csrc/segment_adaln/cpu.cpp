@@ -3,23 +3,42 @@
 // stage adds in order. Both cuts depend on shapes only, so results are bit-equal for any number of threads.
 #include <memory>
 #include <new>
+#include <stdexcept>
 
 #include "row_kernels.h"
 
 namespace ard {
 
-const RowKernels& row_kernels() {
+namespace {
+
+const RowKernels* chosen = nullptr;
+
+}  // namespace
+
+std::vector<const RowKernels*> supported_row_kernels() {
+  std::vector<const RowKernels*> supported;
 #if defined(ARD_X86)
-  static const RowKernels& chosen = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-                                        ? row_kernels_avx512
-                                    : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
-                                        ? row_kernels_avx2
-                                        : row_kernels_baseline;
-  return chosen;
-#else
-  return row_kernels_baseline;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    supported.push_back(&row_kernels_avx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) supported.push_back(&row_kernels_avx2);
 #endif
+  supported.push_back(&row_kernels_baseline);
+  return supported;
+}
+
+const RowKernels& row_kernels() {
+  if (chosen == nullptr) chosen = supported_row_kernels().front();
+  return *chosen;
+}
+
+void use_row_kernels(const std::string& isa) {
+  for (const RowKernels* kernels : supported_row_kernels())
+    if (isa == kernels->isa) {
+      chosen = kernels;
+      return;
+    }
+  throw std::invalid_argument("use_cpu_isa: isa is '" + isa + "'; expected one of cpu_isas()");
 }
 
 namespace {
@@ -68,13 +87,14 @@ void forward_cpu(ForwardParams params, const Segments& segments) {
   params.channels = segments.channels;
   params.stream_h = streams(params.h, segments);
   params.stream_y = streams(params.y, segments);
+  const RowKernels& kernels = row_kernels();
   const std::vector<Unit> units = cut(segments);
   const int64_t count = static_cast<int64_t>(units.size());
 #pragma omp parallel num_threads(threads(segments))
   {
     const auto scratch = make_scratch(kForwardBuffers * buffer_stride(params.channels));
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; ++i) row_kernels().forward(params, units[i], scratch.get());
+    for (int64_t i = 0; i < count; ++i) kernels.forward(params, units[i], scratch.get());
   }
 }
 
@@ -83,6 +103,7 @@ void backward_cpu(BackwardParams params, const Segments& segments) {
   params.channels = segments.channels;
   params.stream_dx = streams(params.dx, segments);
   params.stream_dbranch = streams(params.dbranch, segments);
+  const RowKernels& kernels = row_kernels();
   const std::vector<Unit> units = cut(segments);
   const int64_t count = static_cast<int64_t>(units.size());
   std::vector<std::pair<int64_t, int64_t>> sums;  // (first unit, number of units) of each segment with partials
@@ -98,11 +119,11 @@ void backward_cpu(BackwardParams params, const Segments& segments) {
   {
     const auto scratch = make_scratch(kBackwardBuffers * buffer_stride(params.channels));
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; ++i) row_kernels().backward(params, units[i], scratch.get());
+    for (int64_t i = 0; i < count; ++i) kernels.backward(params, units[i], scratch.get());
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < reductions; ++i) {
       const auto& [first, parts] = sums[i / row_sums];
-      row_kernels().reduce(params, units[first], parts, static_cast<int>(i % row_sums), scratch.get());
+      kernels.reduce(params, units[first], parts, static_cast<int>(i % row_sums), scratch.get());
     }
   }
 }

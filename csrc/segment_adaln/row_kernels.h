@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "params.h"
 
@@ -28,6 +30,11 @@ struct RowKernels {
   // Sum of the `count` partials from slot `first` on, in order, into row (batch, segment) of output `which`.
   void (*reduce)(const BackwardParams&, const Unit& first, int64_t count, int which, float* scratch);
 };
+
+// The kernels this CPU can run, best first; the ones in use; and another choice, by name, for tests.
+std::vector<const RowKernels*> supported_row_kernels();
+const RowKernels& row_kernels();
+void use_row_kernels(const std::string& isa);
 
 extern const RowKernels row_kernels_baseline;
 extern const RowKernels row_kernels_avx2;

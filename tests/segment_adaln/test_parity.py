@@ -1,5 +1,7 @@
 """Values and gradients of the adaLN family on every backend against the fp64 reference, under the 1.5x / 2x rule."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -212,6 +214,26 @@ def test_gradcheck(lengths):
         assert torch.autograd.gradcheck(run, inputs)
 
 
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set_of_this_cpu(op, dtype, poisoned):
+    """The row kernels are compiled once per instruction set; the automatic choice runs only the best one."""
+    best = extension.module.cpu_isa()
+    names = extension.module.cpu_isas()
+    assert best == names[0] and names[-1] == "baseline"
+    try:
+        for name in names:
+            extension.module.use_cpu_isa(name)
+            check(op, "cpu", 2, [40, 5, 67], 75, dtype)
+            check(op, "cpu", 1, [33, 33], 1152, dtype)
+    finally:
+        extension.module.use_cpu_isa(best)
+    with pytest.raises(ValueError, match="isa is 'mmx'; expected one of"):
+        extension.module.use_cpu_isa("mmx")
+
+
 def test_the_extension_is_built():
     """The cpu backend is part of the package: a test run without it would test nothing of it."""
     assert extension.module is not None, extension.missing
+    expected_folder = os.environ.get("ARD_EXPECT_EXTENSION", "")  # make test-sanitize: really the sanitized build?
+    assert extension.module.__file__.startswith(expected_folder)
