@@ -3,9 +3,17 @@
 import sys
 from importlib import import_module
 
-ROOMS = ("segment_adaln", "block_causal_attention", "student")
+ROOMS = {
+    "segment_adaln": "segment_adaln.main",
+    "block_causal_attention": "block_causal_attention.main",
+    "student_training": "student.training",
+    "student_sampling": "student.sampling",
+}
 
-for room in sys.argv[1:] or ROOMS:
-    if room not in ROOMS:
-        sys.exit(f"benchmarks: room is {room!r}; expected one of {', '.join(ROOMS)}")
-    import_module(f"benchmarks.{room}").main()
+names = sys.argv[1:] or list(ROOMS)
+for name in names:
+    if name not in ROOMS:
+        sys.exit(f"benchmarks: room is {name!r}; expected one of {', '.join(ROOMS)}")
+for name in names:
+    module, function = ROOMS[name].split(".")
+    getattr(import_module(f"benchmarks.{module}"), function)()

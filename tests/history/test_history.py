@@ -95,6 +95,21 @@ def test_bit_equal_over_threads_and_runs(backend, thread_counts):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{count} threads"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_beyond_int32(backend):
+    """Two samples more than 2**31 elements apart; the memory between them is reserved, never touched."""
+    storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16)
+    far = storage.as_strided((2, 3, 8, 16), (2**31 + 64, 128, 16, 1))
+    near = torch.randn(2, 3, 8, 16).bfloat16()
+    far.copy_(near)
+    outputs = []
+    for x in (far, near):
+        cache = HistoryCache(1, 2, 3, 16, 8, torch.bfloat16)
+        outputs.append((history_attention(x, x, x, cache, layer=0, backend=backend), cache.keys, cache.values))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    assert torch.equal(outputs[0][0], block_causal_attention(far, far, far, segment_length=8))
+
+
 def test_a_full_cache_raises_and_keeps_its_contents():
     cache = HistoryCache(1, 1, 2, 16, 40)
     q, k, v = (torch.randn(1, 2, 16, 16) for _ in range(3))
