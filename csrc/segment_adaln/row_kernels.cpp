@@ -89,6 +89,18 @@ inline void store(const View& view, int64_t batch, int64_t index, int64_t n, boo
   if (stream) copy_streaming(static_cast<char*>(out), static_cast<const char*>(static_cast<void*>(half)), n * 2);
 }
 
+// The row as a half-precision tensor holds it, without reading back what may have gone past the caches.
+inline const float* rounded(DType dtype, const float* row, int64_t n, float* buffer) {
+  if (dtype == DType::kBFloat16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) buffer[i] = from_bfloat16(to_bfloat16(row[i]));
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) buffer[i] = from_float16(to_float16(row[i]));
+  }
+  return buffer;
+}
+
 inline void fence(bool streamed) {
 #if defined(__SSE2__)
   if (streamed) _mm_sfence();
@@ -151,7 +163,7 @@ void forward(const ForwardParams& p, const Unit& u, float* scratch) {
       for (int64_t i = 0; i < n; ++i) h[i] = x[i] + gate[i] * branch[i];
       store(p.h, u.batch, t, n, p.stream_h, h, spare);
       // LN reads h as stored, so that the backward, which has only that, sees the same normalised row.
-      x = p.h.dtype == DType::kFloat32 ? h : load(p.h, u.batch, t, n, b3);
+      x = p.h.dtype == DType::kFloat32 ? h : rounded(p.h.dtype, h, n, b3);
     }
     if (p.y) {
       float mean, rstd;
