@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 
 ROOMS = {
+    "numerics": "numerics.main",
     "segment_adaln": "segment_adaln.main",
     "block_causal_attention": "block_causal_attention.main",
     "student_training": "student.training",
