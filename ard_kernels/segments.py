@@ -23,6 +23,8 @@ def segment_offsets(lengths: Sequence[int], tokens: int) -> list[int]:
 
 def check_segment_length(op: str, segment_length: int | Sequence[int], name: str, tokens: int) -> list[int]:
     """The op's `lengths` list for the `tokens` tokens of tensor `name`, or a ValueError that says what was expected."""
+    if hasattr(segment_length, "tolist"):  # lengths in a tensor or array
+        segment_length = segment_length.tolist()
     if isinstance(segment_length, (int, torch.SymInt)):
         if segment_length < 1:
             raise ValueError(f"{op}: segment_length is {segment_length}; expected a positive number of tokens")
@@ -31,9 +33,9 @@ def check_segment_length(op: str, segment_length: int | Sequence[int], name: str
                 f"{op}: {name} has {tokens} tokens; expected a multiple of segment_length={segment_length}"
             )
         return [segment_length]
-    lengths = list(segment_length)
-    if not lengths or any(length < 1 for length in lengths):
-        raise ValueError(f"{op}: segment_length is {lengths}; expected one or more positive lengths")
+    lengths = list(segment_length) if isinstance(segment_length, Sequence) else [segment_length]
+    if not lengths or any(not isinstance(length, (int, torch.SymInt)) or length < 1 for length in lengths):
+        raise ValueError(f"{op}: segment_length is {lengths}; expected one or more positive ints")
     if sum(lengths) != tokens:
         raise ValueError(f"{op}: segment_length sums to {sum(lengths)}; expected the {tokens} tokens of {name}")
     return lengths

@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,7 +20,8 @@ BAD = {
     "tokens": (lambda q: (q, q, q), {"segment_length": 256}, "q has 1000 tokens; expected a multiple of"),
     "zero_length": (lambda q: (q, q, q), {"segment_length": 0}, "segment_length is 0; expected a positive"),
     "ragged_sum": (lambda q: (q, q, q), {"segment_length": [10, 20]}, "sums to 30; expected the 1000 tokens of q"),
-    "ragged_zero": (lambda q: (q, q, q), {"segment_length": [1000, 0]}, "expected one or more positive lengths"),
+    "ragged_zero": (lambda q: (q, q, q), {"segment_length": [1000, 0]}, "expected one or more positive ints"),
+    "float_length": (lambda q: (q, q, q), {"segment_length": 100.0}, "expected one or more positive ints"),
     "window": (lambda q: (q, q, q), {"segment_length": 100, "window": 0}, "window is 0; expected None or an int >= 1"),
     "sink": (lambda q: (q, q, q), {"segment_length": 100, "sink": -1}, "sink is -1; expected an int >= 0"),
     "layout": (lambda q: (q, q, q), {"segment_length": 100, "layout": "bhdt"}, "expected 'bhtd' or 'bthd'"),
@@ -48,6 +50,14 @@ def test_bad_input(make, arguments, message):
     q = torch.randn(1, 2, 1000, 16)
     with pytest.raises(ValueError, match=f"block_causal_attention: .*{message}"):
         block_causal_attention(*make(q), **arguments)
+
+
+def test_lengths_may_come_as_a_tensor_or_array():
+    q, k, v = qkv(1, 2, 32, 16)
+    expected = block_causal_attention(q, k, v, segment_length=[8, 24])
+    for lengths in (torch.tensor([8, 24]), numpy.array([8, 24]), (8, 24)):
+        assert torch.equal(block_causal_attention(q, k, v, segment_length=lengths), expected)
+    assert block_causal_attention(q, k, v, segment_length=numpy.int64(16)).shape == q.shape
 
 
 def test_lse_is_not_differentiable_and_double_backward_is_refused():
