@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from ard_kernels import triton_support
 from ard_kernels.backends import register_backend
 from ard_kernels.block_causal_attention import torch_impl
 from ard_kernels.block_causal_attention.spec import useful_pairs
 from ard_kernels.library import define_op
 
-IMPLEMENTATIONS = {"torch": torch_impl}
+IMPLEMENTATIONS = {
+    "triton": triton_support.LazyModule("ard_kernels.block_causal_attention.triton_impl"),
+    "torch": torch_impl,
+}
 
-for _name, _module in IMPLEMENTATIONS.items():
-    register_backend("block_causal_attention", _name, _module.refuses)
+register_backend("block_causal_attention", "torch", torch_impl.refuses)
+register_backend("block_causal_attention", "triton", triton_support.refuses)
 register_backend(
     "block_causal_attention",
     "cpu",
@@ -30,7 +34,9 @@ def _forward_fake(q, k, v, lengths, window, sink, scale, backend):
 def _backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, backend):
     if grad_out.stride(-1) != 1:  # an expanded gradient, as sum().backward() makes
         grad_out = grad_out.contiguous()
-    return IMPLEMENTATIONS[backend].backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale)
+    grads = torch_impl.out_like(q), torch_impl.out_like(k), torch_impl.out_like(v)
+    IMPLEMENTATIONS[backend].backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, grads)
+    return grads
 
 
 def _backward_fake(grad_out, q, k, v, out, lse, lengths, window, sink, scale, backend):

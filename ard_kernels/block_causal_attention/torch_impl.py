@@ -178,31 +178,35 @@ def backward(
     window: int | None,
     sink: int,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv (B, H, T, D), each with (B, T, H, D) memory."""
-    B, _, T, _ = q.shape
+    into: Sequence[torch.Tensor],
+) -> None:
+    """Write dq, dk, dv into `into`: three (B, H, T, D) tensors of any strides."""
+    T = q.shape[2]
     if q.numel() == 0:
-        return out_like(q), out_like(k), out_like(v)
+        return
+    dq, dk, dv = into
     plan = _make_plan(tuple(lengths), T, window, sink)
     if plan.folded:
         length = plan.offsets[1]
         folded = (_fold(x, length) for x in (grad_out, q, k, v, out))
         grads = attend_backward(*folded, _fold(lse[..., None], length)[..., 0], scale)
-        return tuple(as_output(_unfold(grad, B)) for grad in grads)
+        for grad, whole in zip(grads, into, strict=True):
+            whole.copy_(_unfold(grad, q.shape[0]))
+        return
     if plan.is_dense(q):
         grads = attend_backward(grad_out, q, k, v, out, lse, scale, _additive_mask(q, lengths, window, sink))
-        return tuple(as_output(grad) for grad in grads)
-    dq, dks, dvs = None, [], []
+        for grad, whole in zip(grads, into, strict=True):
+            whole.copy_(grad)
+        return
+    dq_sum = None
     for segment, (start, stop) in enumerate(plan.queries):
         keys = slice(plan.offsets[segment], plan.offsets[segment + 1])
         queries = (x[:, :, start:stop] for x in (grad_out, q))
         statistics = (x[:, :, start:stop] for x in (out, lse))
-        part, dk, dv = attend_backward(*queries, k[:, :, keys], v[:, :, keys], *statistics, scale)
-        dks.append(dk)
-        dvs.append(dv)
-        if dq is None and (start, stop) == (0, T):  # dQ accumulates in fp32, also for half precision
-            dq = part.to(lse_dtype(q.dtype))
+        part, dk[:, :, keys], dv[:, :, keys] = attend_backward(*queries, k[:, :, keys], v[:, :, keys], *statistics, scale)
+        if dq_sum is None and (start, stop) == (0, T):  # dQ accumulates in fp32, also for half precision
+            dq_sum = part.to(lse_dtype(q.dtype))
             continue
-        dq = torch.zeros_like(q, dtype=lse_dtype(q.dtype)) if dq is None else dq
-        dq[:, :, start:stop].add_(part)
-    return as_output(dq.to(q.dtype)), _cat_tokens(dks), _cat_tokens(dvs)
+        dq_sum = torch.zeros_like(q, dtype=lse_dtype(q.dtype)) if dq_sum is None else dq_sum
+        dq_sum[:, :, start:stop].add_(part)
+    dq.copy_(dq_sum)

@@ -1,0 +1,326 @@
+"""Block-causal attention in Triton: forward, dQ, and dK with dV; one launch each for all segments and masks.
+
+A program takes one row tile of one (batch, head): queries for the forward and dQ, keys for dK and dV. Which column
+tiles it visits is the table of `tiles.py`; the kernels only move data. No atomics: every output element has one writer,
+which sums in a fixed order, so results are bit-equal over runs.
+
+    scores  s = scale * q k^T,  p = exp(s - lse) = exp2(s * log2(e) - lse2)
+    forward o = p v,  lse = m + log(sum exp(s - m)) with a running maximum m
+    dQ      delta = rowsum(do * o),  ds = p * (do v^T - delta),  dq = scale * ds k
+    dK, dV  dk = scale * ds^T q,  dv = p^T do
+
+The dQ kernel runs first and leaves delta for the other: it holds o and do of its rows anyway. Recomputing s and p in
+both costs 2 matmuls of 7; a single pass would have to add dQ up across programs in fp32 through memory, which at D = 72
+moves more time than it saves (T = 1024: 3 MB per head against 0.19 GFLOP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from ard_kernels import tuning
+from ard_kernels.block_causal_attention.tiles import heads_per_group, schedule
+from ard_kernels.triton_parts import (
+    add_dot,
+    dot_transposed,
+    load_rows,
+    scale_rows,
+    split_width,
+    store_rows,
+    zero_rows,
+)
+from ard_kernels.triton_support import strides
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _head_of(program, batch_heads, group, tiles):
+    """(tile, batch * H + head) of a program: heads in groups, within a group all heads' first tile, then the next."""
+    first = program // (group * tiles) * group
+    size = min(group, batch_heads - first)
+    within = program - first * tiles
+    return within // size, first + within % size
+
+
+@triton.jit
+def _base(pointer, stride, batch, head, UNIT: tl.constexpr):
+    """Start of one (batch, head); 64-bit, since a packed projection may pass 2**31 elements."""
+    return pointer + (batch.to(tl.int64) * stride[0] + head.to(tl.int64) * stride[1]) * UNIT
+
+
+@triton.jit
+def _rows(base, stride, tokens, UNIT: tl.constexpr):
+    """Addresses of the rows of `tokens`."""
+    return base + tokens.to(tl.int64) * (stride[2] * UNIT)
+
+
+@triton.jit
+def _visible(columns, column_stop, sink_stop, start, stop):
+    """(rows, columns): the mask predicate on the `bounds` of the rows."""
+    columns, sink_stop, start, stop = columns[None, :], sink_stop[:, None], start[:, None], stop[:, None]
+    return (columns < column_stop) & (columns < stop) & ((columns >= start) | (columns < sink_stop))
+
+
+@triton.jit
+def _load_bounds(bounds, rows, row_stop):
+    """sink_stop, start, stop of each row; rows past row_stop see nothing."""
+    here = rows < row_stop
+    return (
+        tl.load(bounds + rows * 3, mask=here, other=0),
+        tl.load(bounds + rows * 3 + 1, mask=here, other=0),
+        tl.load(bounds + rows * 3 + 2, mask=here, other=0),
+    )
+
+
+@triton.jit
+def _online_softmax(scores, scale, maximum, total, GUARD: tl.constexpr):
+    """One step of the running softmax in base 2: (p, new maximum, new total, factor for what was summed before).
+
+    GUARD: a row may have seen no key yet; its maximum is -inf then, and -inf - -inf is not a number.
+    """
+    new = tl.maximum(maximum, tl.max(scores, 1) * scale)
+    finite = tl.where(new == float("-inf"), 0.0, new) if GUARD else new
+    p = tl.exp2(scores * scale - finite[:, None])
+    factor = tl.exp2(maximum - finite)
+    return p, new, total * factor + tl.sum(p, 1), factor
+
+
+@triton.jit
+def _forward(
+    q, k, v, out, lse, items, masked, bounds, q_stride, k_stride, v_stride, out_stride,
+    H, T, batch_heads, group, tiles, scale,
+    D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, SIGN: tl.constexpr, HAS_MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out and lse of one query tile. `scale` is |scale| * log2(e): the maximum of scale * s is scale * the maximum."""
+    tile, batch_head = _head_of(tl.program_id(0), batch_heads, group, tiles)
+    item = items + tile * 8
+    row, row_stop = tl.load(item), tl.load(item + 1)
+    batch, head = batch_head // H, batch_head % H
+    rows = row + tl.arange(0, BLOCK_M)
+    here = rows < row_stop
+    k_base, v_base = _base(k, k_stride, batch, head, UNIT), _base(v, v_stride, batch, head, UNIT)
+    q_rows = load_rows(_rows(_base(q, q_stride, batch, head, UNIT), q_stride, rows, UNIT), here, D, PARTS)
+
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    accumulators = zero_rows(BLOCK_M, PARTS)
+    first_start, first_tiles = tl.load(item + 2), tl.load(item + 3)
+    second_start, second_tiles = tl.load(item + 4), tl.load(item + 5)
+    for j in range(0, first_tiles + second_tiles):
+        start = tl.where(j < first_tiles, first_start + j * BLOCK_N, second_start + (j - first_tiles) * BLOCK_N)
+        keys = start + tl.arange(0, BLOCK_N)
+        k_rows = load_rows(_rows(k_base, k_stride, keys, UNIT), keys, D, PARTS, False)
+        v_rows = load_rows(_rows(v_base, v_stride, keys, UNIT), keys, D, PARTS, False)
+        scores = dot_transposed(q_rows, k_rows, PRECISION) * SIGN
+        p, maximum, total, factor = _online_softmax(scores, scale, maximum, total, False)
+        accumulators = scale_rows(accumulators, factor[:, None])
+        accumulators = add_dot(p.to(v.dtype.element_ty), v_rows, accumulators, PRECISION)
+    if HAS_MASKED:
+        sink_stop, window_start, window_stop = _load_bounds(bounds, rows, row_stop)
+        for j in range(tl.load(item + 6), tl.load(item + 7)):
+            start, stop = tl.load(masked + 2 * j), tl.load(masked + 2 * j + 1)
+            keys = start + tl.arange(0, BLOCK_N)
+            k_rows = load_rows(_rows(k_base, k_stride, keys, UNIT), keys < stop, D, PARTS)
+            v_rows = load_rows(_rows(v_base, v_stride, keys, UNIT), keys < stop, D, PARTS)
+            scores = dot_transposed(q_rows, k_rows, PRECISION) * SIGN
+            visible = _visible(keys, stop, sink_stop, window_start, window_stop)
+            scores = tl.where(visible, scores * scale, float("-inf"))
+            p, maximum, total, factor = _online_softmax(scores, 1.0, maximum, total, True)
+            accumulators = scale_rows(accumulators, factor[:, None])
+            accumulators = add_dot(p.to(v.dtype.element_ty), v_rows, accumulators, PRECISION)
+
+    out_rows = _rows(_base(out, out_stride, batch, head, UNIT), out_stride, rows, UNIT)
+    store_rows(out_rows, scale_rows(accumulators, (1.0 / total)[:, None]), here, D, PARTS)
+    lse_rows = lse + batch_head.to(tl.int64) * T + rows
+    tl.store(lse_rows, (maximum + tl.log2(total)) / LOG2_E, mask=here)
+
+
+@triton.jit
+def _score_gradient(scores, scale, lse2, delta, dp):
+    """(p, ds / scale); every argument (rows, columns) or broadcastable to it."""
+    p = tl.exp2(scores * scale - lse2)
+    return p, p * (dp - delta)
+
+
+@triton.jit
+def _backward_dq(
+    grad_out, q, k, v, out, lse, delta, dq, items, masked, bounds,
+    grad_stride, q_stride, k_stride, v_stride, out_stride, dq_stride,
+    H, T, batch_heads, group, tiles, scale,
+    D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, HAS_MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq and delta of one query tile."""
+    tile, batch_head = _head_of(tl.program_id(0), batch_heads, group, tiles)
+    item = items + tile * 8
+    row, row_stop = tl.load(item), tl.load(item + 1)
+    batch, head = batch_head // H, batch_head % H
+    rows = row + tl.arange(0, BLOCK_M)
+    here = rows < row_stop
+    k_base, v_base = _base(k, k_stride, batch, head, UNIT), _base(v, v_stride, batch, head, UNIT)
+    do_rows = load_rows(_rows(_base(grad_out, grad_stride, batch, head, UNIT), grad_stride, rows, UNIT), here, D, PARTS)
+    out_rows = load_rows(_rows(_base(out, out_stride, batch, head, UNIT), out_stride, rows, UNIT), here, D, PARTS)
+    delta_rows = tl.zeros([BLOCK_M], tl.float32)
+    for i in tl.static_range(len(PARTS)):
+        delta_rows += tl.sum(do_rows[i].to(tl.float32) * out_rows[i].to(tl.float32), 1)
+    statistics = batch_head.to(tl.int64) * T + rows
+    tl.store(delta + statistics, delta_rows, mask=here)
+    q_rows = load_rows(_rows(_base(q, q_stride, batch, head, UNIT), q_stride, rows, UNIT), here, D, PARTS)
+    lse2 = tl.load(lse + statistics, mask=here, other=0.0) * LOG2_E
+
+    accumulators = zero_rows(BLOCK_M, PARTS)
+    first_start, first_tiles = tl.load(item + 2), tl.load(item + 3)
+    second_start, second_tiles = tl.load(item + 4), tl.load(item + 5)
+    for j in range(0, first_tiles + second_tiles):
+        start = tl.where(j < first_tiles, first_start + j * BLOCK_N, second_start + (j - first_tiles) * BLOCK_N)
+        keys = start + tl.arange(0, BLOCK_N)
+        k_rows = load_rows(_rows(k_base, k_stride, keys, UNIT), keys, D, PARTS, False)
+        v_rows = load_rows(_rows(v_base, v_stride, keys, UNIT), keys, D, PARTS, False)
+        scores = dot_transposed(q_rows, k_rows, PRECISION)
+        dp = dot_transposed(do_rows, v_rows, PRECISION)
+        _, ds = _score_gradient(scores, scale * LOG2_E, lse2[:, None], delta_rows[:, None], dp)
+        accumulators = add_dot(ds.to(k.dtype.element_ty), k_rows, accumulators, PRECISION)
+    if HAS_MASKED:
+        sink_stop, window_start, window_stop = _load_bounds(bounds, rows, row_stop)
+        for j in range(tl.load(item + 6), tl.load(item + 7)):
+            start, stop = tl.load(masked + 2 * j), tl.load(masked + 2 * j + 1)
+            keys = start + tl.arange(0, BLOCK_N)
+            k_rows = load_rows(_rows(k_base, k_stride, keys, UNIT), keys < stop, D, PARTS)
+            v_rows = load_rows(_rows(v_base, v_stride, keys, UNIT), keys < stop, D, PARTS)
+            scores = dot_transposed(q_rows, k_rows, PRECISION)
+            dp = dot_transposed(do_rows, v_rows, PRECISION)
+            scores = tl.where(_visible(keys, stop, sink_stop, window_start, window_stop), scores * scale, float("-inf"))
+            _, ds = _score_gradient(scores, LOG2_E, lse2[:, None], delta_rows[:, None], dp)
+            accumulators = add_dot(ds.to(k.dtype.element_ty), k_rows, accumulators, PRECISION)
+    dq_rows = _rows(_base(dq, dq_stride, batch, head, UNIT), dq_stride, rows, UNIT)
+    store_rows(dq_rows, scale_rows(accumulators, scale), here, D, PARTS)
+
+
+@triton.jit
+def _backward_dkv(
+    grad_out, q, k, v, lse, delta, dk, dv, items, masked, bounds,
+    grad_stride, q_stride, k_stride, v_stride, dk_stride, dv_stride,
+    H, T, batch_heads, group, tiles, scale,
+    D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, HAS_MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one key tile (BLOCK_M keys) over BLOCK_N queries at a time; scores are transposed: keys are rows."""
+    tile, batch_head = _head_of(tl.program_id(0), batch_heads, group, tiles)
+    item = items + tile * 8
+    row, row_stop = tl.load(item), tl.load(item + 1)
+    batch, head = batch_head // H, batch_head % H
+    rows = row + tl.arange(0, BLOCK_M)
+    here = rows < row_stop
+    q_base, do_base = _base(q, q_stride, batch, head, UNIT), _base(grad_out, grad_stride, batch, head, UNIT)
+    k_rows = load_rows(_rows(_base(k, k_stride, batch, head, UNIT), k_stride, rows, UNIT), here, D, PARTS)
+    v_rows = load_rows(_rows(_base(v, v_stride, batch, head, UNIT), v_stride, rows, UNIT), here, D, PARTS)
+    lse_base, delta_base = lse + batch_head.to(tl.int64) * T, delta + batch_head.to(tl.int64) * T
+
+    dk_sum, dv_sum = zero_rows(BLOCK_M, PARTS), zero_rows(BLOCK_M, PARTS)
+    first_start, first_tiles = tl.load(item + 2), tl.load(item + 3)
+    for j in range(0, first_tiles):  # the queries that see a key are one run
+        queries = first_start + j * BLOCK_N + tl.arange(0, BLOCK_N)
+        q_rows = load_rows(_rows(q_base, q_stride, queries, UNIT), queries, D, PARTS, False)
+        do_rows = load_rows(_rows(do_base, grad_stride, queries, UNIT), queries, D, PARTS, False)
+        lse2, delta_row = tl.load(lse_base + queries) * LOG2_E, tl.load(delta_base + queries)
+        scores = dot_transposed(k_rows, q_rows, PRECISION)
+        dp = dot_transposed(v_rows, do_rows, PRECISION)
+        p, ds = _score_gradient(scores, scale * LOG2_E, lse2[None, :], delta_row[None, :], dp)
+        dv_sum = add_dot(p.to(v.dtype.element_ty), do_rows, dv_sum, PRECISION)
+        dk_sum = add_dot(ds.to(k.dtype.element_ty), q_rows, dk_sum, PRECISION)
+    if HAS_MASKED:
+        sink_stop, query_start, query_stop = _load_bounds(bounds, rows, row_stop)
+        for j in range(tl.load(item + 6), tl.load(item + 7)):
+            start, stop = tl.load(masked + 2 * j), tl.load(masked + 2 * j + 1)
+            queries = start + tl.arange(0, BLOCK_N)
+            q_rows = load_rows(_rows(q_base, q_stride, queries, UNIT), queries < stop, D, PARTS)
+            do_rows = load_rows(_rows(do_base, grad_stride, queries, UNIT), queries < stop, D, PARTS)
+            lse2 = tl.load(lse_base + queries, mask=queries < stop, other=0.0) * LOG2_E
+            delta_row = tl.load(delta_base + queries, mask=queries < stop, other=0.0)
+            scores = dot_transposed(k_rows, q_rows, PRECISION)
+            dp = dot_transposed(v_rows, do_rows, PRECISION)
+            scores = tl.where(_visible(queries, stop, sink_stop, query_start, query_stop), scores * scale, float("-inf"))
+            p, ds = _score_gradient(scores, LOG2_E, lse2[None, :], delta_row[None, :], dp)
+            dv_sum = add_dot(p.to(v.dtype.element_ty), do_rows, dv_sum, PRECISION)
+            dk_sum = add_dot(ds.to(k.dtype.element_ty), q_rows, dk_sum, PRECISION)
+    dk_rows = _rows(_base(dk, dk_stride, batch, head, UNIT), dk_stride, rows, UNIT)
+    store_rows(dk_rows, scale_rows(dk_sum, scale), here, D, PARTS)
+    dv_rows = _rows(_base(dv, dv_stride, batch, head, UNIT), dv_stride, rows, UNIT)
+    store_rows(dv_rows, dv_sum, here, D, PARTS)
+
+
+def parts_of(head_dim: int) -> tuple[int, ...]:
+    """Head dim as parts for the tensor cores, whose step is 16: 72 -> (64, 16)."""
+    return split_width(head_dim, least=16, most=3)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """fp32 means fp32: no TF32 rounding of the operands. Ignored for half precision."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+class _Launch:
+    """What the three launches share: the tile schedule, its grid and the compile-time constants."""
+
+    def __init__(self, kernel, q, lengths, window, sink, by_key=False):
+        B, H, T, D = q.shape
+        self.config = tuning.lookup(kernel, q.device, q.dtype, D, length=lengths[0] if len(lengths) == 1 else 0)
+        block_m, block_n = self.config["BLOCK_M"], self.config["BLOCK_N"]
+        self.tables = schedule(tuple(lengths), T, window, sink, block_m, block_n, by_key, q.device)
+        group = heads_per_group(B * H, 2 * T * D * q.element_size())
+        tiles = len(self.tables.items)
+        self.grid = (tiles * B * H,)
+        self.sizes = (H, T, B * H, group, tiles)
+        self.constants = {
+            "D": D, "PARTS": parts_of(D), "HAS_MASKED": self.tables.has_masked, "PRECISION": precision_of(q.dtype),
+        }  # fmt: skip
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: Sequence[int],
+    window: int | None,
+    sink: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See torch_impl.forward."""
+    B, H, T, D = q.shape
+    out = q.new_empty(B, T, H, D).transpose(1, 2)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
+    if q.numel() == 0:
+        return out, lse
+    launch = _Launch("attention_forward", q, lengths, window, sink)
+    unit, each = strides(q, k, v, out)
+    _forward[launch.grid](
+        q, k, v, out, lse, *launch.tables, *each, *launch.sizes, abs(scale) * LOG2_E.value,
+        UNIT=unit, SIGN=-1.0 if scale < 0 else 1.0, **launch.constants, **launch.config,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, into) -> None:
+    """See torch_impl.backward."""
+    if q.numel() == 0:
+        return
+    dq, dk, dv = into
+    delta = torch.empty_like(lse)
+    launch = _Launch("attention_backward_dq", q, lengths, window, sink)
+    unit, each = strides(grad_out, q, k, v, out, dq)
+    _backward_dq[launch.grid](
+        grad_out, q, k, v, out, lse, delta, dq, *launch.tables, *each, *launch.sizes, scale,
+        UNIT=unit, **launch.constants, **launch.config,
+    )  # fmt: skip
+    launch = _Launch("attention_backward_dkv", q, lengths, window, sink, by_key=True)
+    unit, each = strides(grad_out, q, k, v, dk, dv)
+    _backward_dkv[launch.grid](
+        grad_out, q, k, v, lse, delta, dk, dv, *launch.tables, *each, *launch.sizes, scale,
+        UNIT=unit, **launch.constants, **launch.config,
+    )  # fmt: skip

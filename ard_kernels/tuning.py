@@ -1,0 +1,62 @@
+"""Tile sizes of the Triton kernels: what was tuned on this machine, else the table shipped for the architecture.
+
+A table maps `kernel/dtype bits/width class/length class` to the kernel's compile-time constants. `python -m benchmarks.tune`
+times the candidates on the GPU at hand and writes its winners to `cache_file()`, whose name holds the device, the
+library and the Triton version; nothing is ever tuned during a call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from functools import cache, lru_cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from ard_kernels.triton_support import architecture
+
+SHIPPED = Path(__file__).parent / "tuned"
+ARCHITECTURES = (80, 90, 100)
+# Upper ends of the width classes: head dim as padded for the tensor cores, or channels of a row.
+WIDTHS = {"attention": (32, 64, 80, 96, 128, 192, 256), "adaln": (512, 1152, 2048, 4096, 8192)}
+# Small blocks, so that a test of 50 tokens has several tiles, full and masked ones.
+INTERPRETER = {"attention": {"BLOCK_M": 32, "BLOCK_N": 16}, "adaln": {"TOKENS": 16}}
+
+
+def key(kernel: str, dtype: torch.dtype, width: int, length: int) -> str:
+    """Name of a table entry; `length` in tokens per segment, 0 for ragged ones, which count as long."""
+    upper = next(end for end in WIDTHS[kernel.split("_")[0]] if width <= end)
+    return f"{kernel}/{8 * dtype.itemsize}bit/{upper}/{'short' if 0 < length < 128 else 'long'}"
+
+
+@lru_cache(maxsize=4096)
+def lookup(kernel: str, device: torch.device, dtype: torch.dtype, width: int, length: int = 0) -> dict[str, int]:
+    """Constants (block sizes, num_warps, num_stages) for a kernel; `kernel` starts with its family's name."""
+    if device.type == "cpu":
+        return INTERPRETER[kernel.split("_")[0]]
+    name = key(kernel, dtype, width, length)
+    return tuned_here(device).get(name) or shipped(architecture(device))[name]
+
+
+@cache
+def shipped(arch: int) -> dict[str, dict[str, int]]:
+    """The table of the newest listed architecture that `arch` is not older than."""
+    nearest = max(known for known in ARCHITECTURES if known <= max(arch, ARCHITECTURES[0]))
+    return json.loads((SHIPPED / f"sm{nearest}.json").read_text())["configs"]
+
+
+@cache
+def tuned_here(device: torch.device) -> dict[str, dict[str, int]]:
+    """What the tuner found on this machine; empty when it never ran with these versions."""
+    path = cache_file(device)
+    return json.loads(path.read_text())["configs"] if path.is_file() else {}
+
+
+def cache_file(device: torch.device) -> Path:
+    """$ARD_CACHE_DIR (default ~/.cache/ard_kernels) / <device>-<library version>-triton<version>.json"""
+    folder = Path(os.environ.get("ARD_CACHE_DIR") or Path.home() / ".cache" / "ard_kernels")
+    device_name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return folder / f"{device_name}-{metadata.version('ard-kernels')}-triton{metadata.version('triton')}.json"
