@@ -14,6 +14,7 @@ from ard_kernels.triton_support import INTERPRETING
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
 
+
 def split_width(width: int, least: int, most: int) -> tuple[int, ...]:
     """At most `most` powers of two, falling, each >= `least`, that cover `width` with the least padding."""
     parts = []
@@ -114,4 +115,13 @@ def add_dot(p, b, accumulators, PRECISION: tl.constexpr):
     sums = ()
     for i in tl.static_range(len(b)):
         sums = sums + (_dot(p, b[i], accumulators[i], PRECISION),)
+    return sums
+
+
+@triton.jit
+def add_rows(a, b):
+    """a + b."""
+    sums = ()
+    for i in tl.static_range(len(a)):
+        sums = sums + (a[i] + b[i],)
     return sums

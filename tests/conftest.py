@@ -1,6 +1,20 @@
+import inspect
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# `benchmarks` is tested too; at the end of the path, so that an installed ard_kernels comes first.
+sys.path.append(str(Path(__file__).parents[1]))
+
+# Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors; it reads the variable when imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from triton.runtime import interpreter
 
 # Drawn cases are the same in every run, so a failure is a failure everywhere.
 settings.register_profile(
@@ -17,6 +31,23 @@ torch.set_num_threads(1)
 def _fresh():
     torch.manual_seed(0)
     torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _patch_the_language_once():
+    """The interpreter patches triton.language anew for every device function called, half of its time."""
+    patch, function_call = interpreter._patch_lang, interpreter.InterpretedFunction.__call__
+
+    def patch_all(fn):  # a kernel is launched: patch what its device functions, Triton's own included, will need
+        core = patch(inspect.unwrap(interpreter.tl.max.fn))
+        launch = patch(fn)
+        launch.restore, restore = lambda: (restore(), core.restore()), launch.restore
+        return launch
+
+    interpreter._patch_lang = patch_all
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    yield
+    interpreter._patch_lang, interpreter.InterpretedFunction.__call__ = patch, function_call
 
 
 @pytest.fixture

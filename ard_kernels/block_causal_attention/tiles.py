@@ -48,13 +48,13 @@ def column_tiles(items: np.ndarray) -> np.ndarray:
 
 
 def heads_per_group(batch_heads: int, bytes_per_head: int) -> int:
-    """(batch, head) pairs whose tiles are interleaved."""
-    return max(1, min(batch_heads, GROUP_BYTES // max(1, bytes_per_head)))
+    """(batch, head) pairs whose tiles are interleaved: near equal groups, as a small last one would end with long tiles."""
+    most = max(1, GROUP_BYTES // max(1, bytes_per_head))
+    groups = -(-batch_heads // most)
+    return -(-batch_heads // groups)
 
 
-def visible_ranges(
-    offsets: Sequence[int], window: int | None, sink: int, by_key: bool
-) -> list[list[tuple[int, int]]]:
+def visible_ranges(offsets: Sequence[int], window: int | None, sink: int, by_key: bool) -> list[list[tuple[int, int]]]:
     """Per segment, the column ranges its rows see: at most two, in order."""
     segments = range(len(offsets) - 1)
     if by_key:
@@ -119,7 +119,13 @@ def _tables(offsets, ranges, cuts: list[tuple[int, int]], block: int) -> tuple[n
 
 
 def make_tables(
-    lengths: Sequence[int], tokens: int, window: int | None, sink: int, block_rows: int, block_columns: int, by_key: bool
+    lengths: Sequence[int],
+    tokens: int,
+    window: int | None,
+    sink: int,
+    block_rows: int,
+    block_columns: int,
+    by_key: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(items, masked, bounds) as the module's docstring says.
 

@@ -203,7 +203,9 @@ def backward(
         keys = slice(plan.offsets[segment], plan.offsets[segment + 1])
         queries = (x[:, :, start:stop] for x in (grad_out, q))
         statistics = (x[:, :, start:stop] for x in (out, lse))
-        part, dk[:, :, keys], dv[:, :, keys] = attend_backward(*queries, k[:, :, keys], v[:, :, keys], *statistics, scale)
+        part, dk[:, :, keys], dv[:, :, keys] = attend_backward(
+            *queries, k[:, :, keys], v[:, :, keys], *statistics, scale
+        )
         if dq_sum is None and (start, stop) == (0, T):  # dQ accumulates in fp32, also for half precision
             dq_sum = part.to(lse_dtype(q.dtype))
             continue

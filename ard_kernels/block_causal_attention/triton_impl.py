@@ -39,7 +39,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _head_of(program, batch_heads, group, tiles):
+def head_of(program, batch_heads, group, tiles):
     """(tile, batch * H + head) of a program: heads in groups, within a group all heads' first tile, then the next."""
     first = program // (group * tiles) * group
     size = min(group, batch_heads - first)
@@ -48,13 +48,13 @@ def _head_of(program, batch_heads, group, tiles):
 
 
 @triton.jit
-def _base(pointer, stride, batch, head, UNIT: tl.constexpr):
+def base_of(pointer, stride, batch, head, UNIT: tl.constexpr):
     """Start of one (batch, head); 64-bit, since a packed projection may pass 2**31 elements."""
     return pointer + (batch.to(tl.int64) * stride[0] + head.to(tl.int64) * stride[1]) * UNIT
 
 
 @triton.jit
-def _rows(base, stride, tokens, UNIT: tl.constexpr):
+def rows_of(base, stride, tokens, UNIT: tl.constexpr):
     """Addresses of the rows of `tokens`."""
     return base + tokens.to(tl.int64) * (stride[2] * UNIT)
 
@@ -78,7 +78,7 @@ def _load_bounds(bounds, rows, row_stop):
 
 
 @triton.jit
-def _online_softmax(scores, scale, maximum, total, GUARD: tl.constexpr):
+def online_softmax(scores, scale, maximum, total, GUARD: tl.constexpr):
     """One step of the running softmax in base 2: (p, new maximum, new total, factor for what was summed before).
 
     GUARD: a row may have seen no key yet; its maximum is -inf then, and -inf - -inf is not a number.
@@ -98,14 +98,14 @@ def _forward(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out and lse of one query tile. `scale` is |scale| * log2(e): the maximum of scale * s is scale * the maximum."""
-    tile, batch_head = _head_of(tl.program_id(0), batch_heads, group, tiles)
+    tile, batch_head = head_of(tl.program_id(0), batch_heads, group, tiles)
     item = items + tile * 8
     row, row_stop = tl.load(item), tl.load(item + 1)
     batch, head = batch_head // H, batch_head % H
     rows = row + tl.arange(0, BLOCK_M)
     here = rows < row_stop
-    k_base, v_base = _base(k, k_stride, batch, head, UNIT), _base(v, v_stride, batch, head, UNIT)
-    q_rows = load_rows(_rows(_base(q, q_stride, batch, head, UNIT), q_stride, rows, UNIT), here, D, PARTS)
+    k_base, v_base = base_of(k, k_stride, batch, head, UNIT), base_of(v, v_stride, batch, head, UNIT)
+    q_rows = load_rows(rows_of(base_of(q, q_stride, batch, head, UNIT), q_stride, rows, UNIT), here, D, PARTS)
 
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -115,10 +115,10 @@ def _forward(
     for j in range(0, first_tiles + second_tiles):
         start = tl.where(j < first_tiles, first_start + j * BLOCK_N, second_start + (j - first_tiles) * BLOCK_N)
         keys = start + tl.arange(0, BLOCK_N)
-        k_rows = load_rows(_rows(k_base, k_stride, keys, UNIT), keys, D, PARTS, False)
-        v_rows = load_rows(_rows(v_base, v_stride, keys, UNIT), keys, D, PARTS, False)
+        k_rows = load_rows(rows_of(k_base, k_stride, keys, UNIT), keys, D, PARTS, False)
+        v_rows = load_rows(rows_of(v_base, v_stride, keys, UNIT), keys, D, PARTS, False)
         scores = dot_transposed(q_rows, k_rows, PRECISION) * SIGN
-        p, maximum, total, factor = _online_softmax(scores, scale, maximum, total, False)
+        p, maximum, total, factor = online_softmax(scores, scale, maximum, total, False)
         accumulators = scale_rows(accumulators, factor[:, None])
         accumulators = add_dot(p.to(v.dtype.element_ty), v_rows, accumulators, PRECISION)
     if HAS_MASKED:
@@ -126,16 +126,16 @@ def _forward(
         for j in range(tl.load(item + 6), tl.load(item + 7)):
             start, stop = tl.load(masked + 2 * j), tl.load(masked + 2 * j + 1)
             keys = start + tl.arange(0, BLOCK_N)
-            k_rows = load_rows(_rows(k_base, k_stride, keys, UNIT), keys < stop, D, PARTS)
-            v_rows = load_rows(_rows(v_base, v_stride, keys, UNIT), keys < stop, D, PARTS)
+            k_rows = load_rows(rows_of(k_base, k_stride, keys, UNIT), keys < stop, D, PARTS)
+            v_rows = load_rows(rows_of(v_base, v_stride, keys, UNIT), keys < stop, D, PARTS)
             scores = dot_transposed(q_rows, k_rows, PRECISION) * SIGN
             visible = _visible(keys, stop, sink_stop, window_start, window_stop)
             scores = tl.where(visible, scores * scale, float("-inf"))
-            p, maximum, total, factor = _online_softmax(scores, 1.0, maximum, total, True)
+            p, maximum, total, factor = online_softmax(scores, 1.0, maximum, total, True)
             accumulators = scale_rows(accumulators, factor[:, None])
             accumulators = add_dot(p.to(v.dtype.element_ty), v_rows, accumulators, PRECISION)
 
-    out_rows = _rows(_base(out, out_stride, batch, head, UNIT), out_stride, rows, UNIT)
+    out_rows = rows_of(base_of(out, out_stride, batch, head, UNIT), out_stride, rows, UNIT)
     store_rows(out_rows, scale_rows(accumulators, (1.0 / total)[:, None]), here, D, PARTS)
     lse_rows = lse + batch_head.to(tl.int64) * T + rows
     tl.store(lse_rows, (maximum + tl.log2(total)) / LOG2_E, mask=here)
@@ -157,21 +157,23 @@ def _backward_dq(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq and delta of one query tile."""
-    tile, batch_head = _head_of(tl.program_id(0), batch_heads, group, tiles)
+    tile, batch_head = head_of(tl.program_id(0), batch_heads, group, tiles)
     item = items + tile * 8
     row, row_stop = tl.load(item), tl.load(item + 1)
     batch, head = batch_head // H, batch_head % H
     rows = row + tl.arange(0, BLOCK_M)
     here = rows < row_stop
-    k_base, v_base = _base(k, k_stride, batch, head, UNIT), _base(v, v_stride, batch, head, UNIT)
-    do_rows = load_rows(_rows(_base(grad_out, grad_stride, batch, head, UNIT), grad_stride, rows, UNIT), here, D, PARTS)
-    out_rows = load_rows(_rows(_base(out, out_stride, batch, head, UNIT), out_stride, rows, UNIT), here, D, PARTS)
+    k_base, v_base = base_of(k, k_stride, batch, head, UNIT), base_of(v, v_stride, batch, head, UNIT)
+    do_rows = load_rows(
+        rows_of(base_of(grad_out, grad_stride, batch, head, UNIT), grad_stride, rows, UNIT), here, D, PARTS
+    )
+    out_rows = load_rows(rows_of(base_of(out, out_stride, batch, head, UNIT), out_stride, rows, UNIT), here, D, PARTS)
     delta_rows = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.static_range(len(PARTS)):
         delta_rows += tl.sum(do_rows[i].to(tl.float32) * out_rows[i].to(tl.float32), 1)
     statistics = batch_head.to(tl.int64) * T + rows
     tl.store(delta + statistics, delta_rows, mask=here)
-    q_rows = load_rows(_rows(_base(q, q_stride, batch, head, UNIT), q_stride, rows, UNIT), here, D, PARTS)
+    q_rows = load_rows(rows_of(base_of(q, q_stride, batch, head, UNIT), q_stride, rows, UNIT), here, D, PARTS)
     lse2 = tl.load(lse + statistics, mask=here, other=0.0) * LOG2_E
 
     accumulators = zero_rows(BLOCK_M, PARTS)
@@ -180,8 +182,8 @@ def _backward_dq(
     for j in range(0, first_tiles + second_tiles):
         start = tl.where(j < first_tiles, first_start + j * BLOCK_N, second_start + (j - first_tiles) * BLOCK_N)
         keys = start + tl.arange(0, BLOCK_N)
-        k_rows = load_rows(_rows(k_base, k_stride, keys, UNIT), keys, D, PARTS, False)
-        v_rows = load_rows(_rows(v_base, v_stride, keys, UNIT), keys, D, PARTS, False)
+        k_rows = load_rows(rows_of(k_base, k_stride, keys, UNIT), keys, D, PARTS, False)
+        v_rows = load_rows(rows_of(v_base, v_stride, keys, UNIT), keys, D, PARTS, False)
         scores = dot_transposed(q_rows, k_rows, PRECISION)
         dp = dot_transposed(do_rows, v_rows, PRECISION)
         _, ds = _score_gradient(scores, scale * LOG2_E, lse2[:, None], delta_rows[:, None], dp)
@@ -191,14 +193,14 @@ def _backward_dq(
         for j in range(tl.load(item + 6), tl.load(item + 7)):
             start, stop = tl.load(masked + 2 * j), tl.load(masked + 2 * j + 1)
             keys = start + tl.arange(0, BLOCK_N)
-            k_rows = load_rows(_rows(k_base, k_stride, keys, UNIT), keys < stop, D, PARTS)
-            v_rows = load_rows(_rows(v_base, v_stride, keys, UNIT), keys < stop, D, PARTS)
+            k_rows = load_rows(rows_of(k_base, k_stride, keys, UNIT), keys < stop, D, PARTS)
+            v_rows = load_rows(rows_of(v_base, v_stride, keys, UNIT), keys < stop, D, PARTS)
             scores = dot_transposed(q_rows, k_rows, PRECISION)
             dp = dot_transposed(do_rows, v_rows, PRECISION)
             scores = tl.where(_visible(keys, stop, sink_stop, window_start, window_stop), scores * scale, float("-inf"))
             _, ds = _score_gradient(scores, LOG2_E, lse2[:, None], delta_rows[:, None], dp)
             accumulators = add_dot(ds.to(k.dtype.element_ty), k_rows, accumulators, PRECISION)
-    dq_rows = _rows(_base(dq, dq_stride, batch, head, UNIT), dq_stride, rows, UNIT)
+    dq_rows = rows_of(base_of(dq, dq_stride, batch, head, UNIT), dq_stride, rows, UNIT)
     store_rows(dq_rows, scale_rows(accumulators, scale), here, D, PARTS)
 
 
@@ -211,23 +213,23 @@ def _backward_dkv(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one key tile (BLOCK_M keys) over BLOCK_N queries at a time; scores are transposed: keys are rows."""
-    tile, batch_head = _head_of(tl.program_id(0), batch_heads, group, tiles)
+    tile, batch_head = head_of(tl.program_id(0), batch_heads, group, tiles)
     item = items + tile * 8
     row, row_stop = tl.load(item), tl.load(item + 1)
     batch, head = batch_head // H, batch_head % H
     rows = row + tl.arange(0, BLOCK_M)
     here = rows < row_stop
-    q_base, do_base = _base(q, q_stride, batch, head, UNIT), _base(grad_out, grad_stride, batch, head, UNIT)
-    k_rows = load_rows(_rows(_base(k, k_stride, batch, head, UNIT), k_stride, rows, UNIT), here, D, PARTS)
-    v_rows = load_rows(_rows(_base(v, v_stride, batch, head, UNIT), v_stride, rows, UNIT), here, D, PARTS)
+    q_base, do_base = base_of(q, q_stride, batch, head, UNIT), base_of(grad_out, grad_stride, batch, head, UNIT)
+    k_rows = load_rows(rows_of(base_of(k, k_stride, batch, head, UNIT), k_stride, rows, UNIT), here, D, PARTS)
+    v_rows = load_rows(rows_of(base_of(v, v_stride, batch, head, UNIT), v_stride, rows, UNIT), here, D, PARTS)
     lse_base, delta_base = lse + batch_head.to(tl.int64) * T, delta + batch_head.to(tl.int64) * T
 
     dk_sum, dv_sum = zero_rows(BLOCK_M, PARTS), zero_rows(BLOCK_M, PARTS)
     first_start, first_tiles = tl.load(item + 2), tl.load(item + 3)
     for j in range(0, first_tiles):  # the queries that see a key are one run
         queries = first_start + j * BLOCK_N + tl.arange(0, BLOCK_N)
-        q_rows = load_rows(_rows(q_base, q_stride, queries, UNIT), queries, D, PARTS, False)
-        do_rows = load_rows(_rows(do_base, grad_stride, queries, UNIT), queries, D, PARTS, False)
+        q_rows = load_rows(rows_of(q_base, q_stride, queries, UNIT), queries, D, PARTS, False)
+        do_rows = load_rows(rows_of(do_base, grad_stride, queries, UNIT), queries, D, PARTS, False)
         lse2, delta_row = tl.load(lse_base + queries) * LOG2_E, tl.load(delta_base + queries)
         scores = dot_transposed(k_rows, q_rows, PRECISION)
         dp = dot_transposed(v_rows, do_rows, PRECISION)
@@ -239,19 +241,21 @@ def _backward_dkv(
         for j in range(tl.load(item + 6), tl.load(item + 7)):
             start, stop = tl.load(masked + 2 * j), tl.load(masked + 2 * j + 1)
             queries = start + tl.arange(0, BLOCK_N)
-            q_rows = load_rows(_rows(q_base, q_stride, queries, UNIT), queries < stop, D, PARTS)
-            do_rows = load_rows(_rows(do_base, grad_stride, queries, UNIT), queries < stop, D, PARTS)
+            q_rows = load_rows(rows_of(q_base, q_stride, queries, UNIT), queries < stop, D, PARTS)
+            do_rows = load_rows(rows_of(do_base, grad_stride, queries, UNIT), queries < stop, D, PARTS)
             lse2 = tl.load(lse_base + queries, mask=queries < stop, other=0.0) * LOG2_E
             delta_row = tl.load(delta_base + queries, mask=queries < stop, other=0.0)
             scores = dot_transposed(k_rows, q_rows, PRECISION)
             dp = dot_transposed(v_rows, do_rows, PRECISION)
-            scores = tl.where(_visible(queries, stop, sink_stop, query_start, query_stop), scores * scale, float("-inf"))
+            scores = tl.where(
+                _visible(queries, stop, sink_stop, query_start, query_stop), scores * scale, float("-inf")
+            )
             p, ds = _score_gradient(scores, LOG2_E, lse2[None, :], delta_row[None, :], dp)
             dv_sum = add_dot(p.to(v.dtype.element_ty), do_rows, dv_sum, PRECISION)
             dk_sum = add_dot(ds.to(k.dtype.element_ty), q_rows, dk_sum, PRECISION)
-    dk_rows = _rows(_base(dk, dk_stride, batch, head, UNIT), dk_stride, rows, UNIT)
+    dk_rows = rows_of(base_of(dk, dk_stride, batch, head, UNIT), dk_stride, rows, UNIT)
     store_rows(dk_rows, scale_rows(dk_sum, scale), here, D, PARTS)
-    dv_rows = _rows(_base(dv, dv_stride, batch, head, UNIT), dv_stride, rows, UNIT)
+    dv_rows = rows_of(base_of(dv, dv_stride, batch, head, UNIT), dv_stride, rows, UNIT)
     store_rows(dv_rows, dv_sum, here, D, PARTS)
 
 

@@ -63,7 +63,7 @@ def history_attention(
     sink_stop, window_start = visible_tokens(offsets, window, sink)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     keys, values = cache.keys[layer], cache.values[layer]
-    out = history_op(q, k, v, keys, values, offsets[-2], sink_stop, window_start, scale, chosen)
+    out = history_op(q, k, v, keys, values, cache.workspace, offsets[-2], sink_stop, window_start, scale, chosen)
     cache.offsets[layer] = offsets
     return out.transpose(1, 2) if layout == "bthd" else out
 

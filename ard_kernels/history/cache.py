@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ard_kernels.history.splits import workspace_elements
+
 
 class HistoryCache:
     """Keys and values of earlier segments for `layers` layers, allocated once.
@@ -16,6 +18,7 @@ class HistoryCache:
 
     Attributes:
         keys, values: (layers, B, H, capacity, D); only the first `offsets[layer][-1]` tokens of a layer are valid.
+        workspace: fp32, for the partial results of a batch too small to fill a GPU (a few MB; empty on the CPU).
         offsets: per layer, the token at which each held segment starts, then the number of tokens held.
     """
 
@@ -39,6 +42,7 @@ class HistoryCache:
         self.keys = torch.empty(layers, batch, heads, capacity, head_dim, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.dtype, self.device = dtype, self.keys.device
+        self.workspace = torch.empty(workspace_elements(head_dim, self.device), device=self.device)
         self.offsets = [[0] for _ in range(layers)]
 
     def reset(self) -> None:

@@ -23,7 +23,7 @@ def append(k, v, cache_k, cache_v, start: int) -> None:
     )
 
 
-def forward(q, k, v, cache_k, cache_v, start, sink_stop, window_start, scale) -> torch.Tensor:
+def forward(q, k, v, cache_k, cache_v, workspace, start, sink_stop, window_start, scale) -> torch.Tensor:
     """See torch_impl.forward."""
     append(k, v, cache_k, cache_v, start)
     return attend_to_cache(q, cache_k, cache_v, start + q.shape[2], sink_stop, window_start, scale)

@@ -23,7 +23,7 @@ def attend_to_cache(q, cache_k, cache_v, stop: int, sink_stop: int, window_start
     return attend(q, gather(cache_k, ranges), gather(cache_v, ranges), scale)[0]
 
 
-def forward(q, k, v, cache_k, cache_v, start, sink_stop, window_start, scale) -> torch.Tensor:
+def forward(q, k, v, cache_k, cache_v, workspace, start, sink_stop, window_start, scale) -> torch.Tensor:
     """out (B, H, L, D); the cache then holds the new segment at `start`."""
     append(k, v, cache_k, cache_v, start)
     return attend_to_cache(q, cache_k, cache_v, start + q.shape[2], sink_stop, window_start, scale)

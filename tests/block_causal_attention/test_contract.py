@@ -68,13 +68,13 @@ def test_lse_is_not_differentiable_and_double_backward_is_refused():
         torch.autograd.grad(out.sum(), q, create_graph=True)
 
 
-@pytest.mark.parametrize("length", [16, 64])
-def test_bit_equal_over_runs_and_threads(length, thread_counts):
-    q, k, v = qkv(2, 4, 4 * length, 72, grad=True)
+@pytest.mark.parametrize(("backend", "length", "heads"), [("torch", 16, 4), ("torch", 64, 4), ("triton", 16, 1)])
+def test_bit_equal_over_runs_and_threads(backend, length, heads, thread_counts):
+    q, k, v = qkv(2, heads, 4 * length, 72, grad=True)
     grad_out = torch.randn_like(q)
 
     def run():
-        out = block_causal_attention(q, k, v, segment_length=length)
+        out = block_causal_attention(q, k, v, segment_length=length, backend=backend)
         return out, *torch.autograd.grad(out, (q, k, v), grad_out)
 
     first = run()
@@ -97,13 +97,14 @@ def test_flop_counter_counts_the_useful_pairs(segment_length, mask):
     assert counter.get_total_flops() == 10 * 2 * 3 * 24 * pairs
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_to_one_graph(dynamic):
+def test_compiles_to_one_graph(backend, dynamic):
     @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
     def layer(x, window):
         B, T, C = x.shape
         q, k, v = (x * 2).view(B, T, 3, 2, C // 6).unbind(2)
-        out = block_causal_attention(q, k, v, segment_length=16, window=window, layout="bthd")
+        out = block_causal_attention(q, k, v, segment_length=16, window=window, layout="bthd", backend=backend)
         return out.reshape(B, T, C // 3).sin()
 
     for B, T in ((1, 48), (2, 64), (2, 96)):
@@ -115,9 +116,10 @@ def test_compiles_to_one_graph(dynamic):
         torch.testing.assert_close(*grads)
 
 
-def test_compiles_with_inductor():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiles_with_inductor(backend):
     def layer(q, k, v):
-        return block_causal_attention(q * 2, k, v, segment_length=16).sin()
+        return block_causal_attention(q * 2, k, v, segment_length=16, backend=backend).sin()
 
     q, k, v = qkv(2, 2, 48, 16)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(q, k, v), layer(q, k, v))
@@ -134,11 +136,13 @@ def test_autocast_casts_as_sdpa_does():
 
 @pytest.mark.parametrize(("lengths", "window", "sink"), [([16], None, 0), ([16], 1, 0), ([8, 24, 16], 1, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(lengths, window, sink, dtype):
-    q, k, v = qkv(2, 2, 48, 16, dtype=dtype, grad=True)
-    torch.library.opcheck(torch.ops.ard.block_causal_attention, (q, k, v, lengths, window, sink, 0.25, "torch"))
-    out, lse = (x.detach() for x in torch.ops.ard.block_causal_attention(q, k, v, lengths, window, sink, 0.25, "torch"))
-    inputs = (torch.randn_like(out), *(x.detach() for x in (q, k, v)), out, lse, lengths, window, sink, 0.25, "torch")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(backend, lengths, window, sink, dtype):
+    q, k, v = qkv(2, 1, 48, 16, dtype=dtype, grad=True)
+    settings = (lengths, window, sink, 0.25, backend)
+    torch.library.opcheck(torch.ops.ard.block_causal_attention, (q, k, v, *settings))
+    out, lse = (x.detach() for x in torch.ops.ard.block_causal_attention(q, k, v, *settings))
+    inputs = (torch.randn_like(out), *(x.detach() for x in (q, k, v)), out, lse, *settings)
     torch.library.opcheck(torch.ops.ard.block_causal_attention_backward, inputs)
 
 
@@ -150,8 +154,8 @@ def test_use_backend_and_environment(monkeypatch):
         block_causal_attention(q, k, v, segment_length=16)
     with ard_kernels.use_backend("cpu"):  # the argument wins
         block_causal_attention(q, k, v, segment_length=16, backend="torch")
-    monkeypatch.setattr(sys.modules["ard_kernels.backends"], "_environment", "triton")
-    with pytest.raises(ValueError, match=r"'triton' \(environment ARD_BACKEND\)"):
+    monkeypatch.setattr(sys.modules["ard_kernels.backends"], "_environment", "cuda")
+    with pytest.raises(ValueError, match=r"'cuda' \(environment ARD_BACKEND\)"):
         block_causal_attention(q, k, v, segment_length=16)
     with pytest.raises(ValueError, match="name is 'nope'; expected one of"), ard_kernels.use_backend("nope"):
         pass
@@ -160,4 +164,17 @@ def test_use_backend_and_environment(monkeypatch):
 def test_backends_lists_a_reason_for_every_refusal():
     table = ard_kernels.backends("cpu")["block_causal_attention"]
     assert table["torch"].available and not table["torch"].reason
-    assert all(status.reason for name, status in table.items() if name != "torch")
+    assert all(status.reason for status in table.values() if not status.available)
+
+
+def test_the_interpreter_is_never_the_automatic_choice(monkeypatch):
+    module = sys.modules["ard_kernels.backends"]
+    assert ard_kernels.backends("cpu")["block_causal_attention"]["triton"].available
+    assert module.resolve("block_causal_attention", None, torch.device("cpu"), torch.float32) == "torch"
+    monkeypatch.setattr(ard_kernels.triton_support, "INTERPRETING", False)
+    q, k, v = qkv(1, 1, 32, 16)
+    with pytest.raises(ValueError, match="runs in Triton's interpreter only"):
+        block_causal_attention(q, k, v, segment_length=16, backend="triton")
+    q, k, v = qkv(1, 1, 32, 16, dtype=torch.float64)
+    with pytest.raises(ValueError, match="float64 is served by the torch backend only"):
+        block_causal_attention(q, k, v, segment_length=16, backend="triton")

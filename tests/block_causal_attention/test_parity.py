@@ -3,16 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import BACKWARD_FACTOR, assert_all_close, assert_close
 
-from ard_kernels import block_causal_attention
-from ard_kernels.block_causal_attention import torch_impl
+from ard_kernels import block_causal_attention, tuning
+from ard_kernels.block_causal_attention import tiles, torch_impl
 from ard_kernels.block_causal_attention.reference import block_causal_attention as reference
 from ard_kernels.block_causal_attention.spec import dense_mask
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "triton"]  # triton: in its interpreter, so with fewer and smaller cases
 MASKS = {"M1": (1, 0), "M2": (2, 0), "M3": (1, 1), "M4": (None, 0), "window2_sink1": (2, 1)}
 
 
@@ -61,34 +61,81 @@ def check(backend, lengths, mask, B=2, H=3, D=16, dtype=torch.float32, kind="pac
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("D", [64, 72, 128])
 def test_equal_segments(backend, dtype, mask, D, poisoned):
-    check(backend, [16], mask, D=D, dtype=dtype)
+    B, H = (2, 3) if backend == "torch" else (1, 2)
+    check(backend, [16], mask, B, H, D, dtype)
+
+
+KINDS = ["packed", "contiguous", "offset", "transposed_last"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["packed", "contiguous", "offset", "transposed_last"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_layouts_without_the_dense_shortcut(backend, kind, mask, monkeypatch, poisoned):
     monkeypatch.setattr(torch_impl, "DENSE_PAIR_ELEMENTS_PER_CALL", 0)
-    check(backend, [24], mask, D=72, kind=kind)
+    B, H = (2, 3) if backend == "torch" else (2, 1)
+    check(backend, [24], mask, B, H, D=72, kind=kind)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@given(
+draw_cases = given(
     lengths=st.lists(st.integers(1, 19), min_size=1, max_size=6),
     mask=st.tuples(st.one_of(st.none(), st.integers(1, 7)), st.integers(0, 6)),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([8, 16, 24, 72, 80])),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    kind=st.sampled_from(["packed", "contiguous", "offset", "transposed_last"]),
+    kind=st.sampled_from(KINDS),
     dense=st.booleans(),
 )
-def test_drawn_cases(backend, lengths, mask, shape, dtype, kind, dense):
-    B, H, D = shape
+
+
+@draw_cases
+def test_drawn_cases(lengths, mask, shape, dtype, kind, dense):
     saved = torch_impl.DENSE_PAIR_ELEMENTS_PER_CALL
     torch_impl.DENSE_PAIR_ELEMENTS_PER_CALL = saved if dense else 0
     try:
-        check(backend, lengths, mask, B, H, D, dtype, kind)
+        check("torch", lengths, mask, *shape, dtype, kind)
     finally:
         torch_impl.DENSE_PAIR_ELEMENTS_PER_CALL = saved
+
+
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    mask=st.tuples(st.one_of(st.none(), st.integers(1, 5)), st.integers(0, 4)),
+    D=st.sampled_from([8, 16, 24, 40, 64, 72, 80, 96, 112, 128]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    kind=st.sampled_from(KINDS),
+)
+def test_drawn_cases_triton(lengths, mask, D, dtype, kind):
+    check("triton", lengths, mask, 1, 1, D, dtype, kind)
+
+
+@pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (64, 32)], ids=str)
+@pytest.mark.parametrize("D", [136, 160, 176, 256])
+def test_tile_shapes_and_wide_heads_triton(blocks, D, monkeypatch):
+    config = dict(zip(("BLOCK_M", "BLOCK_N"), blocks, strict=True))
+    monkeypatch.setattr(tuning, "lookup", lambda *args, **kwargs: config)
+    check("triton", [50, 7, 33], (2, 1), 1, 2, D, torch.bfloat16)
+
+
+def test_many_heads_in_groups_triton(monkeypatch):
+    """More (batch, head) pairs than one group holds, and a last group that is not full."""
+    monkeypatch.setattr(tiles, "GROUP_BYTES", 2 * 48 * 24 * 4 * 3)
+    check("triton", [16], (None, 0), B=2, H=4, D=24)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 1.5])
+@pytest.mark.parametrize("segment_length", [32, [20, 12, 32]], ids=["full_tiles", "masked_tiles"])
+def test_any_scale_triton(scale, segment_length):
+    q, k, v = (torch.randn(1, 1, 64, 16, requires_grad=True) for _ in range(3))
+    results = []
+    for run in (
+        lambda: block_causal_attention(q, k, v, segment_length=segment_length, scale=scale, backend="triton"),
+        lambda: reference(q, k, v, [32] if segment_length == 32 else segment_length, scale=scale)[0],
+    ):
+        out = run()
+        results.append([out, *torch.autograd.grad(out.sin().sum(), (q, k, v))])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected.float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -101,19 +148,21 @@ def test_matmul_path_of_devices_without_the_fused_kernel(mask, monkeypatch):
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_layouts_agree(mask):
-    q, k, v = (torch.randn(2, 3, 48, 72) for _ in range(3))
-    settings = {"segment_length": 16, "window": mask[0], "sink": mask[1]}
-    out = block_causal_attention(q, k, v, **settings)
-    other = block_causal_attention(*(x.transpose(1, 2) for x in (q, k, v)), layout="bthd", **settings)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_agree(backend, mask):
+    q, k, v = (torch.randn(2, 1, 48, 72) for _ in range(3))
+    arguments = {"segment_length": 16, "window": mask[0], "sink": mask[1], "backend": backend}
+    out = block_causal_attention(q, k, v, **arguments)
+    other = block_causal_attention(*(x.transpose(1, 2) for x in (q, k, v)), layout="bthd", **arguments)
     assert torch.equal(out, other.transpose(1, 2))
     assert other.is_contiguous(), "(B, T, H, D) memory: reshape to (B, T, C) is free"
 
 
-def test_expanded_inputs_and_gradients():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanded_inputs_and_gradients(backend):
     q = torch.randn(1, 1, 48, 16, requires_grad=True)
     x = q.expand(2, 3, 48, 16)
-    block_causal_attention(x, x, x, segment_length=16).sum().backward()
+    block_causal_attention(x, x, x, segment_length=16, backend=backend).sum().backward()
     expected = torch.autograd.grad(reference(x, x, x, [16])[0].sum(), q)[0]
     torch.testing.assert_close(q.grad, expected.float(), rtol=1e-4, atol=1e-4)
 
@@ -124,10 +173,11 @@ def test_scale_and_single_segment():
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, scale=0.3))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 2, 32, 16), (2, 0, 32, 16), (2, 2, 0, 16)])
-def test_empty(shape):
+def test_empty(backend, shape):
     q = torch.randn(shape, requires_grad=True)
-    out, lse = block_causal_attention(q, q, q, segment_length=16, return_lse=True)
+    out, lse = block_causal_attention(q, q, q, segment_length=16, return_lse=True, backend=backend)
     assert out.shape == shape and lse.shape == shape[:3]
     out.sum().backward()
     assert q.grad.shape == shape

@@ -1,15 +1,11 @@
 """The published design that the benchmarks compare with: the same results as the student, and its known FLOPs."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from ard.model import DiTConfig
 from ard.student import ARDStudent
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks.baselines.published_student import PublishedStudent
 
 

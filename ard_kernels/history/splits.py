@@ -1,0 +1,31 @@
+"""Split-KV for few, long rows (batch 1): how many programs share the keys of a query tile. Index algebra only."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from ard_kernels.triton_support import INTERPRETING
+
+# A split has at least this many key tiles, or the second launch that adds the splits up costs more than it saves.
+LEAST_TILES = 4
+MAX_BLOCK_M = 128
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; 8 in the interpreter, so that small tests split."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def split_count(row_tiles: int, column_tiles: int, device_multiprocessors: int) -> int:
+    """As many splits as leave every multiprocessor at most one program, each with LEAST_TILES column tiles or more."""
+    return max(1, min(device_multiprocessors // max(1, row_tiles), column_tiles // LEAST_TILES))
+
+
+def workspace_elements(head_dim: int, device: torch.device) -> int:
+    """fp32 elements that hold the partial results of any split launch on `device`: per row an output, maximum, sum."""
+    if device.type != "cuda" and not INTERPRETING:
+        return 0
+    return multiprocessors(device) * MAX_BLOCK_M * (head_dim + 2)

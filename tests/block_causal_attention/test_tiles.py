@@ -1,0 +1,115 @@
+"""The tile schedule of the GPU kernels against the dense mask: every visible pair once, in a good order."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ard_kernels.block_causal_attention.spec import dense_mask
+from ard_kernels.block_causal_attention.tiles import column_tiles, heads_per_group, make_tables, schedule
+from ard_kernels.block_causal_attention.triton_impl import head_of, parts_of
+from benchmarks.waves import efficiency, makespan
+
+BLOCKS = st.sampled_from([1, 4, 16, 32])
+
+
+def visits(items, masked, bounds, tokens, block):
+    """(T, T) how often a row and column meet; asserts that tiles stay inside the tokens and full tiles are full."""
+    count = np.zeros((tokens, tokens), int)
+    for row, row_stop, *runs, first, last in items:
+        assert 0 <= row < row_stop <= tokens
+        for start, tiles in zip(runs[::2], runs[1::2], strict=True):
+            assert start + tiles * block <= tokens
+            count[row:row_stop, start : start + tiles * block] += 1
+        sink_stop, begin, end = bounds[row:row_stop].T[:, :, None]
+        for start, stop in masked[first:last]:
+            columns = np.arange(start, min(start + block, stop))
+            assert stop <= tokens and len(columns)
+            visible = (columns < end) & ((columns >= begin) | (columns < sink_stop))
+            assert visible.any(), "a tile visited for nothing"
+            count[row:row_stop, columns] += visible
+    return count
+
+
+@settings(max_examples=3000)
+@given(
+    lengths=st.one_of(
+        st.lists(st.integers(1, 40), min_size=1, max_size=6),
+        st.tuples(st.integers(1, 24), st.integers(1, 6)).map(lambda p: [p[0]] * p[1]),
+    ),
+    mask=st.tuples(st.one_of(st.none(), st.integers(1, 6)), st.integers(0, 5)),
+    blocks=st.tuples(BLOCKS, BLOCKS),
+    by_key=st.booleans(),
+)
+def test_every_visible_pair_once(lengths, mask, blocks, by_key):
+    tokens = sum(lengths)
+    items, masked, bounds = make_tables(lengths, tokens, *mask, *blocks, by_key)
+    assert (items[:, 1] - items[:, 0] <= blocks[0]).all()
+    rows = np.sort(items[:, 0])
+    assert rows[0] == 0 and (np.sort(items[:, 1])[:-1] == rows[1:]).all() and items[:, 1].max() == tokens
+    assert (np.diff(column_tiles(items)) <= 0).all(), "longest first"
+    if by_key:
+        assert not items[:, 4:6].any(), "the queries that see a key are one run"
+    expected = dense_mask(lengths, tokens, *mask).numpy()
+    assert (visits(items, masked, bounds, tokens, blocks[1]) == (expected.T if by_key else expected)).all()
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 9))
+def test_every_program_has_its_own_tile_and_head(batch_heads, group, tiles):
+    group = min(group, batch_heads)
+    seen = [head_of.fn(program, batch_heads, group, tiles) for program in range(batch_heads * tiles)]
+    assert sorted(seen) == [(tile, head) for tile in range(tiles) for head in range(batch_heads)]
+    for first in range(0, batch_heads, group):  # one group after the other, its longest tiles first
+        part = seen[first * tiles : (first + group) * tiles]
+        assert {head for _, head in part} == set(range(first, min(first + group, batch_heads)))
+        assert [tile for tile, _ in part] == sorted(tile for tile, _ in part)
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+@pytest.mark.parametrize("mask", [(None, 0), (1, 0), (2, 0), (1, 1)])
+def test_the_model_shape_has_no_masked_tiles(mask, by_key):
+    for S, L in ((4, 256), (8, 1024), (1, 256)):
+        items, masked, _ = make_tables([L], S * L, *mask, 128, 128, by_key)
+        assert not len(masked) and len(items) == S * L // 128
+    tables = schedule((256,), 1024, *mask, 128, 64, by_key, torch.device("cpu"))
+    assert not tables.has_masked and tables.items.dtype == torch.int32
+    assert tables is schedule((256,), 1024, *mask, 128, 64, by_key, torch.device("cpu"))
+
+
+def test_short_segments_share_row_tiles():
+    items, _, _ = make_tables([16], 64, None, 0, 64, 64, False)
+    assert len(items) == 1
+    items, masked, _ = make_tables([256], 1024, None, 0, 128, 64, False)
+    assert len(items) == 8 and not len(masked)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 32])
+@pytest.mark.parametrize("by_key", [False, True])
+def test_waves_of_the_model_shape(batch, by_key):
+    """132 multiprocessors, DiT-XL/2, S 4, L 256: once the GPU is filled, idle slots cost little."""
+    config = {"BLOCK_M": 128, "BLOCK_N": 64}
+    group = heads_per_group(16 * batch, 2 * 1024 * 72 * 2)
+    share = efficiency([256], 1024, None, 0, config, 16 * batch, group, slots=132 if by_key else 264, by_key=by_key)
+    assert share >= {1: 0.25, 4: 0.75, 32: 0.95}[batch], share
+
+
+def test_longest_first_shortens_the_last_wave():
+    costs = np.repeat([8.0, 6.0, 4.0, 2.0], 60)
+    assert makespan(costs, 132) < makespan(costs[::-1], 132)
+    assert makespan(np.ones(264), 132) == 2 and makespan(np.ones(265), 132) == 3
+
+
+def test_heads_of_a_group_fit_the_cache():
+    assert heads_per_group(512, 2 * 1024 * 72 * 2) == 74, "7 near equal groups of at most 85"
+    assert heads_per_group(16, 1 << 10) == 16
+    assert heads_per_group(16, 1 << 30) == 1
+
+
+@given(st.integers(1, 32).map(lambda n: 8 * n))
+def test_head_dims_are_padded_little(D):
+    parts = parts_of(D)
+    assert all(part >= 16 and part & (part - 1) == 0 for part in parts) and len(parts) <= 3
+    assert D <= sum(parts) <= max(16, 1.34 * D)
+    exact = {72: (64, 16), 80: (64, 16), 96: (64, 32), 112: (64, 32, 16), 160: (128, 32), 128: (128,)}
+    assert parts == exact.get(D, parts)
