@@ -2,7 +2,7 @@
 
 from ard_kernels import flops
 from ard_kernels.backends import BackendStatus, backends, use_backend
-from ard_kernels.block_causal_attention import block_causal_attention
+from ard_kernels.block_causal_attention import block_causal_attention, block_causal_attention_packed
 from ard_kernels.history import HistoryCache, HistoryRouting, history_attention
 from ard_kernels.segment_adaln import adaln_modulate, gate_residual, gate_residual_adaln
 
@@ -15,6 +15,7 @@ __all__ = [
     "adaln_modulate",
     "backends",
     "block_causal_attention",
+    "block_causal_attention_packed",
     "flops",
     "gate_residual",
     "gate_residual_adaln",

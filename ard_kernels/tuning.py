@@ -1,8 +1,8 @@
 """Tile sizes of the Triton kernels: what was tuned on this machine, else the table shipped for the architecture.
 
-A table maps `kernel/dtype bits/width class/length class` to the kernel's compile-time constants. `python -m benchmarks.tune`
-times the candidates on the GPU at hand and writes its winners to `cache_file()`, whose name holds the device, the
-library and the Triton version; nothing is ever tuned during a call.
+A table maps `kernel/dtype bits/width class/length class` to the kernel's compile-time constants. `make gpu-check` times
+candidates on the GPU at hand and writes the winners to `cache_file()`, whose name holds the device, the library and the
+Triton version; nothing is ever tuned during a call.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ def makespan(costs: np.ndarray, slots: int) -> float:
 
 
 def efficiency(
-    lengths: list[int], tokens: int, window: int | None, sink: int, config: dict[str, int], batch_heads: int, group: int,
-    slots: int, by_key: bool = False,
+    lengths: list[int], tokens: int, window: int | None, sink: int, config: dict[str, int],
+    batch_heads: int, group: int, slots: int, by_key: bool = False,
 ) -> float:  # fmt: skip
     """Work / (slots x makespan), 1 when no slot is ever idle."""
     items, _, _ = make_tables(lengths, tokens, window, sink, config["BLOCK_M"], config["BLOCK_N"], by_key)

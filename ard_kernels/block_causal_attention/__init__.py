@@ -10,10 +10,10 @@ import torch
 from ard_kernels.autocast import cast_to_autocast
 from ard_kernels.backends import resolve
 from ard_kernels.block_causal_attention import spec
-from ard_kernels.block_causal_attention.op import forward_op
+from ard_kernels.block_causal_attention.op import forward_op, packed_op
 from ard_kernels.segments import check_segment_length
 
-__all__ = ["block_causal_attention"]
+__all__ = ["block_causal_attention", "block_causal_attention_packed"]
 
 OP = "block_causal_attention"
 
@@ -64,4 +64,39 @@ def block_causal_attention(
     out, lse = forward_op(q, k, v, lengths, window, sink, scale, chosen)
     if layout == "bthd":
         out = out.transpose(1, 2)
+    return (out, lse) if return_lse else out
+
+
+def block_causal_attention_packed(
+    qkv: torch.Tensor,
+    *,
+    segment_length: int | Sequence[int],
+    window: int | None = None,
+    sink: int = 0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`block_causal_attention` of one packed projection, whose gradient comes back packed: no copy joins dq, dk, dv.
+
+    Args:
+        qkv: (B, T, 3, H, D), any strides with a contiguous last dim.
+        segment_length, window, sink, scale, return_lse, backend: as in `block_causal_attention`.
+
+    Returns:
+        out, (B, T, H, D) contiguous; with return_lse (out, lse), lse (B, H, T) fp32.
+
+    Raises:
+        ValueError: as `block_causal_attention`.
+    """
+    op = "block_causal_attention_packed"
+    spec.check_packed(op, qkv)
+    lengths = check_segment_length(op, segment_length, "qkv", qkv.shape[1])
+    spec.check_window(op, window, sink)
+    (qkv,) = cast_to_autocast(qkv)
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    chosen = resolve(OP, backend, qkv.device, qkv.dtype)
+    scale = 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale)
+    out, lse = packed_op(qkv, lengths, window, sink, scale, chosen)
+    out = out.transpose(1, 2)
     return (out, lse) if return_lse else out

@@ -1,6 +1,12 @@
-"""`ard::block_causal_attention` and its backward: schema, dispatch on the resolved backend, gradient, FLOPs."""
+"""`ard::block_causal_attention` and its backward: schema, dispatch on the resolved backend, gradient, FLOPs.
+
+The packed form takes q, k, v as one (B, T, 3, H, D) tensor and returns one gradient of that shape: of three views of a
+projection autograd would make three gradients and then copy them together.
+"""
 
 from __future__ import annotations
+
+import torch
 
 from ard_kernels import triton_support
 from ard_kernels.backends import register_backend
@@ -69,6 +75,57 @@ def _backward_flops(grad_out, q, k, v, out, lse, lengths, window, sink, *args, *
     return _flops(q, lengths, window, sink, matmuls=5)  # Q K^T again, dO V^T, P^T dO, dS K, dS^T Q
 
 
+def _split(qkv):
+    """q, k, v (B, H, T, D) views of qkv (B, T, 3, H, D)."""
+    return tuple(x.transpose(1, 2) for x in qkv.unbind(2))
+
+
+def _packed(qkv, *settings):
+    return _forward(*_split(qkv), *settings)
+
+
+def _packed_fake(qkv, *settings):
+    return _forward_fake(*_split(qkv), *settings)
+
+
+def _packed_backward(grad_out, qkv, out, lse, *settings):
+    *settings, backend = settings
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    IMPLEMENTATIONS[backend].backward(grad_out, *_split(qkv), out, lse, *settings, _split(grad))
+    return grad
+
+
+def _packed_backward_fake(grad_out, qkv, out, lse, *settings):
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _packed_setup_context(ctx, inputs, output):
+    qkv, *ctx.settings = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, *output)
+
+
+def _packed_autograd(ctx, grad_out, _grad_lse):
+    grad = None if grad_out is None else packed_backward_op(grad_out, *ctx.saved_tensors, *ctx.settings)
+    return grad, *(None for _ in ctx.settings)
+
+
+def _packed_flops(matmuls, qkv, lengths, window, sink) -> int:
+    B, T, _, H, D = qkv
+    return _flops((B, H, T, D), lengths, window, sink, matmuls)
+
+
+def _packed_forward_flops(qkv, lengths, window, sink, *args, **kwargs) -> int:
+    return _packed_flops(2, qkv, lengths, window, sink)
+
+
+def _packed_backward_flops(grad_out, qkv, out, lse, lengths, window, sink, *args, **kwargs) -> int:
+    return _packed_flops(5, qkv, lengths, window, sink)
+
+
 backward_op = define_op(
     "block_causal_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "SymInt[] lengths, int? window, int sink, float scale, str backend) -> (Tensor, Tensor, Tensor)",
@@ -84,4 +141,20 @@ forward_op = define_op(
     backward=_autograd,
     setup_context=_setup_context,
     flops=_forward_flops,
+)
+packed_backward_op = define_op(
+    "block_causal_attention_packed_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, SymInt[] lengths, "
+    "int? window, int sink, float scale, str backend) -> Tensor",
+    _packed_backward,
+    _packed_backward_fake,
+    flops=_packed_backward_flops,
+)
+packed_op = define_op(
+    "block_causal_attention_packed(Tensor qkv, SymInt[] lengths, int? window, int sink, float scale, str backend) "
+    "-> (Tensor, Tensor)",
+    _packed,
+    _packed_fake,
+    backward=_packed_autograd,
+    setup_context=_packed_setup_context,
+    flops=_packed_forward_flops,
 )

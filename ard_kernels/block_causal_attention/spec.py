@@ -86,8 +86,18 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout
             raise ValueError(f"{op}: {name} has dtype {other.dtype}; expected q's {q.dtype}")
         if other.device != q.device:
             raise ValueError(f"{op}: {name} is on {other.device}; expected q's {q.device}")
-    if q.dtype not in DTYPES:
-        raise ValueError(f"{op}: q has dtype {q.dtype}; expected float32, bfloat16, float16 or float64")
-    head_dim = q.shape[3]
-    if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"{op}: q has head dim {head_dim}; expected a multiple of 8 from 8 to {MAX_HEAD_DIM}")
+    _check_dtype_and_head_dim(op, "q", q)
+
+
+def check_packed(op: str, qkv: torch.Tensor) -> None:
+    """ValueError unless qkv is (B, T, 3, H, D) of a supported dtype, D a multiple of 8 up to 256."""
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"{op}: qkv has shape {tuple(qkv.shape)}; expected 5 dims (B, T, 3, H, D)")
+    _check_dtype_and_head_dim(op, "qkv", qkv)
+
+
+def _check_dtype_and_head_dim(op: str, name: str, x: torch.Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{op}: {name} has dtype {x.dtype}; expected float32, bfloat16, float16 or float64")
+    if x.shape[-1] % 8 != 0 or not 8 <= x.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: {name} has head dim {x.shape[-1]}; expected a multiple of 8 from 8 to {MAX_HEAD_DIM}")

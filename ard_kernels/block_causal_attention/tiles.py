@@ -1,4 +1,4 @@
-"""The tile schedule of the GPU kernels: which column tiles each row tile visits, and in which order. Index algebra only.
+"""The tile schedule of the GPU kernels: which column tiles each row tile visits, in which order. Index algebra only.
 
 Forward and dQ: rows are queries, columns keys. dK and dV: rows are keys, columns the queries that see them. A row tile
 visits *full* column tiles, which every one of its rows sees whole, without any mask arithmetic; then *masked* ones.
@@ -16,6 +16,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +49,7 @@ def column_tiles(items: np.ndarray) -> np.ndarray:
 
 
 def heads_per_group(batch_heads: int, bytes_per_head: int) -> int:
-    """(batch, head) pairs whose tiles are interleaved: near equal groups, as a small last one would end with long tiles."""
+    """(batch, head) pairs whose tiles are interleaved; near equal groups: a small last one would end on long tiles."""
     most = max(1, GROUP_BYTES // max(1, bytes_per_head))
     groups = -(-batch_heads // most)
     return -(-batch_heads // groups)
@@ -74,7 +75,7 @@ def _runs(ranges: list[list[tuple[int, int]]]) -> list[tuple[int, int, bool]]:
         return [(start, stop, True) for start, stop in ranges[0]]
     cuts = sorted({cut for own in ranges for pair in own for cut in pair})
     runs: list[tuple[int, int, bool]] = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         seen = sum(any(a <= start < b for a, b in own) for own in ranges)
         if seen == 0:
             continue
@@ -135,7 +136,7 @@ def make_tables(
     ranges = visible_ranges(offsets, window, sink, by_key)
     aligned = [
         (start, min(start + block_rows, stop))
-        for begin, stop in zip(offsets, offsets[1:], strict=False)
+        for begin, stop in pairwise(offsets)
         for start in range(begin, stop, block_rows)
     ]
     across = [(start, min(start + block_rows, tokens)) for start in range(0, tokens, block_rows)]

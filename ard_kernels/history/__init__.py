@@ -9,7 +9,7 @@ import torch
 
 from ard_kernels.autocast import cast_to_autocast
 from ard_kernels.backends import resolve
-from ard_kernels.block_causal_attention import block_causal_attention
+from ard_kernels.block_causal_attention import block_causal_attention, block_causal_attention_packed
 from ard_kernels.block_causal_attention.spec import check_qkv, check_window
 from ard_kernels.history.cache import HistoryCache
 from ard_kernels.history.op import history_op
@@ -103,14 +103,37 @@ class HistoryRouting:
         Without a cache q, k, v hold all segments (teacher-forced training). With one they hold a single new segment
         (sampling): history layers append it and attend to the past, the others attend within it and keep nothing.
         """
+        shared = {"layout": layout, "scale": scale, "backend": backend}
+        if cache is not None and self.reads_history(layer):
+            return history_attention(q, k, v, cache, layer=layer, window=self.window, sink=self.sink, **shared)
+        return block_causal_attention(q, k, v, segment_length=segment_length, **self.mask(layer), **shared)
+
+    def attention_packed(
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        *,
+        segment_length: int | Sequence[int],
+        cache: HistoryCache | None = None,
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> torch.Tensor:
+        """`attention` of qkv (B, T, 3, H, D); returns (B, T, H, D). See `block_causal_attention_packed`."""
+        shared = {"scale": scale, "backend": backend}
+        if cache is not None and self.reads_history(layer):
+            mask = {"window": self.window, "sink": self.sink}
+            return history_attention(*qkv.unbind(2), cache, layer=layer, layout="bthd", **mask, **shared)
+        return block_causal_attention_packed(qkv, segment_length=segment_length, **self.mask(layer), **shared)
+
+    def reads_history(self, layer: int) -> bool:
+        """Whether `layer` attends to earlier segments. ValueError for a layer the model does not have."""
         if not 0 <= layer < self.depth:
             raise ValueError(f"HistoryRouting: layer is {layer}; expected 0 to {self.depth - 1}")
-        reads_history = layer < self.history_layers
-        shared = {"layout": layout, "scale": scale, "backend": backend}
-        if cache is not None and reads_history:
-            return history_attention(q, k, v, cache, layer=layer, window=self.window, sink=self.sink, **shared)
-        mask = {"window": self.window, "sink": self.sink} if reads_history else {"window": 1}
-        return block_causal_attention(q, k, v, segment_length=segment_length, **mask, **shared)
+        return layer < self.history_layers
+
+    def mask(self, layer: int) -> dict[str, int | None]:
+        """`window` and `sink` of `layer`; block-diagonal above the history layers."""
+        return {"window": self.window, "sink": self.sink} if self.reads_history(layer) else {"window": 1, "sink": 0}
 
     def __repr__(self) -> str:
         return f"HistoryRouting({self.depth}, {self.history_layers}, window={self.window}, sink={self.sink})"

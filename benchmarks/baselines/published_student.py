@@ -50,8 +50,8 @@ class PublishedStudent(nn.Module):
     def block(block: nn.Module, x_BTC: Tensor, c_BTC: Tensor, mask_TT: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaLN_modulation(c_BTC).chunk(6, dim=-1)
 
-        def attend(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
-            heads_first = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
+        def attend(qkv_BT3HD: Tensor) -> Tensor:
+            heads_first = (x.transpose(1, 2) for x in qkv_BT3HD.unbind(2))
             return F.scaled_dot_product_attention(*heads_first, attn_mask=mask_TT).transpose(1, 2)
 
         x_BTC = x_BTC + gate_a * block.attn(modulate(x_BTC, shift_a, scale_a), attend)

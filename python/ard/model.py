@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ard_kernels import adaln_modulate, block_causal_attention, gate_residual_adaln
+from ard_kernels import adaln_modulate, block_causal_attention_packed, gate_residual_adaln
 
-# q, k, v (B, T, H, D) -> out (B, T, H, D)
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# packed q, k, v (B, T, 3, H, D) -> out (B, T, H, D)
+Attend = Callable[[Tensor], Tensor]
 # branch (B, T, C) and gate (B, S, C) of a residual that the next fused op adds: h = x + gate * branch
 Pending = tuple[Tensor, Tensor]
 
@@ -170,7 +170,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head mixing of tokens (B, T, C); `attend` gets strided views of the packed qkv projection, no copies."""
+    """Multi-head mixing of tokens (B, T, C); `attend` gets the packed qkv projection as it is, no copies."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -180,8 +180,8 @@ class Attention(nn.Module):
 
     def forward(self, y_BTC: Tensor, attend: Attend) -> Tensor:
         B, T, C = y_BTC.shape
-        q_BTHD, k_BTHD, v_BTHD = self.qkv(y_BTC).view(B, T, 3, self.num_heads, C // self.num_heads).unbind(2)
-        return self.proj(attend(q_BTHD, k_BTHD, v_BTHD).reshape(B, T, C))
+        qkv = self.qkv(y_BTC).view(B, T, 3, self.num_heads, C // self.num_heads)
+        return self.proj(attend(qkv).reshape(B, T, C))
 
 
 class Mlp(nn.Module):
@@ -268,7 +268,7 @@ class DiTTrunk(nn.Module):
     def transform(
         self,
         x_BTC: Tensor,
-        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+        attend: Callable[[int, Tensor], Tensor],
         final_layers: Sequence[FinalLayer],
         *,
         c_BSC: Tensor | None = None,
@@ -277,15 +277,15 @@ class DiTTrunk(nn.Module):
     ) -> Tensor:
         """All blocks, then final layer s on segment s: (B, T, C) -> (B, S, L, P).
 
-        `attend(layer, q, k, v)` mixes tokens. Modulation comes from `c_BSC`, or from the rows that
+        `attend(layer, qkv)` mixes tokens. Modulation comes from `c_BSC`, or from the rows that
         `adaLN_modulation` and `final_rows` have computed beforehand.
         """
         L, pending = self.config.tokens, None
         for layer, block in enumerate(self.blocks):
             rows_BSR = None if block_rows is None else block_rows[layer]
 
-            def attend_in_layer(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
-                return attend(layer, q, k, v)
+            def attend_in_layer(qkv: Tensor, layer: int = layer) -> Tensor:
+                return attend(layer, qkv)
 
             x_BTC, pending = block(x_BTC, pending, attend_in_layer, segment_length=L, c_BSC=c_BSC, rows_BSR=rows_BSR)
         if final_rows_BSR is None:
@@ -373,8 +373,8 @@ class DiT(DiTTrunk):
         if force_drop is not None:
             labels_B = labels_B.masked_fill(force_drop, self.config.num_classes)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return block_causal_attention(q, k, v, segment_length=self.config.tokens, layout="bthd")
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            return block_causal_attention_packed(qkv, segment_length=self.config.tokens)
 
         c_BSC = self.condition(t_B[:, None], labels_B)
         tokens_BSLP = self.transform(self.embed(x_Bchw[:, None]), attend, [self.final_layer], c_BSC=c_BSC)

@@ -74,8 +74,8 @@ class ARDStudent(DiTTrunk):
         if not 1 <= S <= self.steps:
             raise ValueError(f"states: got {S} segments; expected 1 to steps={self.steps}")
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self.routing.attention(layer, q, k, v, segment_length=L, layout="bthd")
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            return self.routing.attention_packed(layer, qkv, segment_length=L)
 
         c_BSC = self.condition(self.timesteps(S, states_BSchw.device), labels_B)
         tokens_BSLP = self.transform(self.embed(states_BSchw), attend, self.final_layers[:S], c_BSC=c_BSC)
@@ -109,8 +109,8 @@ class ARDStudent(DiTTrunk):
             cache = self.new_cache(noise_Bchw.shape[0])
         cache.reset()
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self.routing.attention(layer, q, k, v, segment_length=L, cache=cache, layout="bthd")
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            return self.routing.attention_packed(layer, qkv, segment_length=L, cache=cache)
 
         # Rows depend on timesteps and labels only: adaLN weights, a third of the model, are read once and not S times.
         c_BSC = self.condition(self.timesteps(self.steps, noise_Bchw.device), labels_B)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ard_kernels
-from ard_kernels import block_causal_attention
+from ard_kernels import block_causal_attention, block_causal_attention_packed
 from ard_kernels.block_causal_attention.spec import useful_pairs
 
 
@@ -95,6 +95,25 @@ def test_flop_counter_counts_the_useful_pairs(segment_length, mask):
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     assert counter.get_total_flops() == 10 * 2 * 3 * 24 * pairs
+    packed = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4)
+    with FlopCounterMode(display=False) as counter:
+        out = block_causal_attention_packed(packed, segment_length=segment_length, window=mask[0], sink=mask[1])
+        out.sum().backward()
+    assert counter.get_total_flops() == 14 * 2 * 3 * 24 * pairs
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 48, 4, 2, 16), r"qkv has shape .*; expected 5 dims \(B, T, 3, H, D\)"),
+        ((2, 48, 3, 16), r"qkv has shape .*; expected 5 dims \(B, T, 3, H, D\)"),
+        ((2, 48, 3, 2, 12), "qkv has head dim 12; expected a multiple of 8"),
+        ((2, 40, 3, 2, 16), "qkv has 40 tokens; expected a multiple of segment_length=16"),
+    ],
+)
+def test_bad_packed_input(shape, message):
+    with pytest.raises(ValueError, match=f"block_causal_attention_packed: {message}"):
+        block_causal_attention_packed(torch.randn(shape), segment_length=16)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -144,6 +163,10 @@ def test_opcheck(backend, lengths, window, sink, dtype):
     out, lse = (x.detach() for x in torch.ops.ard.block_causal_attention(q, k, v, *settings))
     inputs = (torch.randn_like(out), *(x.detach() for x in (q, k, v)), out, lse, *settings)
     torch.library.opcheck(torch.ops.ard.block_causal_attention_backward, inputs)
+    packed = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4)
+    torch.library.opcheck(torch.ops.ard.block_causal_attention_packed, (packed, *settings))
+    inputs = (torch.randn_like(out), packed.detach(), out, lse, *settings)
+    torch.library.opcheck(torch.ops.ard.block_causal_attention_packed_backward, inputs)
 
 
 def test_use_backend_and_environment(monkeypatch):

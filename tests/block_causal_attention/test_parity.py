@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import BACKWARD_FACTOR, assert_all_close, assert_close
 
-from ard_kernels import block_causal_attention, tuning
+from ard_kernels import block_causal_attention, block_causal_attention_packed, tuning
 from ard_kernels.block_causal_attention import tiles, torch_impl
 from ard_kernels.block_causal_attention.reference import block_causal_attention as reference
 from ard_kernels.block_causal_attention.spec import dense_mask
@@ -138,6 +138,22 @@ def test_any_scale_triton(scale, segment_length):
         torch.testing.assert_close(ours, expected.float(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[64], [16], [8, 24, 16]], ids=["one_segment", "equal", "ragged"])
+@pytest.mark.parametrize("mask", [(None, 0), (1, 0), (1, 1)])
+def test_packed_equals_three_tensors(backend, dtype, lengths, mask, poisoned):
+    tokens = sum(lengths) if len(lengths) > 1 else 64
+    leaf = torch.randn(2, tokens, 3, 2, 24, dtype=dtype, requires_grad=True)
+    arguments = {"segment_length": lengths[0] if len(lengths) == 1 else lengths, "window": mask[0], "sink": mask[1]}
+    arguments |= {"return_lse": True, "backend": backend}
+    ours, our_lse = block_causal_attention_packed(leaf, **arguments)
+    expected, expected_lse = block_causal_attention(*leaf.unbind(2), layout="bthd", **arguments)
+    assert ours.is_contiguous() and torch.equal(ours, expected) and torch.equal(our_lse, expected_lse)
+    grads = [torch.autograd.grad(out, leaf, torch.ones_like(out).cos())[0] for out in (ours, expected)]
+    assert grads[0].is_contiguous() and torch.equal(*grads)
+
+
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_matmul_path_of_devices_without_the_fused_kernel(mask, monkeypatch):
     """The composition that serves every non-CPU device, run here on CPU tensors."""
@@ -193,3 +209,10 @@ def test_gradcheck(dense_elements, monkeypatch):
             return block_causal_attention(q, k, v, segment_length=[2, 3, 4], window=mask[0], sink=mask[1])
 
         assert torch.autograd.gradcheck(run, (q, k, v))
+
+        def run_packed(qkv, mask=mask):
+            return block_causal_attention_packed(qkv, segment_length=[2, 3, 4], window=mask[0], sink=mask[1])
+
+        assert torch.autograd.gradcheck(
+            run_packed, (torch.stack((q, k, v), 2).transpose(1, 3).detach().requires_grad_(),)
+        )
