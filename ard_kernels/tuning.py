@@ -11,7 +11,6 @@ import json
 import os
 import re
 from functools import cache, lru_cache
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -27,9 +26,11 @@ INTERPRETER = {"attention": {"BLOCK_M": 32, "BLOCK_N": 16}, "adaln": {"TOKENS": 
 
 
 def key(kernel: str, dtype: torch.dtype, width: int, length: int) -> str:
-    """Name of a table entry; `length` in tokens per segment, 0 for ragged ones, which count as long."""
-    upper = next(end for end in WIDTHS[kernel.split("_")[0]] if width <= end)
-    return f"{kernel}/{8 * dtype.itemsize}bit/{upper}/{'short' if 0 < length < 128 else 'long'}"
+    """Name of a table entry; `length` in tokens per segment, 0 for ragged. Only 16-bit attention tells short ones."""
+    family = kernel.split("_")[0]
+    upper = next(end for end in WIDTHS[family] if width <= end)
+    short = family == "attention" and dtype.itemsize == 2 and 0 < length < 128
+    return f"{kernel}/{8 * dtype.itemsize}bit/{upper}/{'short' if short else 'long'}"
 
 
 @lru_cache(maxsize=4096)
@@ -57,6 +58,10 @@ def tuned_here(device: torch.device) -> dict[str, dict[str, int]]:
 
 def cache_file(device: torch.device) -> Path:
     """$ARD_CACHE_DIR (default ~/.cache/ard_kernels) / <device>-<library version>-triton<version>.json"""
+    import triton
+
+    import ard_kernels
+
     folder = Path(os.environ.get("ARD_CACHE_DIR") or Path.home() / ".cache" / "ard_kernels")
     device_name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-    return folder / f"{device_name}-{metadata.version('ard-kernels')}-triton{metadata.version('triton')}.json"
+    return folder / f"{device_name}-{ard_kernels.__version__}-triton{triton.__version__}.json"

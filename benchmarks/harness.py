@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import platform
 import random
 import re
@@ -13,10 +14,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 
 import torch
+
+import ard_kernels
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,19 +44,34 @@ def keep_freed_memory() -> None:
         libc.mallopt(option, value)
 
 
-def interleaved(candidates: dict[str, Callable[[], object]], repeats: int, warmup: int = 3) -> dict[str, Timing]:
+def wall_clock(run: Callable[[], object]) -> float:
+    """Milliseconds of one call, for code that is done when it returns."""
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def interleaved(
+    candidates: dict[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 3,
+    *,
+    timer: Callable[[Callable[[], object]], float] = wall_clock,
+    seconds: float = float("inf"),
+) -> dict[str, Timing]:
     """Time every candidate `repeats` times, taking turns, so that a noisy neighbour hits all of them alike.
 
     The order is drawn anew in every round: a fixed one gives each candidate the caches its predecessor left.
+    `timer` runs a candidate and returns milliseconds. No round starts after `seconds`, but five are always timed.
     """
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    order, draw = list(candidates.items()), random.Random(0)
+    order, draw, begin = list(candidates.items()), random.Random(0), time.monotonic()
     for repeat in range(warmup + repeats):
+        if repeat >= warmup + 5 and time.monotonic() - begin > seconds:
+            break
         draw.shuffle(order)
         for name, run in order:
-            start = time.perf_counter()
-            run()
-            elapsed = (time.perf_counter() - start) * 1e3
+            elapsed = timer(run)
             if repeat >= warmup:
                 samples[name].append(elapsed)
     timings = {}
@@ -67,9 +84,12 @@ def interleaved(candidates: dict[str, Callable[[], object]], repeats: int, warmu
 def row(
     op: str, shape: str, direction: str, timings: dict[str, Timing], ours: str, peers: list[str], target: float, **facts
 ) -> dict:
-    """One result: ours against the fastest of `peers`; `target` is the least ratio peer / ours that counts as done."""
-    best = min(peers, key=lambda name: timings[name].median)
-    ratio = timings[best].median / timings[ours].median
+    """One result: ours against the fastest of `peers`; `target` is the least ratio peer / ours that counts as done.
+
+    Without a peer (all refused) there is no ratio, and the target is not met. `facts` are added, or replace entries.
+    """
+    best = min(peers, key=lambda name: timings[name].median, default=None)
+    ratio = timings[best].median / timings[ours].median if best else None
     return {
         "op": op,
         "shape": shape,
@@ -80,7 +100,7 @@ def row(
         "best_peer": best,
         "ratio": ratio,
         "target": target,
-        "met": ratio >= target,
+        "met": ratio is not None and ratio >= target,
         **facts,
     }
 
@@ -98,27 +118,41 @@ def cpu_name() -> str:
     return match.group(1) if match else platform.processor()
 
 
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    """Output of a git command; empty where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip()
 
 
-def environment() -> dict:
+def environment(device: str | None = None) -> dict:
+    """Where a result comes from; `device` in words, default this CPU.
+
+    A copy without its repository takes the commit from the variable ARD_COMMIT; whether it is dirty is unknown then.
+    """
+    commit = _git("rev-parse", "HEAD")
+    dirty = bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results"))
+    cpu = f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     return {
         "date": date.today().isoformat(),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")),
-        "device": f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "commit": commit or os.environ.get("ARD_COMMIT", "unknown"),
+        "dirty": dirty if commit else None,
+        "device": device or cpu,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "ard_kernels": metadata.version("ard-kernels"),
+        "ard_kernels": ard_kernels.__version__,
     }
 
 
 def write_results(name: str, rows: list[dict]) -> Path:
     """benchmarks/results/<device>/<name>.json"""
-    device = re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {torch.get_num_threads()} threads".lower()).strip("-")
-    path = RESULTS / device / f"{name}.json"
+    path = RESULTS / slug(f"{cpu_name()} {torch.get_num_threads()} threads") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
     print(f"wrote {path.relative_to(RESULTS.parent.parent)}")

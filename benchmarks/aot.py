@@ -1,0 +1,331 @@
+"""`make aot`: compile every Triton kernel with every shipped configuration, without a GPU, and check what came out.
+
+    python -m benchmarks.aot            compile, check, compare with the committed tables; exit 1 if anything is off
+    python -m benchmarks.aot --update   the same, and write the tables (benchmarks/results/aot/sm*.csv)
+    python -m benchmarks.aot --choose   rebuild the shipped configurations (ard_kernels/tuned/sm*.json) by the rule of
+                                        `choose`, keeping those that were measured on a GPU; then --update
+
+Kernels are compiled through the backends' own launch code on CPU tensors: Triton's driver is replaced by one that names
+the target and launches nothing, so arguments, alignment and constants are specialised as in a real call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from ard_kernels import tuning
+from ard_kernels.block_causal_attention import triton_impl as attention
+from ard_kernels.block_causal_attention.tiles import column_tiles, make_tables
+from ard_kernels.history import triton_impl as history
+from ard_kernels.history.splits import workspace_elements
+from benchmarks.candidates import candidates, keys
+
+TABLES = Path(__file__).parent / "results" / "aot"
+# Bytes of shared memory a block may have and a multiprocessor holds (CUDA programming guide, compute capabilities).
+SHARED = {80: (163 << 10, 164 << 10), 90: (227 << 10, 228 << 10), 100: (227 << 10, 228 << 10)}
+REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
+# A head dim per width class, 72 for the class that ends at 80.
+HEAD_DIMS = {32: 32, 64: 64, 80: 72, 96: 96, 128: 128, 192: 160, 256: 256}
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+# Spills that were looked at and let pass, with the reason: (architecture, kernel, key) -> bytes.
+SPILL_BUDGET = {
+    # dK and dV of 64 x 256 in fp32 are 128 of a thread's 255 registers; without boundary tiles nothing spills, and
+    # smaller tiles would leave wgmma, whose step is 64 rows.
+    (90, "backward_dkv", "attention_backward_dkv/16bit/256/short"): 256,
+    (90, "backward_dkv", "attention_backward_dkv/16bit/256/long"): 256,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel: what `make aot` prints, checks and commits."""
+
+    kernel: str
+    key: str
+    masked: bool
+    constants: str
+    warps: int
+    stages: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    blocks_per_sm: int
+    tensor_core_ops: int
+    issued_over_useful: str
+
+
+class _Target:
+    """A stand-in for Triton's CUDA driver that names a target and has no device."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton caches compiled kernels per device: one per target here
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled_by(
+    run: Callable[[], object], wanted: set[str], arch: int, constants: dict[str, int]
+) -> list[tuple[str, object, dict]]:
+    """(kernel, compiled kernel, constants) of each launch of a wanted kernel in `run`: compiled, not launched."""
+    driver.set_active(_Target(arch))
+    launches, original_run, original_lookup = [], JITFunction.run, tuning.lookup
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        name = self.fn.__name__.strip("_")
+        if name in wanted:
+            launches.append((name, original_run(self, *args, grid=grid, warmup=True, **kwargs), kwargs))
+
+    JITFunction.run, tuning.lookup = compile_only, lambda *args, **kwargs: constants
+    try:
+        run()
+    finally:
+        JITFunction.run, tuning.lookup = original_run, original_lookup
+    return launches
+
+
+# What to run for a key
+
+
+def _attention_run(kernel: str, bits: int, D: int, L: int) -> Callable[[], object]:
+    dtype = torch.bfloat16 if bits == 16 else torch.float32
+    q, k, v = (x.transpose(1, 2) for x in torch.empty(1, 2 * L, 3, 2, D, dtype=dtype).unbind(2))
+    if kernel == "attention_history":
+        cache = torch.empty(2, 1, 2, 4 * L, D, dtype=dtype).unbind(0)
+        segment = [x[:, :, :L] for x in (q, k, v)]
+        workspace = torch.empty(workspace_elements(D, q.device))
+        return lambda: history.forward(*segment, *cache, workspace, L, 0, 0, 0.1)
+    if kernel == "attention_forward":
+        return lambda: attention.forward(q, k, v, [L], None, 0, 0.1)
+    out, lse = torch.empty_like(q.transpose(1, 2)).transpose(1, 2), torch.empty(1, 2, 2 * L)
+    return lambda: attention.backward(out, q, k, v, out, lse, [L], None, 0, 0.1, (q, k, v))
+
+
+def cases(key: str) -> Iterator[tuple[bool, Callable[[], object]]]:
+    """(masked, run): the kernel with full tiles only, and with boundary tiles too."""
+    kernel, bits, width, length = key.split("/")
+    full, ragged = (64, 40) if length == "short" else (256, 200)
+    for masked, L in ((False, full), (True, ragged)):
+        yield masked, _attention_run(kernel, int(bits.removesuffix("bit")), HEAD_DIMS[int(width)], L)
+
+
+FUNCTIONS = {  # kernels of a key, by the name of the function
+    "attention_forward": {"forward"},
+    "attention_backward_dq": {"backward_dq"},
+    "attention_backward_dkv": {"backward_dkv"},
+    "attention_history": {"append_and_attend", "add_splits"},
+}
+
+
+# What came out
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _ptxas_report(ptx: str) -> tuple[int, int, bool]:
+    """(registers, bytes spilled, wgmma serialised), from assembling the PTX once more with -v."""
+    arch = re.search(r"\.target (sm_\w+)", ptx).group(1)
+    assembler = _tool("ptxas-blackwell") if arch.startswith("sm_10") else _tool("ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [assembler, "-v", f"--gpu-name={arch}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+    return int(re.search(r"Used (\d+) registers", report).group(1)), spilled, "serialized" in report
+
+
+def _tensor_core_flops(ptx: str, warps: int) -> int:
+    """FLOPs of all matrix instructions in the text, each executed once by every warp (wgmma: warpgroup)."""
+    flops = 0
+    for m, n, k in re.findall(r"wgmma\.mma_async\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", ptx):
+        flops += 2 * int(m) * int(n) * int(k) * warps // 4
+    for m, n, k in re.findall(r"mma\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", ptx):
+        flops += 2 * int(m) * int(n) * int(k) * warps
+    return flops
+
+
+MATMULS = {"forward": 2, "backward_dq": 3, "backward_dkv": 4, "append_and_attend": 2}
+
+
+def _issued_over_useful(name: str, ptx: str, options: dict, key: str) -> str:
+    """Tensor-core FLOPs issued over useful ones for full tiles of whole segments; blank where the text cannot tell.
+
+    Per tile: the loop of a kernel without masked tiles is the only place with matrix instructions. Over tiles: those
+    that the schedule of DiT-XL/2's segments visits, against the pairs of the mask.
+    """
+    D = HEAD_DIMS[int(key.split("/")[2])]
+    block_m, block_n = options["BLOCK_M"], options["BLOCK_N"]
+    flops = _tensor_core_flops(ptx, options["num_warps"])
+    if not flops or name == "append_and_attend":  # two loops there: cache and own segment
+        return ""
+    per_tile = flops / (2 * block_m * block_n * D * MATMULS[name])
+    items, _, _ = make_tables([256], 1024, None, 0, block_m, block_n, name == "backward_dkv")
+    return f"{per_tile * column_tiles(items).sum() * block_m * block_n / (10 * 256 * 256):.3f}"
+
+
+def inspect(name: str, kernel, options: dict, key: str, masked: bool, arch: int) -> tuple[Row, bool]:
+    """The table row, and whether ptxas had to serialise wgmma."""
+    ptx = kernel.asm["ptx"]
+    registers, spilled, serialised = _ptxas_report(ptx)
+    threads, shared = 32 * options["num_warps"], kernel.metadata.shared
+    per_sm = min(REGISTERS // (-(-registers // 8) * 8 * threads), THREADS // threads, BLOCKS)
+    per_sm = min(per_sm, SHARED[arch][1] // (shared + 1024))
+    constants = " ".join(f"{c}={options[c]}" for c in ("BLOCK_M", "BLOCK_N") if c in options)
+    ratio = "" if masked or name not in MATMULS else _issued_over_useful(name, ptx, options, key)
+    tensor_core_ops = len(re.findall(re.escape(TENSOR_CORES[arch]) + r"\b", ptx))
+    row = Row(
+        name, key, masked, constants, options["num_warps"], options.get("num_stages", 3),
+        registers, spilled, shared, per_sm, tensor_core_ops, ratio,
+    )  # fmt: skip
+    return row, serialised
+
+
+def problems(row: Row, serialised: bool, arch: int) -> list[str]:
+    """What a shipped configuration must not do."""
+    found = []
+    if row.spill_bytes > SPILL_BUDGET.get((arch, row.kernel, row.key), 0):
+        found.append(f"spills {row.spill_bytes} bytes")
+    if row.shared_bytes > SHARED[arch][0]:
+        found.append(f"{row.shared_bytes} bytes of shared memory; the limit is {SHARED[arch][0]}")
+    if row.blocks_per_sm < 1:
+        found.append(f"{row.registers} registers x {32 * row.warps} threads do not fit")
+    if row.kernel in MATMULS and "/16bit/" in row.key and not row.tensor_core_ops:
+        found.append(f"no {TENSOR_CORES[arch]}")
+    if serialised:
+        found.append("wgmma serialised")
+    if row.issued_over_useful and "/80/" in row.key and float(row.issued_over_useful) > 1.15:
+        found.append(f"issues {row.issued_over_useful} of the useful tensor-core FLOPs; at most 1.15 at D = 72")
+    return found
+
+
+def compile_key(arch: int, key: str, constants: dict[str, int]) -> tuple[int, list[Row], list[str]]:
+    """All kernels of one configuration: (arch, rows, problems)."""
+    rows, found = [], []
+    for masked, run in cases(key):
+        try:
+            launches = compiled_by(run, FUNCTIONS[key.split("/")[0]], arch, constants)
+        except Exception as error:  # whatever the compiler raises is this configuration's problem
+            return arch, rows, [f"sm{arch} {key} masked={masked}: {type(error).__name__}: {error}"]
+        for name, kernel, options in launches:
+            row, serialised = inspect(name, kernel, options, key, masked, arch)
+            rows.append(row)
+            found += [f"sm{arch} {name} {key} masked={masked}: {p}" for p in problems(row, serialised, arch)]
+    return arch, rows, found
+
+
+def choose(arch: int, key: str) -> tuple[int, str, dict[str, int]]:
+    """The first candidate without a problem: they fall from large tiles and deep pipelines to what fits in registers.
+
+    A guess made from the resource report, until a GPU's measurement replaces it.
+    """
+    for candidate in candidates(key):
+        if not compile_key(arch, key, candidate)[2]:
+            return arch, key, candidate
+    sys.exit(f"aot: no candidate for sm{arch} {key} compiles without a problem; see benchmarks/candidates.py")
+
+
+def _write_shipped(arch: int, chosen: dict[str, dict[str, int]]) -> None:
+    """Merge into ard_kernels/tuned/sm<arch>.json: entries named in its `measured` list stay as they are."""
+    path = tuning.SHIPPED / f"sm{arch}.json"
+    table = json.loads(path.read_text()) if path.is_file() else {"measured": [], "configs": {}}
+    kept = {key: table["configs"][key] for key in table["measured"]}
+    configs = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in {**chosen, **kept}.items())
+    path.write_text(f'{{\n  "measured": {json.dumps(table["measured"])},\n  "configs": {{\n{configs}\n  }}\n}}\n')
+
+
+def _write_table(arch: int, rows: list[Row]) -> None:
+    TABLES.mkdir(parents=True, exist_ok=True)
+    with (TABLES / f"sm{arch}.csv").open("w", newline="") as file:
+        file.write(f"# triton {metadata.version('triton')}\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def _differences(arch: int, rows: list[Row]) -> list[str]:
+    """Rows that are not what the committed table says."""
+    path = TABLES / f"sm{arch}.csv"
+    if not path.is_file():
+        return [f"sm{arch}: no committed table; run with --update"]
+    version, *lines = path.read_text().splitlines()
+    if version != f"# triton {metadata.version('triton')}":
+        return [f"sm{arch}: the table is of {version[2:]}, this is triton {metadata.version('triton')}; see --update"]
+    committed = {(line["kernel"], line["key"], line["masked"]): line for line in csv.DictReader(lines)}
+    found = []
+    for row in rows:
+        now = {name: str(value) for name, value in asdict(row).items()}
+        then = committed.pop((now["kernel"], now["key"], now["masked"]), None)
+        if then != now:
+            changes = {n: (then and then[n], now[n]) for n in now if then is None or then[n] != now[n]}
+            found.append(f"sm{arch} {row.kernel} {row.key} masked={row.masked}: (table, now) {changes}")
+    return found + [f"sm{arch}: {name} is in the table only" for name in committed]
+
+
+def print_table(arch: int, rows: list[Row]) -> None:
+    """The rows as text, aligned."""
+    names = [field.name for field in fields(Row)]
+    lines = [names] + [[str(value) for value in asdict(row).values()] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    print(f"\nsm_{arch}")
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write the tables")
+    parser.add_argument("--choose", action="store_true", help="rebuild the shipped configurations")
+    parser.add_argument("--arch", type=int, nargs="*", default=list(tuning.ARCHITECTURES), choices=tuning.ARCHITECTURES)
+    options = parser.parse_args()
+    with ProcessPoolExecutor() as pool:
+        if options.choose:
+            work = [(arch, key) for arch in options.arch for key in keys()]
+            chosen = list(pool.map(choose, *zip(*work, strict=True)))
+            for arch in options.arch:
+                _write_shipped(arch, {key: constants for at, key, constants in chosen if at == arch})
+            return
+        work = [(arch, *entry) for arch in options.arch for entry in tuning.shipped(arch).items()]
+        results = list(pool.map(compile_key, *zip(*work, strict=True)))
+    failures = []
+    for arch in options.arch:
+        rows = [row for at, part, _ in results if at == arch for row in part]
+        print_table(arch, rows)
+        failures += [problem for at, _, found in results if at == arch for problem in found]
+        if options.update:
+            _write_table(arch, rows)
+        else:
+            failures += _differences(arch, rows)
+    print(f"\n{sum(len(part) for _, part, _ in results)} kernels compiled, {len(failures)} problems")
+    for failure in failures:
+        print(f"  {failure}")
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""`python -m benchmarks.gpu.tune`: times a few configurations of every Triton kernel and keeps the winners.
+
+Winners go to `ard_kernels.tuning.cache_file()`, where the library finds them, and to the results. Which kernels an op
+runs is not listed here: it is what the op asks `tuning.lookup` for. Kernels of one call are tuned in turn, the others
+at their best so far.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from ard_kernels import tuning
+from benchmarks.candidates import candidates
+from benchmarks.gpu import cases
+from benchmarks.gpu.cases import ADALN, OPS, Case
+from benchmarks.gpu.graphs import relative
+from benchmarks.gpu.record import Record, describe
+from benchmarks.gpu.timing import make_timer
+from benchmarks.harness import interleaved
+
+
+class Wanted(NamedTuple):
+    """Arguments of one `tuning.lookup`."""
+
+    kernel: str
+    device: torch.device
+    dtype: torch.dtype
+    width: int
+    length: int = 0
+
+    @property
+    def key(self) -> str:
+        return tuning.key(self.kernel, self.dtype, self.width, self.length)
+
+
+def configurations(wanted: Wanted, default: dict[str, int], dry: bool) -> list[dict[str, int]]:
+    """The default, then the listed ones with the same constants."""
+    listed = list(candidates(wanted.key))
+    if dry:  # the interpreter has no table and no warps
+        listed = [{name: 16 for name in default}]
+    return [default, *(config for config in listed if config.keys() == default.keys() and config != default)]
+
+
+@contextmanager
+def looked_up(replace: Callable):
+    """`tuning.lookup` is `replace(wanted, default)` inside the block."""
+    original = tuning.lookup
+
+    def lookup(kernel, device, dtype, width, length=0):
+        wanted = Wanted(kernel, device, dtype, width, length)
+        return replace(wanted, original(*wanted))
+
+    tuning.lookup = lookup
+    try:
+        yield
+    finally:
+        tuning.lookup = original
+
+
+def tuned_cases(dry: bool) -> list[Case]:
+    """A shape for every table entry worth having, DiT-XL/2 first."""
+    if dry:
+        return [Case(op, 1, (16, 16), H=1, D=16, C=24) for op in OPS]
+    long, short = (256,) * 4, (64,) * 4
+    found = [Case(op, 32, long) for op in OPS]
+    found += [Case("block_causal_attention", 32, long, D=D) for D in (64, 128)]
+    found += [Case("block_causal_attention", 64, short), Case("history_attention", 64, short)]
+    found += [Case("block_causal_attention", 32, long, D=D) for D in (96, 32, 256)]
+    return found + [Case(op, 32, long, C=C) for C in (384, 2048, 4096) for op in ADALN]
+
+
+def runs_of(case: Case, backend: str, device: torch.device) -> dict[str, Callable[[], list[torch.Tensor]]]:
+    """The op on fixed inputs: forward alone, then with its backward where it has one."""
+    inputs = cases.make_inputs(case, device)
+    if case.op == "history_attention":
+        cache = cases.new_cache(case, device)
+        return {"forward": lambda: [cases.run_history(case, inputs, backend, cache)]}
+
+    def forward():
+        with torch.no_grad():
+            return list(cases.run_ours(case, inputs, backend))
+
+    grad_outputs = [torch.randn_like(y) for y in forward()]
+
+    def both():
+        outputs = cases.run_ours(case, inputs, backend)
+        return [*outputs, *torch.autograd.grad(outputs, inputs, grad_outputs)]
+
+    return {"forward": forward, "forward+backward": both}
+
+
+def usable(run, wanted: Wanted, config: dict, best: dict, expected, limit: float) -> str:
+    """Why a configuration cannot be used (it does not compile, or gives other results); empty when it can."""
+    try:
+        with looked_up(lambda w, default: config if w.key == wanted.key else best.get(w.key, default)):
+            off = max(relative(a, b) for a, b in zip(run(), expected, strict=True))
+        return "" if off <= limit else f"differs from the default by {off:.2e} of the 2-norm"
+    except Exception as error:  # OutOfResources, or the compiler gives up
+        return describe(error)
+
+
+def tune_kernel(record: Record, case: Case, what: str, run, wanted: Wanted, default: dict, best: dict) -> None:
+    """Time the usable candidates of one kernel and put the fastest into `best`."""
+    expected = [x.clone() for x in run()]
+    limit = 4 * torch.finfo(case.dtype).eps
+    runs, refused, configs = {}, {}, {}
+    for config in configurations(wanted, default, record.dry):
+        if configs and record.seconds_left <= 0:
+            break
+        label = json.dumps(config, sort_keys=True)
+        reason = usable(run, wanted, config, best, expected, limit)
+        if reason:
+            refused[label] = reason
+            continue
+
+        def timed(config=config):
+            with looked_up(lambda w, default: config if w.key == wanted.key else best.get(w.key, default)):
+                run()
+
+        runs[label], configs[label] = timed, config
+    if not runs:
+        raise RuntimeError(f"{wanted.key}: no candidate could be used: {refused}")
+    repeats = (2, 1) if record.dry else (20, 3)
+    timings = interleaved(runs, *repeats, timer=make_timer(record.device), seconds=3.0)
+    winner = min(timings, key=lambda label: timings[label].median)
+    best[wanted.key] = configs[winner]
+    milliseconds = {label: timing.median for label, timing in timings.items()}
+    row = {"key": wanted.key, "case": f"{case.label} {what}", "default": default, "winner": configs[winner]}
+    row |= {"milliseconds": milliseconds, "refused": refused}
+    record.add(row, f"{wanted.key}: {configs[winner]}, default {default}")
+
+
+def write_tables(record: Record, best: dict) -> None:
+    """The winners, added to those of earlier runs: for the library, and beside the results."""
+    table = {"device": record.environment["device"], "configs": best}
+    (record.folder / "tuned.json").write_text(json.dumps(table, indent=2) + "\n")
+    if record.dry:
+        return
+    path = tuning.cache_file(record.device)
+    earlier = json.loads(path.read_text())["configs"] if path.is_file() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"device": table["device"], "configs": earlier | best}, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def tune(record: Record) -> str:
+    """Every kernel of `tuned_cases` until the time is over."""
+    best: dict[str, dict[str, int]] = {}
+    torch.manual_seed(0)
+    for case in tuned_cases(record.dry):
+        for backend in cases.backends_to_check(case.op, record.device):
+            if backend != "triton" or record.over:
+                continue
+
+            def run_case(case=case, backend=backend):
+                for what, run in runs_of(case, backend, record.device).items():
+                    asked = {}
+                    with looked_up(lambda w, default, asked=asked: asked.setdefault(w, default)):
+                        run()
+                    for wanted, default in asked.items():
+                        if wanted.key not in best and not record.over:
+                            tune_kernel(record, case, what, run, wanted, default, best)
+                            write_tables(record, best)
+
+            record.attempt(case.label, run_case)
+    return f"{len(best)} kernel keys tuned"
+
+
+if __name__ == "__main__":
+    from benchmarks.gpu.__main__ import main
+
+    sys.exit(main(["--only", "tune", *sys.argv[1:]]))
