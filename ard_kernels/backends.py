@@ -15,6 +15,10 @@ import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
+# GPU kernels that `make gpu-check` has passed with, (op, backend) -> device and date; the results are committed under
+# benchmarks/results/<device>. `doctor` says of all others that they are not yet verified on hardware.
+VERIFIED_ON_HARDWARE: dict[tuple[str, str], str] = {}
+
 Refusal = Callable[[torch.device, torch.dtype], "str | None"]
 
 
@@ -36,11 +40,16 @@ def register_backend(op: str, backend: str, refuses: Refusal) -> None:
     _refusals.setdefault(op, {})[backend] = refuses
 
 
+def has_backend(op: str, backend: str) -> bool:
+    """Whether this build has an implementation of `op` named `backend`, for whatever device."""
+    return backend in _refusals[op]
+
+
 def refusal(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run `op` on tensors of this device and dtype; None when it can."""
     if backend not in BACKENDS:
         return f"unknown backend; expected one of {', '.join(BACKENDS)}"
-    if backend not in _refusals[op]:
+    if not has_backend(op, backend):
         return f"{op} has no {backend} implementation in this build"
     return _refusals[op][backend](device, dtype)
 

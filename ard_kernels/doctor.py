@@ -10,6 +10,7 @@ import torch
 
 import ard_kernels
 from ard_kernels import extension
+from ard_kernels.backends import VERIFIED_ON_HARDWARE, has_backend
 
 
 def _version(distribution: str) -> str:
@@ -43,7 +44,12 @@ def report() -> str:
             lines.append(f"  {op}")
             for name, status in table.items():
                 lines.append(f"    {name:<7}{'available' if status.available else 'refused: ' + status.reason}")
-    lines.append("\nNo kernel of this release has been verified on GPU hardware yet.")
+    lines.append("\nGPU kernels:")
+    for op in ard_kernels.backends("cpu"):
+        for name in ("cuda", "triton"):
+            if has_backend(op, name):
+                where = VERIFIED_ON_HARDWARE.get((op, name), "not yet verified on hardware")
+                lines.append(f"  {op} {name}: {where}")
     return "\n".join(lines)
 
 

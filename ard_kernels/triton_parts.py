@@ -125,3 +125,39 @@ def add_rows(a, b):
     for i in tl.static_range(len(a)):
         sums = sums + (a[i] + b[i],)
     return sums
+
+
+@triton.jit
+def multiply_rows(a, b):
+    """a * b, where rows of height 1 broadcast."""
+    products = ()
+    for i in tl.static_range(len(a)):
+        products = products + (a[i] * b[i],)
+    return products
+
+
+@triton.jit
+def widen_rows(blocks):
+    """In fp32."""
+    wide = ()
+    for i in tl.static_range(len(blocks)):
+        wide = wide + (blocks[i].to(tl.float32),)
+    return wide
+
+
+@triton.jit
+def row_sums(blocks):
+    """(R,): each row's sum over all parts."""
+    total = tl.sum(blocks[0], 1)
+    for i in tl.static_range(1, len(blocks)):
+        total += tl.sum(blocks[i], 1)
+    return total
+
+
+@triton.jit
+def sum_rows(blocks):
+    """The sum of all rows, height 1."""
+    sums = ()
+    for i in tl.static_range(len(blocks)):
+        sums = sums + (tl.sum(blocks[i], 0, keep_dims=True),)
+    return sums

@@ -51,6 +51,12 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; 4 in the interpreter, so that small tests take the paths of a GPU that is not full."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def strides(*tensors: torch.Tensor) -> tuple[int, list[tuple[int, ...]]]:
     """(unit, the tensors' strides but the last, in units of `unit` elements); unit is 8 when all of them allow it.
 

@@ -239,7 +239,7 @@ def compile_key(arch: int, key: str, constants: dict[str, int]) -> tuple[int, li
     return arch, rows, found
 
 
-def choose(arch: int, key: str) -> tuple[int, str, dict[str, int]]:
+def choose(arch: int, key: str) -> tuple[int, str, dict[str, int] | None]:
     """The first candidate without a problem: they fall from large tiles and deep pipelines to what fits in registers.
 
     A guess made from the resource report, until a GPU's measurement replaces it.
@@ -247,7 +247,8 @@ def choose(arch: int, key: str) -> tuple[int, str, dict[str, int]]:
     for candidate in candidates(key):
         if not compile_key(arch, key, candidate)[2]:
             return arch, key, candidate
-    sys.exit(f"aot: no candidate for sm{arch} {key} compiles without a problem; see benchmarks/candidates.py")
+    print(f"no candidate for sm{arch} {key} compiles without a problem; see benchmarks/candidates.py", flush=True)
+    return arch, key, None
 
 
 def _write_shipped(arch: int, chosen: dict[str, dict[str, int]]) -> None:
@@ -307,6 +308,8 @@ def main() -> None:
         if options.choose:
             work = [(arch, key) for arch in options.arch for key in keys()]
             chosen = list(pool.map(choose, *zip(*work, strict=True)))
+            if any(constants is None for _, _, constants in chosen):
+                sys.exit(1)
             for arch in options.arch:
                 _write_shipped(arch, {key: constants for at, key, constants in chosen if at == arch})
             return

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
-from ard_kernels.triton_support import INTERPRETING
+from ard_kernels.triton_support import INTERPRETING, multiprocessors
 
 # A split has at least this many key tiles, or the second launch that adds the splits up costs more than it saves.
 LEAST_TILES = 4
 MAX_BLOCK_M = 128
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; 8 in the interpreter, so that small tests split."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def split_count(row_tiles: int, column_tiles: int, device_multiprocessors: int) -> int:

@@ -20,7 +20,7 @@ from ard_kernels.block_causal_attention.triton_impl import (
     precision_of,
     rows_of,
 )
-from ard_kernels.history.splits import multiprocessors, split_count
+from ard_kernels.history.splits import split_count
 from ard_kernels.triton_parts import (
     add_dot,
     add_rows,
@@ -30,7 +30,7 @@ from ard_kernels.triton_parts import (
     store_rows,
     zero_rows,
 )
-from ard_kernels.triton_support import strides
+from ard_kernels.triton_support import multiprocessors, strides
 
 
 @triton.jit

@@ -5,15 +5,21 @@ A backend gives two functions, `forward` and `backward`, that serve all three op
 
 from __future__ import annotations
 
+from ard_kernels import triton_support
 from ard_kernels.backends import register_backend
 from ard_kernels.library import define_op
 from ard_kernels.segment_adaln import cpu, torch_impl
 
-IMPLEMENTATIONS = {"cpu": cpu, "torch": torch_impl}
+IMPLEMENTATIONS = {
+    "triton": triton_support.LazyModule("ard_kernels.segment_adaln.triton_impl"),
+    "cpu": cpu,
+    "torch": torch_impl,
+}
 
 for _op in ("adaln_modulate", "gate_residual_adaln", "gate_residual"):
-    for _name, _module in IMPLEMENTATIONS.items():
-        register_backend(_op, _name, _module.refuses)
+    register_backend(_op, "triton", triton_support.refuses)
+    register_backend(_op, "cpu", cpu.refuses)
+    register_backend(_op, "torch", torch_impl.refuses)
 
 
 def _statistics_fake(x):

@@ -1,0 +1,297 @@
+"""The adaLN family in Triton: one pass over the tokens forward, one backward and a small sum of row gradients.
+
+A program takes a chunk of tokens of one segment of one sample: the segment's gate, shift and scale are read once and
+stay in registers while the tokens pass by, ROWS at a time. Backward, the row gradients of a chunk are summed in
+registers, written once as fp32 partials, and added in chunk order by a second kernel: no atomics, so bit-equal results.
+Rows per token are read, and their gradients written, with the token.
+
+    n = (h - mean) * rstd      y = n * (1 + scale) + shift      h = x + gate * branch (or x)
+    g = dy * (1 + scale)       dx = rstd * (g - mean(g) - n * mean(g * n)) + dh
+    dshift = sum dy            dscale = sum dy * n              dgate = sum dx * branch, dbranch = gate * dx
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ard_kernels import tuning
+from ard_kernels.segment_adaln.chunks import chunk_tokens, chunks
+from ard_kernels.triton_parts import (
+    add_rows,
+    load_rows,
+    multiply_rows,
+    part_start,
+    part_width,
+    row_sums,
+    scale_rows,
+    split_width,
+    store_rows,
+    sum_rows,
+    widen_rows,
+    zero_rows,
+)
+from ard_kernels.triton_support import multiprocessors, strides
+
+
+@triton.jit
+def _token_rows(pointer, stride, batch, tokens, UNIT: tl.constexpr):
+    """Addresses of `tokens` of one sample; 64-bit."""
+    return pointer + (batch.to(tl.int64) * stride[0] + tokens.to(tl.int64) * stride[1]) * UNIT
+
+
+@triton.jit
+def _load(pointer, stride, batch, tokens, here, C: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr):
+    """fp32 rows of `tokens`, 0 where not here."""
+    return widen_rows(load_rows(_token_rows(pointer, stride, batch, tokens, UNIT), here, C, PARTS))
+
+
+@triton.jit
+def _store(pointer, stride, batch, tokens, blocks, here, C: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr):
+    store_rows(_token_rows(pointer, stride, batch, tokens, UNIT), blocks, here, C, PARTS)
+
+
+@triton.jit
+def _round(blocks, pointer):
+    """What memory of the pointer's dtype would hold, in fp32."""
+    rounded = ()
+    for i in tl.static_range(len(blocks)):
+        rounded = rounded + (blocks[i].to(pointer.dtype.element_ty).to(tl.float32),)
+    return rounded
+
+
+@triton.jit
+def _centre(blocks, mean, C: tl.constexpr, PARTS: tl.constexpr):
+    """blocks - mean, 0 in the columns past C."""
+    centred = ()
+    for i in tl.static_range(len(PARTS)):
+        difference = blocks[i] - mean[:, None]
+        if part_start(PARTS, i) + part_width(PARTS, i) > C:
+            columns = part_start(PARTS, i) + tl.arange(0, part_width(PARTS, i))
+            difference = tl.where((columns < C)[None, :], difference, 0.0)
+        centred = centred + (difference,)
+    return centred
+
+
+@triton.jit
+def _modulate(n, rstd, shift, scale):
+    """n * rstd * (1 + scale) + shift."""
+    blocks = ()
+    for i in tl.static_range(len(n)):
+        blocks = blocks + (n[i] * rstd[:, None] * (1.0 + scale[i]) + shift[i],)
+    return blocks
+
+
+@triton.jit
+def _chunk(table, chunk_count):
+    """(sample, segment, first and stop token) of this program's chunk."""
+    entry = table + tl.program_id(0) % chunk_count * 3
+    return tl.program_id(0) // chunk_count, tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+
+
+@triton.jit
+def _forward(
+    x, branch, gate, shift, scale, h, y, mean, rstd, table, x_stride, branch_stride, gate_stride, shift_stride,
+    scale_stride, h_stride, y_stride, T, chunk_count, eps,
+    C: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr,
+    PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """h, y, mean and rstd of one chunk, those that the op has."""
+    batch, segment, start, stop = _chunk(table, chunk_count)
+    one = segment + tl.arange(0, 1)
+    if HAS_GATE and not PER_TOKEN:
+        gate_row = _load(gate, gate_stride, batch, one, one >= 0, C, PARTS, UNIT)
+    if HAS_NORM and not PER_TOKEN:
+        shift_row = _load(shift, shift_stride, batch, one, one >= 0, C, PARTS, UNIT)
+        scale_row = _load(scale, scale_stride, batch, one, one >= 0, C, PARTS, UNIT)
+    for first in range(start, stop, ROWS):
+        tokens = first + tl.arange(0, ROWS)
+        here = tokens < stop
+        rows = _load(x, x_stride, batch, tokens, here, C, PARTS, UNIT)
+        if HAS_GATE:
+            gate_here = _load(gate, gate_stride, batch, tokens, here, C, PARTS, UNIT) if PER_TOKEN else gate_row
+            branch_rows = _load(branch, branch_stride, batch, tokens, here, C, PARTS, UNIT)
+            rows = _round(add_rows(rows, multiply_rows(gate_here, branch_rows)), h)
+            _store(h, h_stride, batch, tokens, rows, here, C, PARTS, UNIT)
+        if HAS_NORM:
+            if PER_TOKEN:
+                shift_here = _load(shift, shift_stride, batch, tokens, here, C, PARTS, UNIT)
+                scale_here = _load(scale, scale_stride, batch, tokens, here, C, PARTS, UNIT)
+            else:
+                shift_here, scale_here = shift_row, scale_row
+            means = row_sums(rows) / C
+            centred = _centre(rows, means, C, PARTS)
+            rstds = tl.rsqrt(row_sums(multiply_rows(centred, centred)) / C + eps)
+            _store(y, y_stride, batch, tokens, _modulate(centred, rstds, shift_here, scale_here), here, C, PARTS, UNIT)
+            statistics = batch.to(tl.int64) * T + tokens
+            tl.store(mean + statistics, means, mask=here)
+            tl.store(rstd + statistics, rstds, mask=here)
+
+
+@triton.jit
+def _norm_gradient(dy, n, scale, rstd, C: tl.constexpr):
+    """dx of y = n * (1 + scale) + shift through the statistics."""
+    g = ()
+    for i in tl.static_range(len(dy)):
+        g = g + (dy[i] * (1.0 + scale[i]),)
+    mean_g, mean_gn = row_sums(g) / C, row_sums(multiply_rows(g, n)) / C
+    dx = ()
+    for i in tl.static_range(len(dy)):
+        dx = dx + (rstd[:, None] * (g[i] - mean_g[:, None] - n[i] * mean_gn[:, None]),)
+    return dx
+
+
+@triton.jit
+def _backward(
+    grad_h, grad_y, h, branch, gate, scale, mean, rstd, dx, dbranch, dgate, dshift, dscale, workspace, table,
+    grad_h_stride, grad_y_stride, h_stride, branch_stride, gate_stride, scale_stride, dx_stride, dbranch_stride,
+    dgate_stride, dshift_stride, dscale_stride, T, chunk_count,
+    C: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, HAS_GRAD_H: tl.constexpr, HAS_GATE: tl.constexpr,
+    HAS_NORM: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dx and dbranch of one chunk, and its share of dgate, dshift, dscale; those that the op has."""
+    batch, segment, start, stop = _chunk(table, chunk_count)
+    one = segment + tl.arange(0, 1)
+    if HAS_GATE and not PER_TOKEN:
+        gate_row = _load(gate, gate_stride, batch, one, one >= 0, C, PARTS, UNIT)
+    if HAS_NORM and not PER_TOKEN:
+        scale_row = _load(scale, scale_stride, batch, one, one >= 0, C, PARTS, UNIT)
+    gate_sum, shift_sum, scale_sum = zero_rows(ROWS, PARTS), zero_rows(ROWS, PARTS), zero_rows(ROWS, PARTS)
+    for first in range(start, stop, ROWS):
+        tokens = first + tl.arange(0, ROWS)
+        here = tokens < stop
+        gradient = zero_rows(ROWS, PARTS)
+        if HAS_GRAD_H:
+            gradient = _load(grad_h, grad_h_stride, batch, tokens, here, C, PARTS, UNIT)
+        if HAS_NORM:
+            scale_here = _load(scale, scale_stride, batch, tokens, here, C, PARTS, UNIT) if PER_TOKEN else scale_row
+            dy = _load(grad_y, grad_y_stride, batch, tokens, here, C, PARTS, UNIT)
+            rows = _load(h, h_stride, batch, tokens, here, C, PARTS, UNIT)
+            statistics = batch.to(tl.int64) * T + tokens
+            means = tl.load(mean + statistics, mask=here, other=0.0)
+            rstds = tl.load(rstd + statistics, mask=here, other=0.0)
+            n = scale_rows(_centre(rows, means, C, PARTS), rstds[:, None])
+            gradient = add_rows(gradient, _norm_gradient(dy, n, scale_here, rstds, C))
+            _store(dx, dx_stride, batch, tokens, gradient, here, C, PARTS, UNIT)
+            dy_n = multiply_rows(dy, n)
+            if PER_TOKEN:
+                _store(dshift, dshift_stride, batch, tokens, dy, here, C, PARTS, UNIT)
+                _store(dscale, dscale_stride, batch, tokens, dy_n, here, C, PARTS, UNIT)
+            else:
+                shift_sum, scale_sum = add_rows(shift_sum, dy), add_rows(scale_sum, dy_n)
+        if HAS_GATE:
+            gate_here = _load(gate, gate_stride, batch, tokens, here, C, PARTS, UNIT) if PER_TOKEN else gate_row
+            branch_rows = _load(branch, branch_stride, batch, tokens, here, C, PARTS, UNIT)
+            _store(dbranch, dbranch_stride, batch, tokens, multiply_rows(gate_here, gradient), here, C, PARTS, UNIT)
+            gate_gradient = multiply_rows(gradient, branch_rows)
+            if PER_TOKEN:
+                _store(dgate, dgate_stride, batch, tokens, gate_gradient, here, C, PARTS, UNIT)
+            else:
+                gate_sum = add_rows(gate_sum, gate_gradient)
+    if not PER_TOKEN:  # (B, chunks, 1 to 3, C): gate, shift, scale
+        SUMS: tl.constexpr = HAS_GATE + 2 * HAS_NORM
+        partials = workspace + (tl.program_id(0).to(tl.int64) + tl.arange(0, 1)) * (SUMS * C)
+        if HAS_GATE:
+            store_rows(partials, sum_rows(gate_sum), one >= 0, C, PARTS)
+        if HAS_NORM:
+            store_rows(partials + HAS_GATE * C, sum_rows(shift_sum), one >= 0, C, PARTS)
+            store_rows(partials + (HAS_GATE + 1) * C, sum_rows(scale_sum), one >= 0, C, PARTS)
+
+
+@triton.jit
+def _add_chunks(
+    workspace, dgate, dshift, dscale, spans, chunk_count, S,
+    C: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dgate, dshift, dscale (B, S, C) of one segment, BLOCK columns: its chunks' partials, in order."""
+    SUMS: tl.constexpr = HAS_GATE + 2 * HAS_NORM
+    row = tl.program_id(0)
+    span = spans + row % S * 2
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < C
+    for k in tl.static_range(SUMS):
+        total = tl.zeros([BLOCK], tl.float32)
+        for chunk in range(tl.load(span), tl.load(span + 1)):
+            partial = ((row // S).to(tl.int64) * chunk_count + chunk) * SUMS + k
+            total += tl.load(workspace + partial * C + columns, mask=inside, other=0.0)
+        if k < HAS_GATE:
+            out = dgate
+        elif k == HAS_GATE:
+            out = dshift
+        else:
+            out = dscale
+        tl.store(out + row.to(tl.int64) * C + columns, total.to(out.dtype.element_ty), mask=inside)
+
+
+class _Launch:
+    """The grid, the tables and the compile-time constants of one call. `like` (B, T, C) is any token tensor of it."""
+
+    def __init__(self, kernel: str, like: torch.Tensor, rows: torch.Tensor, lengths, has_gate: bool, has_norm: bool):
+        B, T, C = like.shape
+        config = dict(tuning.lookup(kernel, like.device, like.dtype, C))
+        per_token = rows.shape[1] == T
+        most = chunk_tokens(T, B, config.pop("TOKENS"), multiprocessors(like.device))
+        self.tables = chunks((T,) if per_token else tuple(lengths), T, most, like.device)
+        self.count = len(self.tables.chunks)
+        self.grid = (B * self.count,)
+        self.constants = {"HAS_GATE": has_gate, "HAS_NORM": has_norm, "PER_TOKEN": per_token, **config}
+        self.constants |= {"C": C, "PARTS": split_width(C, least=8, most=3)}
+
+
+def _strides(like: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[int, list[tuple[int, ...]]]:
+    """Unit and strides as of `triton_support.strides`; an absent tensor gets those of `like`, never used."""
+    return strides(*(like if x is None else x for x in tensors))
+
+
+def _empty(x: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    return None if x is None else x.new_empty(x.shape, dtype=dtype)
+
+
+def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.dtype | None):
+    """See torch_impl.forward."""
+    h = _empty(branch, x.dtype)
+    y = mean = rstd = None
+    if shift is not None:
+        y = _empty(x, y_dtype)
+        mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    if x.numel() == 0:
+        return h, y, mean, rstd
+    launch = _Launch("adaln_forward", x, gate if gate is not None else shift, lengths, gate is not None, y is not None)
+    tensors = (x, branch, gate, shift, scale, h, y)
+    unit, each = _strides(x, *tensors)
+    _forward[launch.grid](
+        *tensors, mean, rstd, launch.tables.chunks, *each, x.shape[1], launch.count, eps,
+        UNIT=unit, **launch.constants,
+    )  # fmt: skip
+    return h, y, mean, rstd
+
+
+def backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths):
+    """See torch_impl.backward."""
+    like = h if h is not None else grad_h
+    dx = _empty(h)
+    dbranch, dgate, dshift, dscale = _empty(branch), _empty(gate), _empty(scale), _empty(scale)
+    if like.numel() == 0:
+        for rows in (dgate, dshift, dscale):
+            if rows is not None:
+                rows.zero_()
+        return dx, dbranch, dgate, dshift, dscale
+    has_gate, has_norm = gate is not None, grad_y is not None
+    launch = _Launch("adaln_backward", like, gate if has_gate else scale, lengths, has_gate, has_norm)
+    B, T, C = like.shape
+    sums = 0 if launch.constants["PER_TOKEN"] else has_gate + 2 * has_norm
+    workspace = like.new_empty(B * launch.count * sums * C, dtype=torch.float32)
+    tensors = (grad_h, grad_y, h, branch, gate, scale, dx, dbranch, dgate, dshift, dscale)
+    unit, each = _strides(like, *tensors)
+    _backward[launch.grid](
+        *tensors[:6], mean, rstd, *tensors[6:], workspace, launch.tables.chunks, *each, T, launch.count,
+        UNIT=unit, HAS_GRAD_H=grad_h is not None, **launch.constants,
+    )  # fmt: skip
+    if sums:
+        S = len(launch.tables.spans)
+        _add_chunks[(B * S, triton.cdiv(C, 256))](
+            workspace, dgate, dshift, dscale, launch.tables.spans, launch.count, S,
+            C=C, HAS_GATE=has_gate, HAS_NORM=has_norm, BLOCK=256, num_warps=2,
+        )  # fmt: skip
+    return dx, dbranch, dgate, dshift, dscale
