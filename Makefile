@@ -8,7 +8,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test test-slow test-sanitize lint format bench gpu-check gpu-bench clean
+.PHONY: install demo test test-slow test-sanitize lint format bench aot aot-update gpu-check gpu-bench clean
 
 install: $(STAMP)
 
@@ -49,6 +49,13 @@ format: install
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+# Every Triton kernel and shipped configuration compiled for sm_80, sm_90 and sm_100, checked, compared with the tables.
+aot: install
+	$(BIN)/python -m benchmarks.aot
+
+aot-update: install
+	$(BIN)/python -m benchmarks.aot --update
 
 # For a machine with an NVIDIA GPU: nothing is installed, what its Python has is used. GPU_MINUTES (default 10) bounds it.
 gpu-check:

@@ -28,7 +28,7 @@ INTERPRETER = {"attention": {"BLOCK_M": 32, "BLOCK_N": 16}, "adaln": {"TOKENS": 
 def key(kernel: str, dtype: torch.dtype, width: int, length: int) -> str:
     """Name of a table entry; `length` in tokens per segment, 0 for ragged. Only 16-bit attention tells short ones."""
     family = kernel.split("_")[0]
-    upper = next(end for end in WIDTHS[family] if width <= end)
+    upper = next((end for end in WIDTHS[family] if width <= end), WIDTHS[family][-1])
     short = family == "attention" and dtype.itemsize == 2 and 0 < length < 128
     return f"{kernel}/{8 * dtype.itemsize}bit/{upper}/{'short' if short else 'long'}"
 

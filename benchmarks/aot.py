@@ -2,8 +2,9 @@
 
     python -m benchmarks.aot            compile, check, compare with the committed tables; exit 1 if anything is off
     python -m benchmarks.aot --update   the same, and write the tables (benchmarks/results/aot/sm*.csv)
-    python -m benchmarks.aot --choose   rebuild the shipped configurations (ard_kernels/tuned/sm*.json) by the rule of
-                                        `choose`, keeping those that were measured on a GPU; then --update
+    python -m benchmarks.aot --choose [PREFIX]
+                                        rebuild the shipped configurations (ard_kernels/tuned/sm*.json) of keys that
+                                        start with PREFIX by the rule of `choose`, but for those measured on a GPU
 
 Kernels are compiled through the backends' own launch code on CPU tensors: Triton's driver is replaced by one that names
 the target and launches nothing, so arguments, alignment and constants are specialised as in a real call.
@@ -35,6 +36,7 @@ from ard_kernels.block_causal_attention import triton_impl as attention
 from ard_kernels.block_causal_attention.tiles import column_tiles, make_tables
 from ard_kernels.history import triton_impl as history
 from ard_kernels.history.splits import workspace_elements
+from ard_kernels.segment_adaln import triton_impl as adaln
 from benchmarks.candidates import candidates, keys
 
 TABLES = Path(__file__).parent / "results" / "aot"
@@ -43,6 +45,9 @@ SHARED = {80: (163 << 10, 164 << 10), 90: (227 << 10, 228 << 10), 100: (227 << 1
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
 # A head dim per width class, 72 for the class that ends at 80.
 HEAD_DIMS = {32: 32, 64: 64, 80: 72, 96: 96, 128: 128, 192: 160, 256: 256}
+WIDE_ACCESS = (
+    r"(?:ld|st)\.global(?:\.\w+)*\.v4\.b32|cp\.async\.cg\.shared\.global [^;]*, 0x10|ld\.global[\w.:]*\.v2\.b64"
+)
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Spills that were looked at and let pass, with the reason: (architecture, kernel, key) -> bytes.
 SPILL_BUDGET = {
@@ -50,6 +55,8 @@ SPILL_BUDGET = {
     # smaller tiles would leave wgmma, whose step is 64 rows.
     (90, "backward_dkv", "attention_backward_dkv/16bit/256/short"): 256,
     (90, "backward_dkv", "attention_backward_dkv/16bit/256/long"): 256,
+    # Three sums and four rows of 8192 in fp32 over 512 threads are 112 of 128 registers. Half precision does not spill.
+    **{(arch, "backward", "adaln_backward/32bit/8192/long"): 128 for arch in tuning.ARCHITECTURES},
 }
 
 
@@ -59,7 +66,7 @@ class Row:
 
     kernel: str
     key: str
-    masked: bool
+    variant: str
     constants: str
     warps: int
     stages: int
@@ -68,6 +75,7 @@ class Row:
     shared_bytes: int
     blocks_per_sm: int
     tensor_core_ops: int
+    wide_accesses: int
     issued_over_useful: str
 
 
@@ -124,12 +132,29 @@ def _attention_run(kernel: str, bits: int, D: int, L: int) -> Callable[[], objec
     return lambda: attention.backward(out, q, k, v, out, lse, [L], None, 0, 0.1, (q, k, v))
 
 
-def cases(key: str) -> Iterator[tuple[bool, Callable[[], object]]]:
-    """(masked, run): the kernel with full tiles only, and with boundary tiles too."""
+def _adaln_run(kernel: str, bits: int, C: int, per_token: bool) -> Callable[[], object]:
+    """gate_residual_adaln, which has everything that the family's other ops have."""
+    dtype, T = torch.bfloat16 if bits == 16 else torch.float32, 512
+    x = torch.empty(1, T, C, dtype=dtype)
+    gate, shift, scale = torch.empty(1, T if per_token else 2, 3 * C).chunk(3, -1)
+    lengths = [1] if per_token else [T // 2]
+    if kernel == "adaln_forward":
+        return lambda: adaln.forward(x, x, gate, shift, scale, lengths, 1e-6, dtype)
+    statistics = torch.empty(1, T)
+    return lambda: adaln.backward(x, x, x, x, gate, scale, statistics, statistics, lengths)
+
+
+def cases(key: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(variant, run). Attention: full tiles only, and boundary tiles too. adaLN: rows per segment, and per token."""
     kernel, bits, width, length = key.split("/")
+    bits = int(bits.removesuffix("bit"))
+    if kernel.startswith("adaln"):
+        for variant in ("segment", "token"):
+            yield variant, _adaln_run(kernel, bits, int(width), variant == "token")
+        return
     full, ragged = (64, 40) if length == "short" else (256, 200)
-    for masked, L in ((False, full), (True, ragged)):
-        yield masked, _attention_run(kernel, int(bits.removesuffix("bit")), HEAD_DIMS[int(width)], L)
+    for variant, L in (("full", full), ("masked", ragged)):
+        yield variant, _attention_run(kernel, bits, HEAD_DIMS[int(width)], L)
 
 
 FUNCTIONS = {  # kernels of a key, by the name of the function
@@ -137,6 +162,8 @@ FUNCTIONS = {  # kernels of a key, by the name of the function
     "attention_backward_dq": {"backward_dq"},
     "attention_backward_dkv": {"backward_dkv"},
     "attention_history": {"append_and_attend", "add_splits"},
+    "adaln_forward": {"forward"},
+    "adaln_backward": {"backward", "add_chunks"},
 }
 
 
@@ -189,19 +216,19 @@ def _issued_over_useful(name: str, ptx: str, options: dict, key: str) -> str:
     return f"{per_tile * column_tiles(items).sum() * block_m * block_n / (10 * 256 * 256):.3f}"
 
 
-def inspect(name: str, kernel, options: dict, key: str, masked: bool, arch: int) -> tuple[Row, bool]:
+def inspect(name: str, kernel, options: dict, key: str, variant: str, arch: int) -> tuple[Row, bool]:
     """The table row, and whether ptxas had to serialise wgmma."""
     ptx = kernel.asm["ptx"]
     registers, spilled, serialised = _ptxas_report(ptx)
     threads, shared = 32 * options["num_warps"], kernel.metadata.shared
     per_sm = min(REGISTERS // (-(-registers // 8) * 8 * threads), THREADS // threads, BLOCKS)
     per_sm = min(per_sm, SHARED[arch][1] // (shared + 1024))
-    constants = " ".join(f"{c}={options[c]}" for c in ("BLOCK_M", "BLOCK_N") if c in options)
-    ratio = "" if masked or name not in MATMULS else _issued_over_useful(name, ptx, options, key)
+    constants = " ".join(f"{c}={options[c]}" for c in ("BLOCK_M", "BLOCK_N", "ROWS") if c in options)
+    ratio = _issued_over_useful(name, ptx, options, key) if variant == "full" and name in MATMULS else ""
     tensor_core_ops = len(re.findall(re.escape(TENSOR_CORES[arch]) + r"\b", ptx))
     row = Row(
-        name, key, masked, constants, options["num_warps"], options.get("num_stages", 3),
-        registers, spilled, shared, per_sm, tensor_core_ops, ratio,
+        name, key, variant, constants, options["num_warps"], options.get("num_stages", 3),
+        registers, spilled, shared, per_sm, tensor_core_ops, len(re.findall(WIDE_ACCESS, ptx)), ratio,
     )  # fmt: skip
     return row, serialised
 
@@ -215,8 +242,10 @@ def problems(row: Row, serialised: bool, arch: int) -> list[str]:
         found.append(f"{row.shared_bytes} bytes of shared memory; the limit is {SHARED[arch][0]}")
     if row.blocks_per_sm < 1:
         found.append(f"{row.registers} registers x {32 * row.warps} threads do not fit")
-    if row.kernel in MATMULS and "/16bit/" in row.key and not row.tensor_core_ops:
+    if row.variant in ("full", "masked") and row.kernel in MATMULS and "/16bit/" in row.key and not row.tensor_core_ops:
         found.append(f"no {TENSOR_CORES[arch]}")
+    if not row.wide_accesses and row.kernel not in ("add_splits", "add_chunks"):
+        found.append("no 16-byte accesses of global memory")
     if serialised:
         found.append("wgmma serialised")
     if row.issued_over_useful and "/80/" in row.key and float(row.issued_over_useful) > 1.15:
@@ -227,15 +256,15 @@ def problems(row: Row, serialised: bool, arch: int) -> list[str]:
 def compile_key(arch: int, key: str, constants: dict[str, int]) -> tuple[int, list[Row], list[str]]:
     """All kernels of one configuration: (arch, rows, problems)."""
     rows, found = [], []
-    for masked, run in cases(key):
+    for variant, run in cases(key):
         try:
             launches = compiled_by(run, FUNCTIONS[key.split("/")[0]], arch, constants)
         except Exception as error:  # whatever the compiler raises is this configuration's problem
-            return arch, rows, [f"sm{arch} {key} masked={masked}: {type(error).__name__}: {error}"]
+            return arch, rows, [f"sm{arch} {key} {variant}: {type(error).__name__}: {error}"]
         for name, kernel, options in launches:
-            row, serialised = inspect(name, kernel, options, key, masked, arch)
+            row, serialised = inspect(name, kernel, options, key, variant, arch)
             rows.append(row)
-            found += [f"sm{arch} {name} {key} masked={masked}: {p}" for p in problems(row, serialised, arch)]
+            found += [f"sm{arch} {name} {key} {variant}: {p}" for p in problems(row, serialised, arch)]
     return arch, rows, found
 
 
@@ -252,11 +281,11 @@ def choose(arch: int, key: str) -> tuple[int, str, dict[str, int] | None]:
 
 
 def _write_shipped(arch: int, chosen: dict[str, dict[str, int]]) -> None:
-    """Merge into ard_kernels/tuned/sm<arch>.json: entries named in its `measured` list stay as they are."""
+    """Put into ard_kernels/tuned/sm<arch>.json; entries named in its `measured` list stay as they are."""
     path = tuning.SHIPPED / f"sm{arch}.json"
     table = json.loads(path.read_text()) if path.is_file() else {"measured": [], "configs": {}}
-    kept = {key: table["configs"][key] for key in table["measured"]}
-    configs = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in {**chosen, **kept}.items())
+    merged = table["configs"] | chosen | {key: table["configs"][key] for key in table["measured"]}
+    configs = ",\n".join(f"    {json.dumps(key)}: {json.dumps(merged[key])}" for key in keys() if key in merged)
     path.write_text(f'{{\n  "measured": {json.dumps(table["measured"])},\n  "configs": {{\n{configs}\n  }}\n}}\n')
 
 
@@ -277,14 +306,14 @@ def _differences(arch: int, rows: list[Row]) -> list[str]:
     version, *lines = path.read_text().splitlines()
     if version != f"# triton {metadata.version('triton')}":
         return [f"sm{arch}: the table is of {version[2:]}, this is triton {metadata.version('triton')}; see --update"]
-    committed = {(line["kernel"], line["key"], line["masked"]): line for line in csv.DictReader(lines)}
+    committed = {(line["kernel"], line["key"], line["variant"]): line for line in csv.DictReader(lines)}
     found = []
     for row in rows:
         now = {name: str(value) for name, value in asdict(row).items()}
-        then = committed.pop((now["kernel"], now["key"], now["masked"]), None)
+        then = committed.pop((now["kernel"], now["key"], now["variant"]), None)
         if then != now:
             changes = {n: (then and then[n], now[n]) for n in now if then is None or then[n] != now[n]}
-            found.append(f"sm{arch} {row.kernel} {row.key} masked={row.masked}: (table, now) {changes}")
+            found.append(f"sm{arch} {row.kernel} {row.key} {row.variant}: (table, now) {changes}")
     return found + [f"sm{arch}: {name} is in the table only" for name in committed]
 
 
@@ -301,12 +330,12 @@ def print_table(arch: int, rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the tables")
-    parser.add_argument("--choose", action="store_true", help="rebuild the shipped configurations")
+    parser.add_argument("--choose", nargs="?", const="", metavar="PREFIX", help="rebuild shipped configurations")
     parser.add_argument("--arch", type=int, nargs="*", default=list(tuning.ARCHITECTURES), choices=tuning.ARCHITECTURES)
     options = parser.parse_args()
     with ProcessPoolExecutor() as pool:
-        if options.choose:
-            work = [(arch, key) for arch in options.arch for key in keys()]
+        if options.choose is not None:
+            work = [(arch, key) for arch in options.arch for key in keys() if key.startswith(options.choose)]
             chosen = list(pool.map(choose, *zip(*work, strict=True)))
             if any(constants is None for _, _, constants in chosen):
                 sys.exit(1)

@@ -1,7 +1,10 @@
 """The configurations worth trying for each key of `ard_kernels.tuning`: `make aot` chooses from them, the tuner times.
 
-From large tiles and deep pipelines to what fits in registers. A query or key tile of 128 rows is 2 warpgroups of wgmma;
-64 columns leave room for 2 thread blocks on a multiprocessor, so that one's softmax overlaps the other's matmuls.
+Attention: from large tiles and deep pipelines to what fits in registers. A tile of 128 rows is 2 warpgroups of wgmma;
+64 columns leave room for 2 thread blocks on a multiprocessor, one's softmax beside the other's matmuls.
+
+adaLN: one token at a time, in as few warps as hold a row in registers: fewer barriers per row. Chunks long enough that
+reading the rows (forward) and writing partial sums (backward) adds little to the tokens' bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from collections.abc import Iterator
 from ard_kernels import tuning
 
 ATTENTION = ("attention_forward", "attention_backward_dq", "attention_backward_dkv", "attention_history")
+ADALN = ("adaln_forward", "adaln_backward")
 # BLOCK_M, BLOCK_N, num_warps, num_stages
 _LONG = [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 3), (128, 32, 8, 2)]
 _SHORT = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2)]
@@ -24,12 +28,17 @@ def keys() -> list[str]:
         for width in tuning.WIDTHS["attention"]:
             names += [f"{kernel}/16bit/{width}/{length}" for length in ("short", "long")]
             names.append(f"{kernel}/32bit/{width}/long")
+    for kernel in ADALN:
+        names += [f"{kernel}/{bits}bit/{width}/long" for bits in (16, 32) for width in tuning.WIDTHS["adaln"]]
     return names
 
 
 def candidates(key: str) -> Iterator[dict[str, int]]:
     """Constants to try for `key`, best guess first."""
-    kernel, bits, _, length = key.split("/")
+    kernel, bits, width, length = key.split("/")
+    if kernel in ADALN:
+        yield from _adaln(kernel, int(width))
+        return
     if bits == "32bit":
         blocks = _FP32
     elif length == "short" or kernel == "attention_history":  # one segment's queries: few tiles, so small ones
@@ -38,3 +47,12 @@ def candidates(key: str) -> Iterator[dict[str, int]]:
         blocks = _LONG + _SHORT
     for values in blocks:
         yield dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values, strict=True))
+
+
+def _adaln(kernel: str, width: int) -> Iterator[dict[str, int]]:
+    backward = kernel == "adaln_backward"
+    least = min(16, width // (288 if backward else 576))
+    warps = [w for w in (1, 2, 4, 8, 16, 32) if w >= least]
+    tokens = 64 if backward else 32
+    for values in [(tokens, 1, w) for w in warps[:3]] + [(tokens // 2, 1, warps[0]), (tokens, 2, warps[1])]:
+        yield dict(zip(("TOKENS", "ROWS", "num_warps"), values, strict=True))

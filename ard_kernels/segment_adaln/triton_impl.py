@@ -34,6 +34,9 @@ from ard_kernels.triton_parts import (
 )
 from ard_kernels.triton_support import multiprocessors, strides
 
+# Wider rows of gate and scale are read again for every token backward: beside three sums they would spill.
+KEPT_WIDTH = 4096
+
 
 @triton.jit
 def _token_rows(pointer, stride, batch, tokens, UNIT: tl.constexpr):
@@ -148,24 +151,25 @@ def _backward(
     grad_h_stride, grad_y_stride, h_stride, branch_stride, gate_stride, scale_stride, dx_stride, dbranch_stride,
     dgate_stride, dshift_stride, dscale_stride, T, chunk_count,
     C: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, HAS_GRAD_H: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_NORM: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
+    HAS_NORM: tl.constexpr, PER_TOKEN: tl.constexpr, KEEP_ROWS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx and dbranch of one chunk, and its share of dgate, dshift, dscale; those that the op has."""
     batch, segment, start, stop = _chunk(table, chunk_count)
     one = segment + tl.arange(0, 1)
-    if HAS_GATE and not PER_TOKEN:
+    if HAS_GATE and KEEP_ROWS:
         gate_row = _load(gate, gate_stride, batch, one, one >= 0, C, PARTS, UNIT)
-    if HAS_NORM and not PER_TOKEN:
+    if HAS_NORM and KEEP_ROWS:
         scale_row = _load(scale, scale_stride, batch, one, one >= 0, C, PARTS, UNIT)
     gate_sum, shift_sum, scale_sum = zero_rows(ROWS, PARTS), zero_rows(ROWS, PARTS), zero_rows(ROWS, PARTS)
     for first in range(start, stop, ROWS):
         tokens = first + tl.arange(0, ROWS)
         here = tokens < stop
+        at, end = (tokens, stop) if PER_TOKEN else (one, segment + 1)  # rows read with every token
         gradient = zero_rows(ROWS, PARTS)
         if HAS_GRAD_H:
             gradient = _load(grad_h, grad_h_stride, batch, tokens, here, C, PARTS, UNIT)
         if HAS_NORM:
-            scale_here = _load(scale, scale_stride, batch, tokens, here, C, PARTS, UNIT) if PER_TOKEN else scale_row
+            scale_here = scale_row if KEEP_ROWS else _load(scale, scale_stride, batch, at, at < end, C, PARTS, UNIT)
             dy = _load(grad_y, grad_y_stride, batch, tokens, here, C, PARTS, UNIT)
             rows = _load(h, h_stride, batch, tokens, here, C, PARTS, UNIT)
             statistics = batch.to(tl.int64) * T + tokens
@@ -181,7 +185,7 @@ def _backward(
             else:
                 shift_sum, scale_sum = add_rows(shift_sum, dy), add_rows(scale_sum, dy_n)
         if HAS_GATE:
-            gate_here = _load(gate, gate_stride, batch, tokens, here, C, PARTS, UNIT) if PER_TOKEN else gate_row
+            gate_here = gate_row if KEEP_ROWS else _load(gate, gate_stride, batch, at, at < end, C, PARTS, UNIT)
             branch_rows = _load(branch, branch_stride, batch, tokens, here, C, PARTS, UNIT)
             _store(dbranch, dbranch_stride, batch, tokens, multiply_rows(gate_here, gradient), here, C, PARTS, UNIT)
             gate_gradient = multiply_rows(gradient, branch_rows)
@@ -236,6 +240,7 @@ class _Launch:
         self.count = len(self.tables.chunks)
         self.grid = (B * self.count,)
         self.constants = {"HAS_GATE": has_gate, "HAS_NORM": has_norm, "PER_TOKEN": per_token, **config}
+        self.keep_rows = not per_token and C <= KEPT_WIDTH
         self.constants |= {"C": C, "PARTS": split_width(C, least=8, most=3)}
 
 
@@ -286,7 +291,7 @@ def backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths):
     unit, each = _strides(like, *tensors)
     _backward[launch.grid](
         *tensors[:6], mean, rstd, *tensors[6:], workspace, launch.tables.chunks, *each, T, launch.count,
-        UNIT=unit, HAS_GRAD_H=grad_h is not None, **launch.constants,
+        UNIT=unit, HAS_GRAD_H=grad_h is not None, KEEP_ROWS=launch.keep_rows, **launch.constants,
     )  # fmt: skip
     if sums:
         S = len(launch.tables.spans)

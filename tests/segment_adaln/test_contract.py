@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ard_kernels
 from ard_kernels import adaln_modulate, gate_residual, gate_residual_adaln
 
-BACKENDS = ["torch", "cpu"]
+BACKENDS = ["torch", "cpu", "triton"]
 
 BAD = {
     "rank": (lambda x, r: (x[0], r, r), {}, "x has shape .*; expected 3 dims"),
@@ -52,6 +52,8 @@ def inputs(B=2, T=96, S=3, C=72, dtype=torch.float32, grad=True):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("T", "C"), [(96, 72), (1024, 384)])
 def test_bit_equal_over_runs_and_threads(backend, T, C, thread_counts):
+    if backend == "triton":
+        T = 32  # its interpreter
     tensors = inputs(T=T, S=2, C=C)
     grads = torch.randn(2, 2, T, C)
 
@@ -117,11 +119,11 @@ def test_counted_as_no_flops():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("lengths", [[32], [1], [16, 80]])
+@pytest.mark.parametrize("lengths", [[4], [1], [2, 10]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(backend, lengths, dtype):
-    segments = 96 // lengths[0] if len(lengths) == 1 else len(lengths)
-    x, branch, gate, shift, scale = inputs(S=segments, dtype=dtype)
+    segments = 12 // lengths[0] if len(lengths) == 1 else len(lengths)
+    x, branch, gate, shift, scale = inputs(B=1, T=12, S=segments, dtype=dtype)
     ops = torch.ops.ard
     checks = [
         (ops.adaln_modulate, (x, shift, scale, lengths, 1e-6, dtype, backend)),

@@ -1,0 +1,78 @@
+"""Global bytes a Triton kernel really reads and writes: every load and store of a run in the interpreter, counted.
+
+Caches are not modelled: rows of shift and scale that a GPU would find in its L2 count each time they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from triton.runtime.interpreter import InterpreterBuilder
+
+from ard_kernels import tuning
+from ard_kernels.segment_adaln import triton_impl
+
+
+@dataclass
+class Traffic:
+    """Bytes of all unmasked elements."""
+
+    read: int = 0
+    written: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.read + self.written
+
+
+@contextmanager
+def counted() -> Iterator[Traffic]:
+    """Count what the kernels launched inside read and write."""
+    traffic = Traffic()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def counting_load(self, pointers, mask, *rest):
+        traffic.read += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+        return load(self, pointers, mask, *rest)
+
+    def counting_store(self, pointers, value, mask, *rest):
+        traffic.written += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+        return store(self, pointers, value, mask, *rest)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counting_load, counting_store
+    try:
+        yield traffic
+    finally:
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+
+
+def adaln_over_minimum(op: str, arch: int, B: int = 1, S: int = 1, L: int = 256, C: int = 1152) -> dict[str, float]:
+    """Bytes over the fewest possible, {"forward": ..., "backward": ...}, bf16 tokens and rows, shipped chunks.
+
+    The minimum touches each of x, branch, h, y (and their gradients), the rows and the statistics once.
+    """
+    T, dtype = S * L, torch.bfloat16
+    x, branch = torch.randn(2, B, T, C).to(dtype).unbind(0)
+    gate, shift, scale = torch.randn(B, S, 3 * C).to(dtype).chunk(3, -1)
+    gated = op != "adaln_modulate"
+    normed = op != "gate_residual"
+    ours = (branch, gate) if gated else (None, None)
+    rows = (shift, scale) if normed else (None, None)
+    shipped = {k: tuning.shipped(arch)[tuning.key(k, dtype, C, L)] for k in ("adaln_forward", "adaln_backward")}
+    lookup, multiprocessors = tuning.lookup, triton_impl.multiprocessors
+    # A GPU of one multiprocessor is full: the chunks are the shipped ones.
+    tuning.lookup, triton_impl.multiprocessors = lambda kernel, *args: shipped[kernel], lambda device: 1
+    try:
+        with counted() as forward:
+            h, y, mean, rstd = triton_impl.forward(x, *ours, *rows, [L], 1e-6, dtype)
+        with counted() as backward:
+            saved = (h if gated else x) if normed else None
+            grads = triton_impl.backward(h, y, saved, *ours, rows[1], mean, rstd, [L])
+    finally:
+        tuning.lookup, triton_impl.multiprocessors = lookup, multiprocessors
+    least_forward = sum(t.nbytes for t in (x, *ours, *rows, h, y, mean, rstd) if t is not None)
+    least_backward = sum(t.nbytes for t in (h, y, saved, *ours, rows[1], mean, rstd, *grads) if t is not None)
+    return {"forward": forward.total / least_forward, "backward": backward.total / least_backward}

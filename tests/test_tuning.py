@@ -1,0 +1,61 @@
+"""The shipped tables are whole, and what the tuner found on a machine comes first."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from ard_kernels import __version__, tuning
+from ard_kernels.block_causal_attention.triton_impl import parts_of
+from benchmarks.candidates import candidates, keys
+
+
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+def test_every_key_has_a_configuration(arch):
+    table = tuning.shipped(arch)
+    assert list(table) == keys()
+    for key, constants in table.items():
+        expected = {"TOKENS", "ROWS", "num_warps"} if key.startswith("adaln") else {"BLOCK_M", "BLOCK_N"}
+        assert expected <= constants.keys() and constants in list(candidates(key))
+
+
+def test_every_width_dtype_and_length_has_a_key():
+    known = set(keys())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for D in range(8, 257, 8):
+            for kernel in ("attention_forward", "attention_backward_dq", "attention_backward_dkv", "attention_history"):
+                assert {tuning.key(kernel, dtype, D, length) for length in (0, 16, 127, 128, 4096)} <= known
+            upper = int(tuning.key("attention_forward", dtype, D, 0).split("/")[2])
+            assert sum(parts_of(D)) <= max(upper, 32), "a class is tuned at a width no smaller than its members"
+        for C in (1, 384, 1152, 8192, 20000):
+            assert {tuning.key(kernel, dtype, C, 0) for kernel in ("adaln_forward", "adaln_backward")} <= known
+
+
+def test_newer_and_in_between_chips_use_the_nearest_older_table():
+    tables = {arch: tuning.shipped(arch) for arch in tuning.ARCHITECTURES}
+    assert tuning.shipped(86) == tuning.shipped(89) == tables[80]
+    assert tuning.shipped(120) == tables[100]
+
+
+def test_what_was_tuned_here_comes_first(tmp_path, monkeypatch):
+    device, key = torch.device("cuda", 0), "attention_forward/16bit/80/long"
+    monkeypatch.setenv("ARD_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test 1")
+    monkeypatch.setattr(tuning, "architecture", lambda device: 90)
+    path = tuning.cache_file(device)
+    assert re.fullmatch(rf"nvidia-test-1-{re.escape(__version__)}-triton[\d.]+\.json", path.name)
+    arguments = ("attention_forward", device, torch.bfloat16, 72, 256)
+    try:
+        assert tuning.lookup(*arguments) == tuning.shipped(90)[key]
+        tuning.lookup.cache_clear()
+        tuning.tuned_here.cache_clear()
+        path.write_text(json.dumps({"configs": {key: {"BLOCK_M": 64}}}))
+        assert tuning.lookup(*arguments) == {"BLOCK_M": 64}
+        assert (
+            tuning.lookup("adaln_forward", device, torch.bfloat16, 1152)
+            == tuning.shipped(90)["adaln_forward/16bit/1152/long"]
+        )
+    finally:
+        tuning.lookup.cache_clear()
+        tuning.tuned_here.cache_clear()
