@@ -18,7 +18,7 @@ import torch
 from ard_kernels.triton_support import architecture
 
 SHIPPED = Path(__file__).parent / "tuned"
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 86, 90, 100)
 # Upper ends of the width classes: head dim as padded for the tensor cores, or channels of a row.
 WIDTHS = {"attention": (32, 64, 80, 96, 128, 192, 256), "adaln": (512, 1152, 2048, 4096, 8192)}
 # Small blocks, so that a test of 50 tokens has several tiles, full and masked ones.
@@ -42,11 +42,17 @@ def lookup(kernel: str, device: torch.device, dtype: torch.dtype, width: int, le
     return tuned_here(device).get(name) or shipped(architecture(device))[name]
 
 
+def table_architecture(arch: int) -> int:
+    """The architecture whose table serves compute capability `arch` (86 is 8.6)."""
+    if arch in (86, 89) or arch >= 120:  # 99 KB of shared memory a block, matrix units of the mma.sync kind
+        return 86
+    return max(known for known in (80, 90, 100) if known <= max(arch, 80))
+
+
 @cache
 def shipped(arch: int) -> dict[str, dict[str, int]]:
-    """The table of the newest listed architecture that `arch` is not older than."""
-    nearest = max(known for known in ARCHITECTURES if known <= max(arch, ARCHITECTURES[0]))
-    return json.loads((SHIPPED / f"sm{nearest}.json").read_text())["configs"]
+    """The table that serves compute capability `arch`."""
+    return json.loads((SHIPPED / f"sm{table_architecture(arch)}.json").read_text())["configs"]
 
 
 @cache

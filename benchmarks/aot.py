@@ -41,14 +41,20 @@ from benchmarks.candidates import candidates, keys
 
 TABLES = Path(__file__).parent / "results" / "aot"
 # Bytes of shared memory a block may have and a multiprocessor holds (CUDA programming guide, compute capabilities).
-SHARED = {80: (163 << 10, 164 << 10), 90: (227 << 10, 228 << 10), 100: (227 << 10, 228 << 10)}
-REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
+SHARED = {
+    80: (163 << 10, 164 << 10),
+    86: (99 << 10, 100 << 10),
+    90: (227 << 10, 228 << 10),
+    100: (227 << 10, 228 << 10),
+}
+REGISTERS, BLOCKS = 65536, 32
+THREADS = {80: 2048, 86: 1536, 90: 2048, 100: 2048}
 # A head dim per width class, 72 for the class that ends at 80.
 HEAD_DIMS = {32: 32, 64: 64, 80: 72, 96: 96, 128: 128, 192: 160, 256: 256}
 WIDE_ACCESS = (
     r"(?:ld|st)\.global(?:\.\w+)*\.v4\.b32|cp\.async\.cg\.shared\.global [^;]*, 0x10|ld\.global[\w.:]*\.v2\.b64"
 )
-TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Spills that were looked at and let pass, with the reason: (architecture, kernel, key) -> bytes.
 SPILL_BUDGET = {
     # dK and dV of 64 x 256 in fp32 are 128 of a thread's 255 registers; without boundary tiles nothing spills, and
@@ -221,7 +227,7 @@ def inspect(name: str, kernel, options: dict, key: str, variant: str, arch: int)
     ptx = kernel.asm["ptx"]
     registers, spilled, serialised = _ptxas_report(ptx)
     threads, shared = 32 * options["num_warps"], kernel.metadata.shared
-    per_sm = min(REGISTERS // (-(-registers // 8) * 8 * threads), THREADS // threads, BLOCKS)
+    per_sm = min(REGISTERS // (-(-registers // 8) * 8 * threads), THREADS[arch] // threads, BLOCKS)
     per_sm = min(per_sm, SHARED[arch][1] // (shared + 1024))
     constants = " ".join(f"{c}={options[c]}" for c in ("BLOCK_M", "BLOCK_N", "ROWS") if c in options)
     ratio = _issued_over_useful(name, ptx, options, key) if variant == "full" and name in MATMULS else ""

@@ -32,10 +32,9 @@ def test_every_width_dtype_and_length_has_a_key():
             assert {tuning.key(kernel, dtype, C, 0) for kernel in ("adaln_forward", "adaln_backward")} <= known
 
 
-def test_newer_and_in_between_chips_use_the_nearest_older_table():
-    tables = {arch: tuning.shipped(arch) for arch in tuning.ARCHITECTURES}
-    assert tuning.shipped(86) == tuning.shipped(89) == tables[80]
-    assert tuning.shipped(120) == tables[100]
+def test_every_chip_has_a_table():
+    served = {80: 80, 86: 86, 87: 80, 89: 86, 90: 90, 100: 100, 103: 100, 120: 86, 121: 86}
+    assert {arch: tuning.table_architecture(arch) for arch in served} == served
 
 
 def test_what_was_tuned_here_comes_first(tmp_path, monkeypatch):
