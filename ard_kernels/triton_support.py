@@ -63,7 +63,9 @@ def strides(*tensors: torch.Tensor) -> tuple[int, list[tuple[int, ...]]]:
     Triton only learns whether an argument is a multiple of 16. The stride of a token is C or 3C or D elements, often a
     multiple of 8 alone (D = 72, say), and 8 halves make one 16-byte access: multiplying by the constant tells it.
     """
-    values = [x.stride()[:-1] for x in tensors]
+    values = [
+        [stride if size > 1 else 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)] for x in tensors
+    ]
     unit = 8 if all(stride % 8 == 0 for each in values for stride in each) else 1
     return unit, [tuple(stride // unit for stride in each) for each in values]
 

@@ -61,8 +61,6 @@ SPILL_BUDGET = {
     # smaller tiles would leave wgmma, whose step is 64 rows.
     (90, "backward_dkv", "attention_backward_dkv/16bit/256/short"): 256,
     (90, "backward_dkv", "attention_backward_dkv/16bit/256/long"): 256,
-    # Three sums and four rows of 8192 in fp32 over 512 threads are 112 of 128 registers. Half precision does not spill.
-    **{(arch, "backward", "adaln_backward/32bit/8192/long"): 128 for arch in tuning.ARCHITECTURES},
 }
 
 

@@ -51,7 +51,7 @@ def candidates(key: str) -> Iterator[dict[str, int]]:
 
 def _adaln(kernel: str, width: int) -> Iterator[dict[str, int]]:
     backward = kernel == "adaln_backward"
-    least = min(16, width // (288 if backward else 576))
+    least = min(8, width // 288) if backward else width // 576
     warps = [w for w in (1, 2, 4, 8, 16, 32) if w >= least]
     tokens = 64 if backward else 32
     for values in [(tokens, 1, w) for w in warps[:3]] + [(tokens // 2, 1, warps[0]), (tokens, 2, warps[1])]:

@@ -35,6 +35,8 @@ from ard_kernels.triton_parts import (
 )
 from ard_kernels.triton_support import strides
 
+# Arguments of which Triton shall not compile one variant that are multiples of 16 and one that are not.
+SIZES = ["H", "T", "batch_heads", "group", "tiles"]
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -90,7 +92,7 @@ def online_softmax(scores, scale, maximum, total, GUARD: tl.constexpr):
     return p, new, total * factor + tl.sum(p, 1), factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward(
     q, k, v, out, lse, items, masked, bounds, q_stride, k_stride, v_stride, out_stride,
     H, T, batch_heads, group, tiles, scale,
@@ -148,7 +150,7 @@ def _score_gradient(scores, scale, lse2, delta, dp):
     return p, p * (dp - delta)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_dq(
     grad_out, q, k, v, out, lse, delta, dq, items, masked, bounds,
     grad_stride, q_stride, k_stride, v_stride, out_stride, dq_stride,
@@ -204,7 +206,7 @@ def _backward_dq(
     store_rows(dq_rows, scale_rows(accumulators, scale), here, D, PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_dkv(
     grad_out, q, k, v, lse, delta, dk, dv, items, masked, bounds,
     grad_stride, q_stride, k_stride, v_stride, dk_stride, dv_stride,

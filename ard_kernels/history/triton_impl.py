@@ -32,6 +32,9 @@ from ard_kernels.triton_parts import (
 )
 from ard_kernels.triton_support import multiprocessors, strides
 
+# See there; a new segment must not compile anything anew.
+SIZES = ["H", "L", "batch_heads", "tiles_per_split", "start", "sink_stop", "window_start", "splits"]
+
 
 @triton.jit
 def _attend_tile(
@@ -53,7 +56,7 @@ def _attend_tile(
     return maximum, total, add_dot(p.to(v_base.dtype.element_ty), v_rows, accumulators, PRECISION)
 
 
-@triton.jit(do_not_specialize=["start", "sink_stop", "window_start"])
+@triton.jit(do_not_specialize=SIZES)
 def _append_and_attend(
     q, k, v, cache_k, cache_v, out, workspace, q_stride, k_stride, v_stride, cache_k_stride, cache_v_stride, out_stride,
     H, L, batch_heads, tiles_per_split, start, sink_stop, window_start, scale,
@@ -109,7 +112,7 @@ def _append_and_attend(
         store_rows(out_rows, scale_rows(accumulators, (1.0 / total)[:, None]), here, D, PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _add_splits(
     workspace, out, out_stride, H, L, batch_heads, splits,
     D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,

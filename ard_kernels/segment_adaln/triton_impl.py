@@ -34,6 +34,8 @@ from ard_kernels.triton_parts import (
 )
 from ard_kernels.triton_support import multiprocessors, strides
 
+# Arguments of which Triton shall not compile one variant that are multiples of 16 and one that are not.
+SIZES = ["T", "chunk_count", "S"]
 # Wider rows of gate and scale are read again for every token backward: beside three sums they would spill.
 KEPT_WIDTH = 4096
 
@@ -93,7 +95,7 @@ def _chunk(table, chunk_count):
     return tl.program_id(0) // chunk_count, tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward(
     x, branch, gate, shift, scale, h, y, mean, rstd, table, x_stride, branch_stride, gate_stride, shift_stride,
     scale_stride, h_stride, y_stride, T, chunk_count, eps,
@@ -145,7 +147,7 @@ def _norm_gradient(dy, n, scale, rstd, C: tl.constexpr):
     return dx
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward(
     grad_h, grad_y, h, branch, gate, scale, mean, rstd, dx, dbranch, dgate, dshift, dscale, workspace, table,
     grad_h_stride, grad_y_stride, h_stride, branch_stride, gate_stride, scale_stride, dx_stride, dbranch_stride,
@@ -203,7 +205,7 @@ def _backward(
             store_rows(partials + (HAS_GATE + 1) * C, sum_rows(scale_sum), one >= 0, C, PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _add_chunks(
     workspace, dgate, dshift, dscale, spans, chunk_count, S,
     C: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr,
