@@ -147,11 +147,21 @@ def widen_rows(blocks):
 
 @triton.jit
 def row_sums(blocks):
-    """(R,): each row's sum over all parts."""
-    total = tl.sum(blocks[0], 1)
-    for i in tl.static_range(1, len(blocks)):
-        total += tl.sum(blocks[i], 1)
-    return total
+    """(R,): each row's sum over all parts.
+
+    A single row's is added up as scalars, which have no layout: to add (1,) blocks, Triton brings the parts to one
+    layout first, the widest through shared memory.
+    """
+    if blocks[0].shape[0] == 1:
+        total = tl.sum(tl.sum(blocks[0], 1), 0)
+        for i in tl.static_range(1, len(blocks)):
+            total += tl.sum(tl.sum(blocks[i], 1), 0)
+        return tl.full([1], 0.0, tl.float32) + total
+    else:
+        totals = tl.sum(blocks[0], 1)
+        for i in tl.static_range(1, len(blocks)):
+            totals += tl.sum(blocks[i], 1)
+        return totals
 
 
 @triton.jit

@@ -9,8 +9,9 @@ import importlib
 import importlib.util
 import os
 import types
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, wraps
 
 import torch
 
@@ -49,6 +50,20 @@ def architecture(device: torch.device) -> int:
     """Compute capability as 80, 90, ...; in the interpreter 90."""
     major, minor = _capability(device.index or 0) if device.type == "cuda" else (9, 0)
     return 10 * major + minor
+
+
+def on_device(launch: Callable) -> Callable:
+    """Run `launch` with its tensors' GPU as the current one: Triton launches on that, whatever the tensors' is."""
+
+    @wraps(launch)
+    def guarded(*args):
+        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return launch(*args)
+        return launch(*args)
+
+    return guarded
 
 
 @cache

@@ -22,7 +22,7 @@ ARCHITECTURES = (80, 86, 90, 100)
 # Upper ends of the width classes: head dim as padded for the tensor cores, or channels of a row.
 WIDTHS = {"attention": (32, 64, 80, 96, 128, 192, 256), "adaln": (512, 1152, 2048, 4096, 8192)}
 # Small blocks, so that a test of 50 tokens has several tiles, full and masked ones.
-INTERPRETER = {"attention": {"BLOCK_M": 32, "BLOCK_N": 16}, "adaln": {"TOKENS": 16, "ROWS": 8}}
+INTERPRETER = {"attention": {"BLOCK_M": 32, "BLOCK_N": 16}, "adaln": {"TOKENS": 16, "ROWS": 8, "STAGES": 1}}
 
 
 def key(kernel: str, dtype: torch.dtype, width: int, length: int) -> str:

@@ -227,7 +227,7 @@ def inspect(name: str, kernel, options: dict, key: str, variant: str, arch: int)
     threads, shared = 32 * options["num_warps"], kernel.metadata.shared
     per_sm = min(REGISTERS // (-(-registers // 8) * 8 * threads), THREADS[arch] // threads, BLOCKS)
     per_sm = min(per_sm, SHARED[arch][1] // (shared + 1024))
-    constants = " ".join(f"{c}={options[c]}" for c in ("BLOCK_M", "BLOCK_N", "ROWS") if c in options)
+    constants = " ".join(f"{c}={options[c]}" for c in ("BLOCK_M", "BLOCK_N", "ROWS", "STAGES") if c in options)
     ratio = _issued_over_useful(name, ptx, options, key) if variant == "full" and name in MATMULS else ""
     tensor_core_ops = len(re.findall(re.escape(TENSOR_CORES[arch]) + r"\b", ptx))
     row = Row(

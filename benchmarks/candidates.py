@@ -4,7 +4,8 @@ Attention: from large tiles and deep pipelines to what fits in registers. A tile
 64 columns leave room for 2 thread blocks on a multiprocessor, one's softmax beside the other's matmuls.
 
 adaLN: one token at a time, in as few warps as hold a row in registers: fewer barriers per row. Chunks long enough that
-reading the rows (forward) and writing partial sums (backward) adds little to the tokens' bytes.
+reading the rows (forward) and writing partial sums (backward) adds little to the tokens' bytes. STAGES 3 loads two
+tokens ahead.
 """
 
 from __future__ import annotations
@@ -54,5 +55,7 @@ def _adaln(kernel: str, width: int) -> Iterator[dict[str, int]]:
     least = min(8, width // 288) if backward else width // 576
     warps = [w for w in (1, 2, 4, 8, 16, 32) if w >= least]
     tokens = 64 if backward else 32
-    for values in [(tokens, 1, w) for w in warps[:3]] + [(tokens // 2, 1, warps[0]), (tokens, 2, warps[1])]:
-        yield dict(zip(("TOKENS", "ROWS", "num_warps"), values, strict=True))
+    few, more = warps[:2]
+    choices = [(tokens, 1, 1, w) for w in warps[:3]] + [(tokens, 1, 3, few), (tokens, 1, 3, more)]
+    for values in [*choices, (tokens // 2, 1, 1, few), (tokens, 2, 1, more)]:
+        yield dict(zip(("TOKENS", "ROWS", "STAGES", "num_warps"), values, strict=True))

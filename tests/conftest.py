@@ -3,6 +3,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -48,6 +49,22 @@ def _patch_the_language_once():
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
     yield
     interpreter._patch_lang, interpreter.InterpretedFunction.__call__ = patch, function_call
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _round_to_bfloat16():
+    """The interpreter cuts fp32 off to bfloat16 (Triton 3.7); GPUs round to nearest."""
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounding_cast(self, src, dst_type):
+        if src.dtype.scalar != interpreter.tl.float32 or dst_type.scalar != interpreter.tl.bfloat16:
+            return cast(self, src, dst_type)
+        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16).numpy()
+        return interpreter.TensorHandle(rounded.view(np.uint16).reshape(src.data.shape), dst_type.scalar)
+
+    interpreter.InterpreterBuilder.cast_impl = rounding_cast
+    yield
+    interpreter.InterpreterBuilder.cast_impl = cast
 
 
 @pytest.fixture

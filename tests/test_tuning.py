@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from ard_kernels import __version__, tuning
+from ard_kernels import __version__, triton_support, tuning
 from ard_kernels.block_causal_attention.triton_impl import parts_of
 from benchmarks.candidates import candidates, keys
 
@@ -16,7 +16,7 @@ def test_every_key_has_a_configuration(arch):
     table = tuning.shipped(arch)
     assert list(table) == keys()
     for key, constants in table.items():
-        expected = {"TOKENS", "ROWS", "num_warps"} if key.startswith("adaln") else {"BLOCK_M", "BLOCK_N"}
+        expected = {"TOKENS", "ROWS", "STAGES", "num_warps"} if key.startswith("adaln") else {"BLOCK_M", "BLOCK_N"}
         assert expected <= constants.keys() and constants in list(candidates(key))
 
 
@@ -58,3 +58,32 @@ def test_what_was_tuned_here_comes_first(tmp_path, monkeypatch):
     finally:
         tuning.lookup.cache_clear()
         tuning.tuned_here.cache_clear()
+
+
+def test_launches_run_on_the_tensors_own_gpu(monkeypatch):
+    """With a stand-in for CUDA: the current device is changed for the launch, and only when it is another."""
+    current, seen = [0], []
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device.index)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    class FakeTensor(torch.Tensor):
+        @property
+        def device(self):
+            return torch.device("cuda", self.index)
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    launch = triton_support.on_device(lambda *args: seen.append(current[-1]))
+    for index in (0, 1, 0):
+        x = torch.zeros(1).as_subclass(FakeTensor)
+        x.index = index
+        launch(None, x)
+    assert seen == [0, 1, 0] and current == [0]

@@ -33,7 +33,7 @@ from ard_kernels.triton_parts import (
     store_rows,
     zero_rows,
 )
-from ard_kernels.triton_support import strides
+from ard_kernels.triton_support import on_device, strides
 
 # Arguments of which Triton shall not compile one variant that are multiples of 16 and one that are not.
 SIZES = ["H", "T", "batch_heads", "group", "tiles"]
@@ -288,6 +288,7 @@ class _Launch:
         }  # fmt: skip
 
 
+@on_device
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -312,6 +313,7 @@ def forward(
     return out, lse
 
 
+@on_device
 def backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, into) -> None:
     """See torch_impl.backward."""
     if q.numel() == 0:

@@ -30,7 +30,7 @@ from ard_kernels.triton_parts import (
     store_rows,
     zero_rows,
 )
-from ard_kernels.triton_support import multiprocessors, strides
+from ard_kernels.triton_support import multiprocessors, on_device, strides
 
 # See there; a new segment must not compile anything anew.
 SIZES = ["H", "L", "batch_heads", "tiles_per_split", "start", "sink_stop", "window_start", "splits"]
@@ -142,6 +142,7 @@ def _add_splits(
     store_rows(out_rows, scale_rows(sums, (1.0 / total)[:, None]), here, D, PARTS)
 
 
+@on_device
 def forward(q, k, v, cache_k, cache_v, workspace, start, sink_stop, window_start, scale) -> torch.Tensor:
     """See torch_impl.forward; allocates the output only."""
     B, H, L, D = q.shape

@@ -32,7 +32,7 @@ from ard_kernels.triton_parts import (
     widen_rows,
     zero_rows,
 )
-from ard_kernels.triton_support import multiprocessors, strides
+from ard_kernels.triton_support import multiprocessors, on_device, strides
 
 # Arguments of which Triton shall not compile one variant that are multiples of 16 and one that are not.
 SIZES = ["T", "chunk_count", "S"]
@@ -100,7 +100,7 @@ def _forward(
     x, branch, gate, shift, scale, h, y, mean, rstd, table, x_stride, branch_stride, gate_stride, shift_stride,
     scale_stride, h_stride, y_stride, T, chunk_count, eps,
     C: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr,
-    PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
+    PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h, y, mean and rstd of one chunk, those that the op has."""
     batch, segment, start, stop = _chunk(table, chunk_count)
@@ -110,7 +110,7 @@ def _forward(
     if HAS_NORM and not PER_TOKEN:
         shift_row = _load(shift, shift_stride, batch, one, one >= 0, C, PARTS, UNIT)
         scale_row = _load(scale, scale_stride, batch, one, one >= 0, C, PARTS, UNIT)
-    for first in range(start, stop, ROWS):
+    for first in tl.range(start, stop, ROWS, num_stages=STAGES):
         tokens = first + tl.arange(0, ROWS)
         here = tokens < stop
         rows = _load(x, x_stride, batch, tokens, here, C, PARTS, UNIT)
@@ -153,7 +153,7 @@ def _backward(
     grad_h_stride, grad_y_stride, h_stride, branch_stride, gate_stride, scale_stride, dx_stride, dbranch_stride,
     dgate_stride, dshift_stride, dscale_stride, T, chunk_count,
     C: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, HAS_GRAD_H: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_NORM: tl.constexpr, PER_TOKEN: tl.constexpr, KEEP_ROWS: tl.constexpr, ROWS: tl.constexpr,
+    HAS_NORM: tl.constexpr, PER_TOKEN: tl.constexpr, KEEP_ROWS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx and dbranch of one chunk, and its share of dgate, dshift, dscale; those that the op has."""
     batch, segment, start, stop = _chunk(table, chunk_count)
@@ -163,7 +163,7 @@ def _backward(
     if HAS_NORM and KEEP_ROWS:
         scale_row = _load(scale, scale_stride, batch, one, one >= 0, C, PARTS, UNIT)
     gate_sum, shift_sum, scale_sum = zero_rows(ROWS, PARTS), zero_rows(ROWS, PARTS), zero_rows(ROWS, PARTS)
-    for first in range(start, stop, ROWS):
+    for first in tl.range(start, stop, ROWS, num_stages=STAGES):
         tokens = first + tl.arange(0, ROWS)
         here = tokens < stop
         at, end = (tokens, stop) if PER_TOKEN else (one, segment + 1)  # rows read with every token
@@ -255,6 +255,7 @@ def _empty(x: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Te
     return None if x is None else x.new_empty(x.shape, dtype=dtype)
 
 
+@on_device
 def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.dtype | None):
     """See torch_impl.forward."""
     h = _empty(branch, x.dtype)
@@ -274,6 +275,7 @@ def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.d
     return h, y, mean, rstd
 
 
+@on_device
 def backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths):
     """See torch_impl.backward."""
     like = h if h is not None else grad_h
