@@ -86,17 +86,24 @@ def strides(*tensors: torch.Tensor) -> tuple[int, list[tuple[int, ...]]]:
 
 
 def upload(array, device: torch.device) -> torch.Tensor:
-    """An int32 table on `device`, to be cached by the caller for the life of the process.
+    """An int32 table on `device`, for the caller to cache.
 
-    On a GPU another thread makes it, on its own stream: so it lives outside the memory pool of a CUDA graph that is
-    being warmed up or recorded in this thread, whose memory is not ours to keep.
+    On a GPU another thread makes it, on a stream of its own: so it lives outside the memory pool of a CUDA graph that
+    is being warmed up in this thread, whose memory is not ours to keep.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured; no memory may be allocated for the table then.
     """
-    table = torch.as_tensor(array, dtype=torch.int32)
+    table = torch.as_tensor(array, dtype=torch.int32, device="cpu")
     if device.type != "cuda":
         return table.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "ard_kernels: a shape or mask is new in a CUDA graph capture; call the op with it once before"
+        )
 
     def copy() -> torch.Tensor:
-        stream = torch.cuda.Stream(device)
+        stream = _upload_stream(device)
         with torch.cuda.device(device), torch.cuda.stream(stream):
             result = table.to(device)
         stream.synchronize()
@@ -106,5 +113,21 @@ def upload(array, device: torch.device) -> torch.Tensor:
 
 
 @cache
+def _upload_stream(device: torch.device) -> torch.cuda.Stream:
+    """High priority: streams of that kind come from a pool of their own, so it is never one that captures a graph."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+@cache
 def _uploader() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="ard-kernels-upload")
+
+
+_captured: dict[int, tuple[torch.Tensor, ...]] = {}
+
+
+def keep_if_captured(tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The tables; kept for good once a CUDA graph has their addresses, whatever the cache they come from does."""
+    if tables[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured[id(tables)] = tables
+    return tables

@@ -87,3 +87,22 @@ def test_launches_run_on_the_tensors_own_gpu(monkeypatch):
         x.index = index
         launch(None, x)
     assert seen == [0, 1, 0] and current == [0]
+
+
+def test_tables_are_made_on_the_cpu_and_never_during_a_capture(monkeypatch):
+    with torch.device("meta"):
+        assert triton_support.upload([1, 2], torch.device("cpu")).tolist() == [1, 2]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="new in a CUDA graph capture; call the op with it once before"):
+        triton_support.upload([1, 2], torch.device("cuda", 0))
+
+
+def test_captured_tables_are_kept(monkeypatch):
+    class OnGpu:
+        is_cuda = True
+
+    tables, captured = (OnGpu(),), {}
+    monkeypatch.setattr(triton_support, "_captured", captured)
+    for capturing, kept in ((False, 0), (True, 1), (False, 1)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert triton_support.keep_if_captured(tables) is tables and len(captured) == kept

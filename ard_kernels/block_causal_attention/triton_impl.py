@@ -33,7 +33,7 @@ from ard_kernels.triton_parts import (
     store_rows,
     zero_rows,
 )
-from ard_kernels.triton_support import on_device, strides
+from ard_kernels.triton_support import keep_if_captured, on_device, strides
 
 # Arguments of which Triton shall not compile one variant that are multiples of 16 and one that are not.
 SIZES = ["H", "T", "batch_heads", "group", "tiles"]
@@ -278,7 +278,7 @@ class _Launch:
         B, H, T, D = q.shape
         self.config = tuning.lookup(kernel, q.device, q.dtype, D, length=lengths[0] if len(lengths) == 1 else 0)
         block_m, block_n = self.config["BLOCK_M"], self.config["BLOCK_N"]
-        self.tables = schedule(tuple(lengths), T, window, sink, block_m, block_n, by_key, q.device)
+        self.tables = keep_if_captured(schedule(tuple(lengths), T, window, sink, block_m, block_n, by_key, q.device))
         group = heads_per_group(B * H, 2 * T * D * q.element_size())
         tiles = len(self.tables.items)
         self.grid = (tiles * B * H,)

@@ -32,7 +32,7 @@ from ard_kernels.triton_parts import (
 )
 from ard_kernels.triton_support import multiprocessors, on_device, strides
 
-# See there; a new segment must not compile anything anew.
+# See there: `start` must not compile anything anew. (SPLIT and EVEN do, once each: warm up with all S steps.)
 SIZES = ["H", "L", "batch_heads", "tiles_per_split", "start", "sink_stop", "window_start", "splits"]
 
 

@@ -32,7 +32,7 @@ from ard_kernels.triton_parts import (
     widen_rows,
     zero_rows,
 )
-from ard_kernels.triton_support import multiprocessors, on_device, strides
+from ard_kernels.triton_support import keep_if_captured, multiprocessors, on_device, strides
 
 # Arguments of which Triton shall not compile one variant that are multiples of 16 and one that are not.
 SIZES = ["T", "chunk_count", "S"]
@@ -238,7 +238,7 @@ class _Launch:
         config = dict(tuning.lookup(kernel, like.device, like.dtype, C))
         per_token = rows.shape[1] == T
         most = chunk_tokens(T, B, config.pop("TOKENS"), multiprocessors(like.device))
-        self.tables = chunks((T,) if per_token else tuple(lengths), T, most, like.device)
+        self.tables = keep_if_captured(chunks((T,) if per_token else tuple(lengths), T, most, like.device))
         self.count = len(self.tables.chunks)
         self.grid = (B * self.count,)
         self.constants = {"HAS_GATE": has_gate, "HAS_NORM": has_norm, "PER_TOKEN": per_token, **config}
