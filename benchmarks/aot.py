@@ -201,10 +201,20 @@ def _tensor_core_flops(ptx: str, warps: int) -> int:
     return flops
 
 
+def _tcgen05_flops(ttgir: str) -> int:
+    """FLOPs of the tcgen05 matmuls in the loop's body, once per thread block; PTX has their shapes in registers only.
+
+    The pipelined loop leaves copies before and after itself, for its first and last tiles: those are not counted.
+    """
+    body = ttgir[ttgir.index("scf.for") : ttgir.rindex("scf.yield")]
+    shapes = re.findall(r"tc_gen5_mma .*? : !ttg\.memdesc<(\d+)x(\d+)x\w+, .*?>, !ttg\.memdesc<\d+x(\d+)x", body)
+    return sum(2 * int(m) * int(k) * int(n) for m, k, n in shapes)
+
+
 MATMULS = {"forward": 2, "backward_dq": 3, "backward_dkv": 4, "append_and_attend": 2}
 
 
-def _issued_over_useful(name: str, ptx: str, options: dict, key: str) -> str:
+def _issued_over_useful(name: str, asm: dict, options: dict, key: str, arch: int) -> str:
     """Tensor-core FLOPs issued over useful ones for full tiles of whole segments; blank where the text cannot tell.
 
     Per tile: the loop of a kernel without masked tiles is the only place with matrix instructions. Over tiles: those
@@ -212,7 +222,7 @@ def _issued_over_useful(name: str, ptx: str, options: dict, key: str) -> str:
     """
     D = HEAD_DIMS[int(key.split("/")[2])]
     block_m, block_n = options["BLOCK_M"], options["BLOCK_N"]
-    flops = _tensor_core_flops(ptx, options["num_warps"])
+    flops = _tcgen05_flops(asm["ttgir"]) if arch == 100 else _tensor_core_flops(asm["ptx"], options["num_warps"])
     if not flops or name == "append_and_attend":  # two loops there: cache and own segment
         return ""
     per_tile = flops / (2 * block_m * block_n * D * MATMULS[name])
@@ -228,7 +238,7 @@ def inspect(name: str, kernel, options: dict, key: str, variant: str, arch: int)
     per_sm = min(REGISTERS // (-(-registers // 8) * 8 * threads), THREADS[arch] // threads, BLOCKS)
     per_sm = min(per_sm, SHARED[arch][1] // (shared + 1024))
     constants = " ".join(f"{c}={options[c]}" for c in ("BLOCK_M", "BLOCK_N", "ROWS", "STAGES") if c in options)
-    ratio = _issued_over_useful(name, ptx, options, key) if variant == "full" and name in MATMULS else ""
+    ratio = _issued_over_useful(name, kernel.asm, options, key, arch) if variant == "full" and name in MATMULS else ""
     tensor_core_ops = len(re.findall(re.escape(TENSOR_CORES[arch]) + r"\b", ptx))
     row = Row(
         name, key, variant, constants, options["num_warps"], options.get("num_stages", 3),

@@ -57,4 +57,7 @@ def test_the_committed_tables_are_of_the_shipped_configurations():
 def test_matrix_instructions_are_counted():
     wgmma = "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {};\n" * 3
     assert aot._tensor_core_flops(wgmma, warps=8) == 3 * 2 * 64 * 128 * 16 * 2
+    matmul = "ttng.tc_gen5_mma %a, %b : !ttg.memdesc<128x16xbf16, #s, #smem>, !ttg.memdesc<16x64xbf16, #s>, rest\n"
+    loop = f"{matmul} %r = scf.for %i = 0 {{\n {matmul} {matmul} scf.yield %x\n}} {matmul}"
+    assert aot._tcgen05_flops(loop) == 2 * 2 * 128 * 16 * 64
     assert aot._tensor_core_flops("mma.sync.aligned.m16n8k16.row.col.f32 {};", warps=4) == 2 * 16 * 8 * 16 * 4
