@@ -19,7 +19,8 @@ BACKENDS = ("cuda", "triton", "cpu", "torch")
 # benchmarks/results/<device>. `doctor` says of all others that they are not yet verified on hardware.
 VERIFIED_ON_HARDWARE: dict[tuple[str, str], str] = {}
 
-Refusal = Callable[[torch.device, torch.dtype], "str | None"]
+# (device, dtype, width): width is the head dim or the channels, None when it is not known yet
+Refusal = Callable[[torch.device, torch.dtype, "int | None"], "str | None"]
 
 
 class BackendStatus(NamedTuple):
@@ -36,7 +37,7 @@ _environment: str | None = os.environ.get("ARD_BACKEND") or None
 
 
 def register_backend(op: str, backend: str, refuses: Refusal) -> None:
-    """Declare that `op` has an implementation named `backend`; `refuses(device, dtype)` gives the reason or None."""
+    """Declare that `op` has an implementation named `backend`; `refuses(device, dtype, width)` says why not."""
     _refusals.setdefault(op, {})[backend] = refuses
 
 
@@ -45,26 +46,26 @@ def has_backend(op: str, backend: str) -> bool:
     return backend in _refusals[op]
 
 
-def refusal(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot run `op` on tensors of this device and dtype; None when it can."""
+def refusal(op: str, backend: str, device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
+    """Why `backend` cannot run `op` on such tensors; None when it can."""
     if backend not in BACKENDS:
         return f"unknown backend; expected one of {', '.join(BACKENDS)}"
     if not has_backend(op, backend):
         return f"{op} has no {backend} implementation in this build"
-    return _refusals[op][backend](device, dtype)
+    return _refusals[op][backend](device, dtype, width)
 
 
-def resolve(op: str, requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
+def resolve(op: str, requested: str | None, device: torch.device, dtype: torch.dtype, width: int | None) -> str:
     """Name of the backend to run. An explicit choice that cannot serve raises; nothing falls back silently."""
     explicit = requested or _override or _environment
     if explicit is None:
         for backend in BACKENDS:
-            if backend == "triton" and device.type == "cpu":
-                continue  # its interpreter is for tests
-            if backend in _refusals[op] and _refusals[op][backend](device, dtype) is None:
+            if device.type == "cpu" and backend in ("cuda", "triton"):
+                continue  # emulated and interpreted: for tests
+            if backend in _refusals[op] and _refusals[op][backend](device, dtype, width) is None:
                 return backend
         raise RuntimeError(f"{op}: no backend serves {device.type} tensors of {dtype}; see ard_kernels.backends()")
-    reason = refusal(op, explicit, device, dtype)
+    reason = refusal(op, explicit, device, dtype, width)
     if reason is not None:
         source = "argument backend" if requested else "use_backend" if _override else "environment ARD_BACKEND"
         raise ValueError(f"{op}: backend {explicit!r} ({source}) cannot run on {device.type} {dtype}: {reason}")

@@ -1,4 +1,8 @@
-"""The compiled module `ard_kernels._C`, or why it is not here. torch loads first, so that both share one OpenMP."""
+"""The compiled module `ard_kernels._C`, or why it is not here. torch loads first, so that both share one OpenMP.
+
+`_C.gpu` holds the CUDA kernels where they were built. `emulated` is the same module built for the host, where
+tests/emulator runs the kernels' source thread by thread; it serves CPU tensors, on an explicit backend="cuda" only.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from types import ModuleType
 
 import torch
 
+from ard_kernels.gpu_support import refuses_device
+
 module: ModuleType | None
 missing: str | None
 try:
@@ -14,11 +20,53 @@ try:
 except ImportError as error:
     module, missing = None, f"the compiled extension ard_kernels._C did not load: {error}"
 
+emulated: ModuleType | None = None
 
-def refuses_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def refuses_cpu(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
     """Why the C++ kernels cannot serve these tensors; None when they can."""
     if device.type != "cpu":
         return f"tensors are on {device.type}; the cpu backend reads host memory"
     if dtype == torch.float64:
         return "float64 is served by the torch backend only"
     return missing
+
+
+def refuses_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the CUDA C++ kernels cannot serve this device and dtype; None when some can."""
+    if dtype == torch.float64:
+        return "float64 is served by the torch backend only"
+    if device.type == "cpu":
+        return None if emulated else "on the CPU it runs in the emulator of tests/emulator only"
+    if module is None:
+        return missing
+    if not hasattr(module, "gpu"):
+        return "this build of ard_kernels has no CUDA kernels (built without nvcc, or with ARD_BUILD_CUDA=0)"
+    return refuses_device(device)
+
+
+def gpu(device: torch.device) -> ModuleType:
+    """The module of CUDA kernels that serves tensors on `device`, which `refuses_cuda` did not refuse."""
+    return module.gpu if device.type == "cuda" else emulated
+
+
+def stream(device: torch.device) -> int:
+    """The current stream of `device` as the launch functions take it."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def view(x_BRC: torch.Tensor | None) -> tuple[int, int, int, int] | None:
+    """What the extension takes as a (B, rows, C) tensor with a contiguous last dim; None stays None."""
+    return None if x_BRC is None else (x_BRC.data_ptr(), x_BRC.stride(0), x_BRC.stride(1), _DTYPE_CODES[x_BRC.dtype])
+
+
+def heads_view(x_BHTD: torch.Tensor) -> tuple[int, int, int, int]:
+    """What the extension takes as a (B, H, T, D) tensor with a contiguous last dim."""
+    return x_BHTD.data_ptr(), *x_BHTD.stride()[:3]
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """`DType` of csrc/common/tensor.h."""
+    return _DTYPE_CODES[dtype]

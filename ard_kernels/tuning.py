@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ard_kernels.triton_support import architecture
+from ard_kernels.gpu_support import architecture
 
 SHIPPED = Path(__file__).parent / "tuned"
 ARCHITECTURES = (80, 86, 90, 100)

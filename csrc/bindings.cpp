@@ -3,8 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
-
+#include "common/python.h"
+#include "gpu_bindings.h"
 #include "history_cache/params.h"
 #include "segment_adaln/params.h"
 #include "segment_adaln/row_kernels.h"
@@ -14,23 +14,19 @@ namespace py = pybind11;
 namespace ard {
 namespace {
 
-using OptionalView = std::optional<View>;
-
-View or_absent(const OptionalView& view) { return view.value_or(View{}); }
-
 float* floats(uintptr_t pointer) { return reinterpret_cast<float*>(pointer); }
 
-void segment_adaln_forward(const Segments& segments, const View& x, const OptionalView& branch,
-                           const OptionalView& gate, const OptionalView& shift, const OptionalView& scale,
-                           const OptionalView& h, const OptionalView& y, uintptr_t mean, uintptr_t rstd, float eps) {
+void segment_adaln_forward(const Segments& segments, const View& x, const View& branch, const View& gate,
+                           const View& shift, const View& scale, const View& h, const View& y, uintptr_t mean,
+                           uintptr_t rstd, float eps) {
   ForwardParams p;
   p.x = x;
-  p.branch = or_absent(branch);
-  p.gate = or_absent(gate);
-  p.shift = or_absent(shift);
-  p.scale = or_absent(scale);
-  p.h = or_absent(h);
-  p.y = or_absent(y);
+  p.branch = branch;
+  p.gate = gate;
+  p.shift = shift;
+  p.scale = scale;
+  p.h = h;
+  p.y = y;
   p.mean = floats(mean);
   p.rstd = floats(rstd);
   p.eps = eps;
@@ -38,23 +34,22 @@ void segment_adaln_forward(const Segments& segments, const View& x, const Option
   forward_cpu(p, segments);
 }
 
-void segment_adaln_backward(const Segments& segments, const OptionalView& grad_h, const OptionalView& grad_y,
-                            const OptionalView& h, const OptionalView& branch, const OptionalView& gate,
-                            const OptionalView& scale, const OptionalView& dx, const OptionalView& dbranch,
-                            const OptionalView& dgate, const OptionalView& dshift, const OptionalView& dscale,
+void segment_adaln_backward(const Segments& segments, const View& grad_h, const View& grad_y, const View& h,
+                            const View& branch, const View& gate, const View& scale, const View& dx,
+                            const View& dbranch, const View& dgate, const View& dshift, const View& dscale,
                             uintptr_t mean, uintptr_t rstd, uintptr_t workspace) {
   BackwardParams p;
-  p.grad_h = or_absent(grad_h);
-  p.grad_y = or_absent(grad_y);
-  p.h = or_absent(h);
-  p.branch = or_absent(branch);
-  p.gate = or_absent(gate);
-  p.scale = or_absent(scale);
-  p.dx = or_absent(dx);
-  p.dbranch = or_absent(dbranch);
-  p.dgate = or_absent(dgate);
-  p.dshift = or_absent(dshift);
-  p.dscale = or_absent(dscale);
+  p.grad_h = grad_h;
+  p.grad_y = grad_y;
+  p.h = h;
+  p.branch = branch;
+  p.gate = gate;
+  p.scale = scale;
+  p.dx = dx;
+  p.dbranch = dbranch;
+  p.dgate = dgate;
+  p.dshift = dshift;
+  p.dscale = dscale;
   p.mean = floats(mean);
   p.rstd = floats(rstd);
   p.workspace = floats(workspace);
@@ -67,17 +62,10 @@ void segment_adaln_backward(const Segments& segments, const OptionalView& grad_h
 
 PYBIND11_MODULE(_C, m) {
   using namespace ard;
-  py::class_<View>(m, "View").def(py::init([](uintptr_t data, int64_t stride_batch, int64_t stride_row, int dtype) {
-    return View{reinterpret_cast<void*>(data), stride_batch, stride_row, static_cast<DType>(dtype)};
-  }));
   py::class_<Segments>(m, "Segments")
       .def(
           py::init([](int64_t batch, int64_t tokens, int64_t channels, int64_t length, std::vector<int64_t> offsets,
                       int threads) { return Segments{batch, tokens, channels, length, std::move(offsets), threads}; }));
-  py::class_<HeadsView>(m, "HeadsView")
-      .def(py::init([](uintptr_t data, int64_t stride_batch, int64_t stride_head, int64_t stride_token) {
-        return HeadsView{reinterpret_cast<void*>(data), stride_batch, stride_head, stride_token};
-      }));
   m.def("segment_adaln_forward", &segment_adaln_forward);
   m.def("segment_adaln_backward", &segment_adaln_backward);
   m.def("segment_adaln_workspace", [](const Segments& segments, bool gated, bool normed) {
@@ -97,4 +85,7 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("use_cpu_isa", &use_row_kernels);
+#ifdef ARD_CUDA
+  bind_gpu(m.def_submodule("gpu"));
+#endif
 }

@@ -15,7 +15,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import emulator
 from triton.runtime import interpreter
+
+from ard_kernels import extension
 
 # Drawn cases are the same in every run, so a failure is a failure everywhere.
 settings.register_profile(
@@ -65,6 +68,13 @@ def _round_to_bfloat16():
     interpreter.InterpreterBuilder.cast_impl = rounding_cast
     yield
     interpreter.InterpreterBuilder.cast_impl = cast
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _emulate_cuda(request):
+    """The CUDA C++ kernels run in tests/emulator, on CPU tensors; built when a test asks for them."""
+    if any("cuda" in item.nodeid for item in request.session.items):
+        extension.emulated = emulator.load()
 
 
 @pytest.fixture

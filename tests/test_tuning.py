@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from ard_kernels import __version__, triton_support, tuning
+from ard_kernels import __version__, gpu_support, tuning
 from ard_kernels.block_causal_attention.triton_impl import parts_of
 from benchmarks.candidates import candidates, keys
 
@@ -81,7 +81,7 @@ def test_launches_run_on_the_tensors_own_gpu(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", Guard)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
-    launch = triton_support.on_device(lambda *args: seen.append(current[-1]))
+    launch = gpu_support.on_device(lambda *args: seen.append(current[-1]))
     for index in (0, 1, 0):
         x = torch.zeros(1).as_subclass(FakeTensor)
         x.index = index
@@ -91,10 +91,10 @@ def test_launches_run_on_the_tensors_own_gpu(monkeypatch):
 
 def test_tables_are_made_on_the_cpu_and_never_during_a_capture(monkeypatch):
     with torch.device("meta"):
-        assert triton_support.upload([1, 2], torch.device("cpu")).tolist() == [1, 2]
+        assert gpu_support.upload([1, 2], torch.device("cpu")).tolist() == [1, 2]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="new in a CUDA graph capture; call the op with it once before"):
-        triton_support.upload([1, 2], torch.device("cuda", 0))
+        gpu_support.upload([1, 2], torch.device("cuda", 0))
 
 
 def test_captured_tables_are_kept(monkeypatch):
@@ -102,7 +102,7 @@ def test_captured_tables_are_kept(monkeypatch):
         is_cuda = True
 
     tables, captured = (OnGpu(),), {}
-    monkeypatch.setattr(triton_support, "_captured", captured)
+    monkeypatch.setattr(gpu_support, "_captured", captured)
     for capturing, kept in ((False, 0), (True, 1), (False, 1)):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        assert triton_support.keep_if_captured(tables) is tables and len(captured) == kept
+        assert gpu_support.keep_if_captured(tables) is tables and len(captured) == kept

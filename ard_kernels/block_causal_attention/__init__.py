@@ -57,7 +57,7 @@ def block_causal_attention(
     lengths = check_segment_length(OP, segment_length, "q", q.shape[layout.index("t")])
     spec.check_window(OP, window, sink)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in cast_to_autocast(q, k, v))
-    chosen = resolve(OP, backend, q.device, q.dtype)
+    chosen = resolve(OP, backend, q.device, q.dtype, q.shape[-1])
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if layout == "bthd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -95,7 +95,7 @@ def block_causal_attention_packed(
     spec.check_window(op, window, sink)
     (qkv,) = cast_to_autocast(qkv)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    chosen = resolve(OP, backend, qkv.device, qkv.dtype)
+    chosen = resolve(OP, backend, qkv.device, qkv.dtype, qkv.shape[-1])
     scale = 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale)
     out, lse = packed_op(qkv, lengths, window, sink, scale, chosen)
     out = out.transpose(1, 2)

@@ -24,7 +24,9 @@ register_backend("block_causal_attention", "triton", triton_support.refuses)
 register_backend(
     "block_causal_attention",
     "cpu",
-    lambda device, dtype: "attention on the CPU is the torch backend: PyTorch's fused kernel runs near the matmul rate",
+    lambda device, dtype, width=None: (
+        "attention on the CPU is the torch backend: PyTorch's fused kernel runs near the matmul rate"
+    ),
 )
 
 

@@ -27,7 +27,7 @@ _FLASH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.defa
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
     return None
 
 

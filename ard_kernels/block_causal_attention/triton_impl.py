@@ -24,6 +24,7 @@ import triton.language as tl
 
 from ard_kernels import tuning
 from ard_kernels.block_causal_attention.tiles import heads_per_group, schedule
+from ard_kernels.gpu_support import keep_if_captured, on_device
 from ard_kernels.triton_parts import (
     add_dot,
     dot_transposed,
@@ -33,7 +34,7 @@ from ard_kernels.triton_parts import (
     store_rows,
     zero_rows,
 )
-from ard_kernels.triton_support import keep_if_captured, on_device, strides
+from ard_kernels.triton_support import strides
 
 # Arguments of which Triton shall not compile one variant that are multiples of 16 and one that are not.
 SIZES = ["H", "T", "batch_heads", "group", "tiles"]

@@ -58,7 +58,7 @@ def history_attention(
     if layout == "bthd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     check_cache(op, cache, layer, k)
-    chosen = resolve(op, backend, q.device, q.dtype)
+    chosen = resolve(op, backend, q.device, q.dtype, q.shape[-1])
     offsets = cache.offsets[layer] + [cache.offsets[layer][-1] + k.shape[2]]
     sink_stop, window_start = visible_tokens(offsets, window, sink)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)

@@ -10,14 +10,10 @@ from ard_kernels.history.torch_impl import attend_to_cache
 refuses = extension.refuses_cpu
 
 
-def _view(x_BHTD: torch.Tensor):
-    return extension.module.HeadsView(x_BHTD.data_ptr(), *x_BHTD.stride()[:3])
-
-
 def append(k, v, cache_k, cache_v, start: int) -> None:
     """cache[:, :, start : start + L] = (k, v)."""
     B, H, L, D = k.shape
-    views = map(_view, (k, v, cache_k[:, :, start:], cache_v[:, :, start:]))
+    views = map(extension.heads_view, (k, v, cache_k[:, :, start:], cache_v[:, :, start:]))
     extension.module.history_cache_append(
         *views, B, H, L, D * k.element_size(), k.element_size(), torch.get_num_threads()
     )

@@ -7,7 +7,7 @@ import torch
 from ard_kernels.block_causal_attention.torch_impl import attend, gather
 
 
-def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
     return None
 
 

@@ -20,6 +20,7 @@ from ard_kernels.block_causal_attention.triton_impl import (
     precision_of,
     rows_of,
 )
+from ard_kernels.gpu_support import multiprocessors, on_device
 from ard_kernels.history.splits import split_count
 from ard_kernels.triton_parts import (
     add_dot,
@@ -30,7 +31,7 @@ from ard_kernels.triton_parts import (
     store_rows,
     zero_rows,
 )
-from ard_kernels.triton_support import multiprocessors, on_device, strides
+from ard_kernels.triton_support import strides
 
 # See there: `start` must not compile anything anew. (SPLIT and EVEN do, once each: warm up with all S steps.)
 SIZES = ["H", "L", "batch_heads", "tiles_per_split", "start", "sink_stop", "window_start", "splits"]

@@ -50,7 +50,7 @@ def adaln_modulate(
     spec.check_activation(op, "x", x)
     lengths = spec.check_rows(op, x, {"shift": shift, "scale": scale}, segment_length)
     spec.check_eps(op, eps)
-    chosen = resolve(op, backend, x.device, x.dtype)
+    chosen = resolve(op, backend, x.device, x.dtype, x.shape[-1])
     x, shift, scale = _dense_last(x, shift, scale)
     return modulate_op(x, shift, scale, lengths, eps, autocast_dtype(x.device) or x.dtype, chosen)[0]
 
@@ -84,7 +84,7 @@ def gate_residual_adaln(
     spec.check_activation(op, "branch", branch, like=x)
     lengths = spec.check_rows(op, x, {"gate": gate, "shift": shift, "scale": scale}, segment_length)
     spec.check_eps(op, eps)
-    chosen = resolve(op, backend, x.device, x.dtype)
+    chosen = resolve(op, backend, x.device, x.dtype, x.shape[-1])
     x, branch, gate, shift, scale = _dense_last(x, branch, gate, shift, scale)
     y_dtype = autocast_dtype(x.device) or x.dtype
     return gated_op(x, branch, gate, shift, scale, lengths, eps, y_dtype, chosen)[:2]
@@ -106,6 +106,6 @@ def gate_residual(
     spec.check_activation(op, "x", x)
     spec.check_activation(op, "branch", branch, like=x)
     lengths = spec.check_rows(op, x, {"gate": gate}, segment_length)
-    chosen = resolve(op, backend, x.device, x.dtype)
+    chosen = resolve(op, backend, x.device, x.dtype, x.shape[-1])
     x, branch, gate = _dense_last(x, branch, gate)
     return gate_op(x, branch, gate, lengths, chosen)

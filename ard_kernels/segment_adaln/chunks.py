@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ard_kernels.gpu_support import upload
 from ard_kernels.segments import segment_offsets
-from ard_kernels.triton_support import upload
 
 
 class Chunks(NamedTuple):

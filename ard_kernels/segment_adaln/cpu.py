@@ -9,15 +9,6 @@ from ard_kernels.segments import segment_offsets
 
 refuses = extension.refuses_cpu
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def _view(x: torch.Tensor | None):
-    """extension View of a (B, rows, C) tensor with a contiguous last dim; None stays None."""
-    if x is None:
-        return None
-    return extension.module.View(x.data_ptr(), x.stride(0), x.stride(1), _DTYPE_CODES[x.dtype])
-
 
 def _segments(x_BTC: torch.Tensor, lengths):
     B, T, C = x_BTC.shape
@@ -38,7 +29,7 @@ def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.d
         mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
     extension.module.segment_adaln_forward(
         _segments(x, lengths),
-        *map(_view, (x, branch, gate, shift, scale, h, y)),
+        *map(extension.view, (x, branch, gate, shift, scale, h, y)),
         *(0 if statistic is None else statistic.data_ptr() for statistic in (mean, rstd)),
         eps,
     )
@@ -55,7 +46,7 @@ def backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths):
     workspace = like.new_empty(floats, dtype=torch.float32)
     extension.module.segment_adaln_backward(
         segments,
-        *map(_view, (grad_h, grad_y, h, branch, gate, scale, dx, dbranch, dgate, dshift, dscale)),
+        *map(extension.view, (grad_h, grad_y, h, branch, gate, scale, dx, dbranch, dgate, dshift, dscale)),
         *(0 if statistic is None else statistic.data_ptr() for statistic in (mean, rstd)),
         workspace.data_ptr(),
     )

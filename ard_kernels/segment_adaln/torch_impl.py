@@ -15,7 +15,7 @@ from ard_kernels.segment_adaln.spec import row_of_token
 from ard_kernels.segments import segment_offsets
 
 
-def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
     return None
 
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ard_kernels import tuning
+from ard_kernels.gpu_support import keep_if_captured, multiprocessors, on_device
 from ard_kernels.segment_adaln.chunks import chunk_tokens, chunks
 from ard_kernels.triton_parts import (
     add_rows,
@@ -32,7 +33,7 @@ from ard_kernels.triton_parts import (
     widen_rows,
     zero_rows,
 )
-from ard_kernels.triton_support import keep_if_captured, multiprocessors, on_device, strides
+from ard_kernels.triton_support import strides
 
 # Arguments of which Triton shall not compile one variant that are multiples of 16 and one that are not.
 SIZES = ["T", "chunk_count", "S"]

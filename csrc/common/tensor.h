@@ -24,4 +24,10 @@ struct View {
   }
 };
 
+// (B, H, T, D) with a contiguous last dim; strides in elements.
+struct HeadsView {
+  void* data = nullptr;
+  int64_t stride_batch = 0, stride_head = 0, stride_token = 0;
+};
+
 }  // namespace ard

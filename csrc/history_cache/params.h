@@ -3,13 +3,9 @@
 
 #include <cstdint>
 
-namespace ard {
+#include "../common/tensor.h"
 
-// (B, H, T, D) with a contiguous last dim; strides in elements.
-struct HeadsView {
-  void* data;
-  int64_t stride_batch, stride_head, stride_token;
-};
+namespace ard {
 
 struct AppendParams {
   HeadsView k, v;                           // the new segment

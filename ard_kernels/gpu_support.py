@@ -1,0 +1,96 @@
+"""What the GPU backends, Triton and CUDA C++, share on the host: the device at hand, constant tables on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, wraps
+
+import torch
+
+
+def refuses_device(device: torch.device) -> str | None:
+    """Why no GPU kernel of ours can run on this device; None when one can."""
+    if device.type != "cuda" or torch.version.hip:
+        return "its kernels are written for NVIDIA GPUs"
+    major, minor = _capability(device.index or 0)
+    return None if major >= 8 else f"it needs compute capability 8.0 or newer; this GPU has {major}.{minor}"
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as 80, 90, ...; on the CPU, where kernels are interpreted or emulated, 90."""
+    major, minor = _capability(device.index or 0) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
+
+
+def on_device(launch: Callable) -> Callable:
+    """Run `launch` with its tensors' GPU as the current one: kernels are launched on that, whatever the tensors' is."""
+
+    @wraps(launch)
+    def guarded(*args):
+        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return launch(*args)
+        return launch(*args)
+
+    return guarded
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; 4 on the CPU, so that small tests take the paths of a GPU that is not full."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def upload(array, device: torch.device) -> torch.Tensor:
+    """An int32 table on `device`, for the caller to cache.
+
+    On a GPU another thread makes it, on a stream of its own: so it lives outside the memory pool of a CUDA graph that
+    is being warmed up in this thread, whose memory is not ours to keep.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured; no memory may be allocated for the table then.
+    """
+    table = torch.as_tensor(array, dtype=torch.int32, device="cpu")
+    if device.type != "cuda":
+        return table.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "ard_kernels: a shape or mask is new in a CUDA graph capture; call the op with it once before"
+        )
+
+    def copy() -> torch.Tensor:
+        stream = _upload_stream(device)
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            result = table.to(device)
+        stream.synchronize()
+        return result
+
+    return _uploader().submit(copy).result()
+
+
+@cache
+def _upload_stream(device: torch.device) -> torch.cuda.Stream:
+    """High priority: streams of that kind come from a pool of their own, so it is never one that captures a graph."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+@cache
+def _uploader() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="ard-kernels-upload")
+
+
+_captured: dict[int, tuple[torch.Tensor, ...]] = {}
+
+
+def keep_if_captured(tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The tables; kept for good once a CUDA graph has their addresses, whatever the cache they come from does."""
+    if tables[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured[id(tables)] = tables
+    return tables
