@@ -10,15 +10,17 @@ import torch
 
 from ard_kernels import triton_support
 from ard_kernels.backends import register_backend
-from ard_kernels.block_causal_attention import torch_impl
+from ard_kernels.block_causal_attention import cuda, torch_impl
 from ard_kernels.block_causal_attention.spec import useful_pairs
 from ard_kernels.library import define_op
 
 IMPLEMENTATIONS = {
+    "cuda": cuda,
     "triton": triton_support.LazyModule("ard_kernels.block_causal_attention.triton_impl"),
     "torch": torch_impl,
 }
 
+register_backend("block_causal_attention", "cuda", cuda.refuses)
 register_backend("block_causal_attention", "torch", torch_impl.refuses)
 register_backend("block_causal_attention", "triton", triton_support.refuses)
 register_backend(

@@ -1,10 +1,111 @@
 #include "../gpu_bindings.h"
 
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <stdexcept>
+
 #include "../common/python.h"
 #include "params.h"
 
-namespace ard {
+namespace py = pybind11;
 
-void bind_block_causal_attention(pybind11::module_&) {}
+namespace ard {
+namespace {
+
+// (items, masked, bounds pointers, tiles, heads per group)
+using Tables = std::tuple<uintptr_t, uintptr_t, uintptr_t, int32_t, int32_t>;
+
+TileTables tables_of(const Tables& tables) {
+  return {reinterpret_cast<const TileItem*>(std::get<0>(tables)),
+          reinterpret_cast<const MaskedTile*>(std::get<1>(tables)),
+          reinterpret_cast<const RowBounds*>(std::get<2>(tables)), std::get<3>(tables), std::get<4>(tables)};
+}
+
+float* floats(uintptr_t pointer) { return reinterpret_cast<float*>(pointer); }
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+#define ARD_COUNT(head_dim) head_dim,
+constexpr int kHeadDims[] = {ARD_FOR_EACH_HEAD_DIM(ARD_COUNT)};
+
+// |scale| * log2(e), never 0: a masked score of -inf must stay -inf.
+float base2_scale(float scale) { return std::max(std::fabs(scale) * 1.4426950408889634f, FLT_MIN); }
+
+AttentionParams params_of(const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
+                          const Tables& tables, int32_t batch, int32_t heads, int32_t tokens, float scale) {
+  AttentionParams p;
+  p.q = q, p.k = k, p.v = v, p.out = out;
+  p.tiles = tables_of(tables);
+  p.batch = batch, p.heads = heads, p.tokens = tokens;
+  p.scale = base2_scale(scale);
+  p.flip = scale < 0 ? 0x80008000u : 0;
+  return p;
+}
+
+void forward(const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out, uintptr_t lse,
+             const Tables& tables, int32_t batch, int32_t heads, int32_t tokens, float scale, int dtype, int head_dim,
+             uintptr_t stream) {
+  AttentionParams p = params_of(q, k, v, out, tables, batch, heads, tokens, scale);
+  p.lse = floats(lse);
+  switch (head_dim) {
+#define ARD_CASE(dim) \
+  case dim:           \
+    return attention_forward_sm80<dim>(p, static_cast<DType>(dtype), pointer(stream));
+    ARD_FOR_EACH_HEAD_DIM(ARD_CASE)
+#undef ARD_CASE
+  }
+  throw std::invalid_argument("attention_forward: head dim not compiled");
+}
+
+void history(const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out, uintptr_t workspace,
+             const Tables& tables, int32_t batch, int32_t heads, int32_t tokens, int32_t splits,
+             int32_t tiles_per_split, float scale, int dtype, int head_dim, uintptr_t stream) {
+  AttentionParams p = params_of(q, k, v, out, tables, batch, heads, tokens, scale);
+  p.workspace = floats(workspace);
+  p.splits = splits, p.tiles_per_split = tiles_per_split;
+  switch (head_dim) {
+#define ARD_CASE(dim) \
+  case dim:           \
+    return attention_history_sm80<dim>(p, static_cast<DType>(dtype), pointer(stream));
+    ARD_FOR_EACH_HEAD_DIM(ARD_CASE)
+#undef ARD_CASE
+  }
+  throw std::invalid_argument("attention_history: head dim not compiled");
+}
+
+void backward(const HeadsView& grad_out, const HeadsView& q, const HeadsView& k, const HeadsView& v,
+              const HeadsView& out, const HeadsView& dq, const HeadsView& dk, const HeadsView& dv, uintptr_t lse,
+              uintptr_t delta, const Tables& by_query, const Tables& by_key, int32_t batch, int32_t heads,
+              int32_t tokens, float scale, int dtype, int head_dim, uintptr_t stream) {
+  AttentionBackwardParams p;
+  p.grad_out = grad_out, p.q = q, p.k = k, p.v = v, p.out = out, p.dq = dq, p.dk = dk, p.dv = dv;
+  p.lse = floats(lse), p.delta = floats(delta);
+  p.by_query = tables_of(by_query), p.by_key = tables_of(by_key);
+  p.batch = batch, p.heads = heads, p.tokens = tokens;
+  p.scale = scale;
+  p.scale2 = std::copysign(base2_scale(scale), scale);
+  switch (head_dim) {
+#define ARD_CASE(dim) \
+  case dim:           \
+    return attention_backward_sm80<dim>(p, static_cast<DType>(dtype), pointer(stream));
+    ARD_FOR_EACH_HEAD_DIM(ARD_CASE)
+#undef ARD_CASE
+  }
+  throw std::invalid_argument("attention_backward: head dim not compiled");
+}
+
+}  // namespace
+
+void bind_block_causal_attention(py::module_& m) {
+  m.attr("attention_head_dims") = py::tuple(py::cast(std::vector<int>(std::begin(kHeadDims), std::end(kHeadDims))));
+  m.def("attention_forward_block", [](int head_dim) { return std::pair(kForwardBlockM, forward_block_n(head_dim)); });
+  m.def("attention_history_block", [](int head_dim) { return std::pair(kHistoryBlockM, forward_block_n(head_dim)); });
+  m.def("attention_forward", &forward);
+  m.def("attention_history", &history);
+  m.def("attention_backward_block", [] { return std::pair(kBackwardBlockM, kBackwardBlockN); });
+  m.def("attention_backward", &backward);
+}
 
 }  // namespace ard

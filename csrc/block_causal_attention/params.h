@@ -8,6 +8,12 @@
 
 namespace ard {
 
+// Tile sizes of the mma.sync kernels, for the tables. Many queries: 128 to a block. Few (history_attention): 64, which
+// fill more multiprocessors.
+constexpr int kForwardBlockM = 128, kHistoryBlockM = 64;
+constexpr int kBackwardBlockM = 128, kBackwardBlockN = 64;
+constexpr int forward_block_n(int head_dim) { return head_dim == 96 ? 32 : 64; }  // 96: scores of 64 keys would spill
+
 // The tables of tiles.py for one mask and tile size, on the device, and the grid over (batch, head, tile).
 struct TileTables {
   const TileItem* items = nullptr;
@@ -21,8 +27,12 @@ struct AttentionParams {
   HeadsView q, k, v, out;  // (B, H, T, D)
   float* lse = nullptr;    // (B, H, T)
   TileTables tiles;
-  int32_t batch = 0, heads = 0, tokens = 0;
-  float scale = 0;
+  int32_t batch = 0, heads = 0, tokens = 0;  // tokens: of q
+  float scale = 0;                           // |scale| * log2(e), never 0
+  uint32_t flip = 0;                         // 0x80008000 for a negative scale: xor-ed onto pairs of q, else 0
+  // Split keys: block y takes the column tiles from y * tiles_per_split on; see store_partial of sm80_forward.h.
+  float* workspace = nullptr;
+  int32_t splits = 1, tiles_per_split = 0;
 };
 
 // delta = rowsum(grad_out * out), ds = p * (grad_out v^T - delta); dq = scale ds k, dk = scale ds^T q, dv = p^T
@@ -33,7 +43,17 @@ struct AttentionBackwardParams {
   float* delta = nullptr;                        // (B, H, T), written by the dQ kernel, read by the other
   TileTables by_query, by_key;
   int32_t batch = 0, heads = 0, tokens = 0;
-  float scale = 0;
+  float scale = 0, scale2 = 0;  // scale2: times log2(e), never 0
 };
+
+// Head dims that the CUDA kernels are compiled for, each in a file of its own (sm80_forward_d72.cu, ...).
+#define ARD_FOR_EACH_HEAD_DIM(use) use(64) use(72) use(80) use(96) use(128)
+
+template <int kHeadDim>
+void attention_forward_sm80(const AttentionParams& params, DType dtype, void* stream);
+template <int kHeadDim>
+void attention_history_sm80(const AttentionParams& params, DType dtype, void* stream);
+template <int kHeadDim>
+void attention_backward_sm80(const AttentionBackwardParams& params, DType dtype, void* stream);
 
 }  // namespace ard

@@ -27,7 +27,8 @@ struct MaskedTile {
 struct RowBounds {
   int32_t sink_stop, start, stop;
 
-  constexpr bool sees(int column) const { return column < sink_stop || (start <= column && column < stop); }
+  // & and |, not && and ||: no branches.
+  constexpr bool sees(int column) const { return (column < sink_stop) | ((start <= column) & (column < stop)); }
 };
 
 // First column of the j-th column tile, j < item.full_tiles().

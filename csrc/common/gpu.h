@@ -58,6 +58,13 @@ ARD_DEVICE void barrier_arrive(int id, int threads) {
 ARD_DEVICE float shuffle_xor(float value, int lane_mask) { return __shfl_xor_sync(0xffffffffu, value, lane_mask); }
 ARD_DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
+// The value, of which the compiler knows nothing: what depends on it is computed where it is used, not ahead of a loop,
+// where it would wait in registers.
+ARD_DEVICE int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Arithmetic
 
 ARD_DEVICE float exp2_approx(float x) {  // 2 ulp; -inf gives 0
@@ -68,6 +75,7 @@ ARD_DEVICE float exp2_approx(float x) {  // 2 ulp; -inf gives 0
 ARD_DEVICE float log2_approx(float x) { return __log2f(x); }
 ARD_DEVICE float rsqrt(float x) { return rsqrtf(x); }
 ARD_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+ARD_HOST_DEVICE constexpr int min_int(int a, int b) { return a < b ? a : b; }
 
 // 16 bytes of global or shared memory at once; the address is a multiple of 16
 
@@ -99,6 +107,21 @@ ARD_DEVICE void store_global(void* to, const Words& w) {
                : "memory");
 }
 
+// 8 bytes at once; the address is a multiple of 8.
+struct alignas(8) Words2 {
+  uint32_t word[2];
+};
+
+ARD_DEVICE Words2 load_global2(const void* from) {
+  Words2 w;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(w.word[0]), "=r"(w.word[1]) : "l"(from) : "memory");
+  return w;
+}
+
+ARD_DEVICE void store_global(void* to, const Words2& w) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(w.word[0]), "r"(w.word[1]) : "memory");
+}
+
 // Shared memory through these, so that the emulator can count bank conflicts. T has 4, 8 or 16 bytes.
 template <class T>
 ARD_DEVICE T load_shared(const T* from) {
@@ -114,6 +137,15 @@ ARD_DEVICE void store_shared(T* to, const T& value) {
 // A thread's copies since its last commit are one group; wait<n> leaves its n newest groups in flight.
 ARD_DEVICE void cp_async(void* to, const void* from, bool here) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(here ? 16 : 0)
+               : "memory");
+}
+ARD_DEVICE void cp_async_8(void* to, const void* from, bool here) {  // 8 bytes
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(here ? 8 : 0)
+               : "memory");
+}
+// 4 bytes.
+ARD_DEVICE void cp_async_4(void* to, const void* from, bool here) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(here ? 4 : 0)
                : "memory");
 }
 ARD_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -143,6 +175,10 @@ ARD_DEVICE void ldmatrix_transposed(uint32_t (&m)[4], const void* row) {
 template <class T>
 ARD_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
+// The same with a (16x8) and b (8x8): k = 8.
+template <class T>
+ARD_DEVICE void mma_k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b);
+
 struct bfloat16;
 struct float16;
 
@@ -153,6 +189,13 @@ struct float16;
                  ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"     \
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                           \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));           \
+  }                                                                                         \
+  template <>                                                                               \
+  ARD_DEVICE void mma_k8<T>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {          \
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name                      \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"                 \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                           \
+                 : "r"(a0), "r"(a1), "r"(b));                                               \
   }
 ARD_MMA(bfloat16, "bf16")
 ARD_MMA(float16, "f16")
@@ -177,9 +220,12 @@ void launch(int64_t blocks, int64_t blocks_y, int threads, size_t shared_bytes, 
       if (device < 64) asked |= uint64_t{1} << device;
     }
   }
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y));
-  kKernel<<<grid, threads, shared_bytes, stream> > >(params);
-  check(cudaGetLastError(), "kernel launch");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kKernel, params), "kernel launch");
 }
 
 }  // namespace ard

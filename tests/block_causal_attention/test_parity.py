@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import BACKWARD_FACTOR, assert_all_close, assert_close
 
-from ard_kernels import block_causal_attention, block_causal_attention_packed, tuning
+from ard_kernels import block_causal_attention, block_causal_attention_packed, extension, tuning
 from ard_kernels.block_causal_attention import tiles, torch_impl
 from ard_kernels.block_causal_attention.reference import block_causal_attention as reference
 from ard_kernels.block_causal_attention.spec import dense_mask
 
 BACKENDS = ["torch", "triton"]  # triton: in its interpreter, so with fewer and smaller cases
+CUDA_HEAD_DIMS = [64, 72, 80, 96, 128]  # cuda: in the emulator, 16-bit dtypes only
 MASKS = {"M1": (1, 0), "M2": (2, 0), "M3": (1, 1), "M4": (None, 0), "window2_sink1": (2, 1)}
 
 
@@ -65,6 +66,13 @@ def test_equal_segments(backend, dtype, mask, D, poisoned):
     check(backend, [16], mask, B, H, D, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("D", CUDA_HEAD_DIMS)
+def test_equal_segments_cuda(dtype, mask, D, poisoned):
+    check("cuda", [48], mask, 1, 1, D, dtype)
+
+
 KINDS = ["packed", "contiguous", "offset", "transposed_last"]
 
 
@@ -109,6 +117,67 @@ def test_drawn_cases_triton(lengths, mask, D, dtype, kind):
     check("triton", lengths, mask, 1, 1, D, dtype, kind)
 
 
+@settings(max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5),
+    mask=st.tuples(st.one_of(st.none(), st.integers(1, 5)), st.integers(0, 4)),
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 2), st.sampled_from(CUDA_HEAD_DIMS)),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 5),
+)
+def test_drawn_cases_cuda(lengths, mask, shape, dtype, kind, seed):
+    extension.emulated.set_seed(seed)
+    check("cuda", lengths, mask, *shape, dtype, kind)
+
+
+@pytest.mark.parametrize("D", CUDA_HEAD_DIMS)
+def test_every_order_of_warps_cuda(D):
+    """Bit-equal however the emulator orders the warps, and free of bank conflicts."""
+    results = []
+    for seed in range(6):
+        extension.emulated.set_seed(seed)
+        qkv = torch.randn(1, 200, 3, 1, D, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+        out = block_causal_attention_packed(qkv, segment_length=[100, 60, 40], backend="cuda")
+        conflicts = extension.emulated.counts()
+        grad = torch.autograd.grad(out.float().sin().sum(), qkv)[0]
+        results.append((out, grad))
+        for counts in (conflicts, extension.emulated.counts()):
+            assert counts["bank_conflicts"] == 0
+    extension.emulated.set_seed(0)
+    for out, grad in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 1.5])
+@pytest.mark.parametrize("segment_length", [64, [50, 14, 64]], ids=["full_tiles", "masked_tiles"])
+def test_any_scale_cuda(scale, segment_length):
+    q, k, v = (torch.randn(1, 1, 128, 72, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    grad_out = torch.randn_like(q)
+    results = []
+    for run in (
+        lambda *x: block_causal_attention(*x, segment_length=segment_length, scale=scale, backend="cuda"),
+        lambda *x: block_causal_attention(*x, segment_length=segment_length, scale=scale, backend="torch"),
+        lambda *x: reference(*x, [64] if segment_length == 64 else segment_length, scale=scale)[0],
+    ):
+        out = run(q, k, v)
+        results.append([x.to(out.dtype) for x in (out, *torch.autograd.grad(out, (q, k, v), grad_out.to(out.dtype)))])
+    ours, plain_results, expected = results
+    if scale == 0:  # dq and dk are exactly 0
+        assert not ours[1].any() and not ours[2].any()
+        ours, plain_results, expected = ([x[0], x[3]] for x in (ours, plain_results, expected))
+    assert_all_close(ours, plain_results, expected, factor=BACKWARD_FACTOR)
+
+
+def test_unaligned_inputs_are_copied_cuda():
+    """A view that starts 2 bytes off a 16-byte boundary."""
+    leaf = torch.randn(3, 1, 1, 64, 80, dtype=torch.bfloat16)
+    q, k, v = leaf[..., 1:73].unbind(0)
+    ours = block_causal_attention(q, k, v, segment_length=32, backend="cuda")
+    copies = (x.contiguous() for x in (q, k, v))
+    assert torch.equal(ours, block_causal_attention(*copies, segment_length=32, backend="cuda"))
+
+
 @pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (64, 32)], ids=str)
 @pytest.mark.parametrize("D", [136, 160, 176, 256])
 def test_tile_shapes_and_wide_heads_triton(blocks, D, monkeypatch):
@@ -138,13 +207,16 @@ def test_any_scale_triton(scale, segment_length):
         torch.testing.assert_close(ours, expected.float(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "D"),
+    [(backend, dtype, 24) for backend in BACKENDS for dtype in (torch.float32, torch.bfloat16)]
+    + [("cuda", torch.float16, 72)],
+)
 @pytest.mark.parametrize("lengths", [[64], [16], [8, 24, 16]], ids=["one_segment", "equal", "ragged"])
 @pytest.mark.parametrize("mask", [(None, 0), (1, 0), (1, 1)])
-def test_packed_equals_three_tensors(backend, dtype, lengths, mask, poisoned):
+def test_packed_equals_three_tensors(backend, dtype, D, lengths, mask, poisoned):
     tokens = sum(lengths) if len(lengths) > 1 else 64
-    leaf = torch.randn(2, tokens, 3, 2, 24, dtype=dtype, requires_grad=True)
+    leaf = torch.randn(2, tokens, 3, 2, D, dtype=dtype, requires_grad=True)
     arguments = {"segment_length": lengths[0] if len(lengths) == 1 else lengths, "window": mask[0], "sink": mask[1]}
     arguments |= {"return_lse": True, "backend": backend}
     ours, our_lse = block_causal_attention_packed(leaf, **arguments)
@@ -164,9 +236,9 @@ def test_matmul_path_of_devices_without_the_fused_kernel(mask, monkeypatch):
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 def test_layouts_agree(backend, mask):
-    q, k, v = (torch.randn(2, 1, 48, 72) for _ in range(3))
+    q, k, v = (torch.randn(2, 1, 48, 72, dtype=torch.bfloat16) for _ in range(3))
     arguments = {"segment_length": 16, "window": mask[0], "sink": mask[1], "backend": backend}
     out = block_causal_attention(q, k, v, **arguments)
     other = block_causal_attention(*(x.transpose(1, 2) for x in (q, k, v)), layout="bthd", **arguments)
@@ -189,10 +261,10 @@ def test_scale_and_single_segment():
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, scale=0.3))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(0, 2, 32, 16), (2, 0, 32, 16), (2, 2, 0, 16)])
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
+@pytest.mark.parametrize("shape", [(0, 2, 32, 64), (2, 0, 32, 64), (2, 2, 0, 64)])
 def test_empty(backend, shape):
-    q = torch.randn(shape, requires_grad=True)
+    q = torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
     out, lse = block_causal_attention(q, q, q, segment_length=16, return_lse=True, backend=backend)
     assert out.shape == shape and lse.shape == shape[:3]
     out.sum().backward()

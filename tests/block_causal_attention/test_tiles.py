@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ard_kernels import extension
 from ard_kernels.block_causal_attention.spec import dense_mask
 from ard_kernels.block_causal_attention.tiles import column_tiles, heads_per_group, make_tables, schedule
 from ard_kernels.block_causal_attention.triton_impl import head_of, parts_of
@@ -64,6 +65,43 @@ def test_every_program_has_its_own_tile_and_head(batch_heads, group, tiles):
         part = seen[first * tiles : (first + group) * tiles]
         assert {head for _, head in part} == set(range(first, min(first + group, batch_heads)))
         assert [tile for tile, _ in part] == sorted(tile for tile, _ in part)
+
+
+@settings(max_examples=1000)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    mask=st.tuples(st.one_of(st.none(), st.integers(1, 6)), st.integers(0, 5)),
+    blocks=st.tuples(BLOCKS, BLOCKS),
+    by_key=st.booleans(),
+)
+def test_tile_range_h_equals_the_dense_mask_cuda(lengths, mask, blocks, by_key):
+    """csrc/block_causal_attention/tile_range.h, called element by element, on the tables of `make_tables`."""
+    tokens = sum(lengths)
+    items, masked, bounds = make_tables(lengths, tokens, *mask, *blocks, by_key)
+    bounds = bounds.tolist()
+    count = np.zeros((tokens, tokens), int)
+    for item in items.tolist():
+        rows = range(item[0], item[1])
+        for start in extension.emulated.full_tile_starts(item, blocks[1]):
+            count[item[0] : item[1], start : start + blocks[1]] += 1
+        for start, stop in masked[item[6] : item[7]].tolist():
+            for column in range(start, min(start + blocks[1], stop)):
+                count[item[0] : item[1], column] += [extension.emulated.sees(bounds[row], column) for row in rows]
+    expected = dense_mask(lengths, tokens, *mask).numpy()
+    assert (count == (expected.T if by_key else expected)).all()
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 9))
+def test_head_tile_equals_the_triton_kernels_cuda(batch_heads, group, tiles):
+    group = min(group, batch_heads)
+    for program in range(batch_heads * tiles):
+        expected = head_of.fn(program, batch_heads, group, tiles)
+        assert extension.emulated.head_tile(program, batch_heads, group, tiles) == expected
+
+
+def test_every_lane_and_register_has_its_own_element_cuda():
+    elements = {extension.emulated.fragment_element(lane, i) for lane in range(32) for i in range(4)}
+    assert elements == {(row, column) for row in range(16) for column in range(8)}
 
 
 @pytest.mark.parametrize("by_key", [False, True])

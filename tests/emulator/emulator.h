@@ -53,8 +53,8 @@ struct Copy {
 };
 
 struct Access {
-  uintptr_t address;
-  int bytes;
+  uintptr_t address = 0;
+  int bytes = 0;  // 0: this thread had none when others of its warp had one
 };
 
 struct Fiber {
@@ -97,6 +97,7 @@ class Block {
   std::map<std::pair<int, int>, Meeting> meetings;  // (kind or barrier, group)
   // Bulk copies and the like that no thread is inside of.
   std::vector<std::function<void()>> in_flight;
+  std::shared_ptr<void> hopper;  // what hopper_emulator.h remembers
 
   [[noreturn]] void fail(const std::string& what) const {
     throw Failure("block " + std::to_string(x) + ", thread " + std::to_string(self ? self->thread : -1) + ": " + what);
@@ -110,6 +111,14 @@ class Block {
   void wake(std::vector<Fiber*>& waiting) {
     for (Fiber* fiber : waiting) ready_[fiber->thread / 32].push_back(fiber);
     waiting.clear();
+  }
+
+  // The accesses of a warp after a meeting are counted together again, whichever of its threads skipped some before.
+  void align_accesses(int thread) {
+    const auto first = fibers_.begin() + thread / 32 * 32, last = first + std::min(32, threads_ - thread / 32 * 32);
+    size_t longest = 0;
+    for (auto fiber = first; fiber != last; ++fiber) longest = std::max(longest, fiber->accesses.size());
+    for (auto fiber = first; fiber != last; ++fiber) fiber->accesses.resize(longest);
   }
 
   void check_shared(const void* address, size_t bytes, size_t alignment) const {
@@ -181,7 +190,7 @@ inline Block* block = nullptr;
 
 inline void Block::run(int64_t block_x, int64_t block_y, int64_t blocks, const std::function<void()>& kernel) {
   x = block_x, y = block_y, grid = blocks, kernel_ = &kernel;
-  failure_.clear(), meetings.clear(), in_flight.clear();
+  failure_.clear(), meetings.clear(), in_flight.clear(), hopper.reset();
   order_.clear();
   for (auto& queue : ready_) queue.clear(), order_.push_back(static_cast<int>(order_.size()));
   if (seed) std::shuffle(order_.begin(), order_.end(), random_);
@@ -233,17 +242,21 @@ inline void Block::count_conflicts() {
   for (int first = 0; first < threads_; first += 32) {
     const int lanes = std::min(32, threads_ - first);
     for (size_t k = 0;; ++k) {
-      std::vector<Access> warp;
+      Access warp[32];
+      int bytes = 0;
+      bool last = true;
       for (int lane = 0; lane < lanes; ++lane) {
         const auto& own = fibers_[first + lane].accesses;
-        if (k < own.size()) warp.push_back(own[k]);
+        if (k < own.size()) warp[lane] = own[k], bytes = std::max(bytes, own[k].bytes);
+        last = last && k + 1 >= own.size();
       }
-      if (warp.empty()) break;
-      const int at_once = 128 / warp[0].bytes;  // threads served by one pass
-      for (size_t i = 0; i < warp.size(); i += at_once) {
+      if (last && bytes == 0) break;
+      if (bytes == 0) continue;
+      const int at_once = 128 / bytes;  // threads served by one pass
+      for (int i = 0; i < lanes; i += at_once) {
         std::map<uintptr_t, std::vector<uintptr_t>> banks;  // bank -> distinct words
         size_t passes = 1;
-        for (size_t j = i; j < std::min(warp.size(), i + at_once); ++j) {
+        for (int j = i; j < std::min(lanes, i + at_once); ++j) {
           for (uintptr_t word = warp[j].address / 4; word < (warp[j].address + warp[j].bytes) / 4; ++word) {
             auto& words = banks[word % 32];
             if (std::find(words.begin(), words.end(), word) == words.end()) words.push_back(word);
@@ -281,7 +294,11 @@ constexpr int kWarp = 1000, kWarpgroup = 2000, kBlock = 3000;  // keys of meetin
 template <class Operands, class Complete>
 void meet_warp(const char* what, Operands& operands, Complete complete) {
   const int thread = block->self->thread;
-  meet({kWarp, thread / 32}, std::min(32, block->threads() - thread / 32 * 32), thread % 32, what, operands, complete);
+  const int size = std::min(32, block->threads() - thread / 32 * 32);
+  meet({kWarp, thread / 32}, size, thread % 32, what, operands, [&](std::vector<Operands*>& all) {
+    block->align_accesses(thread);
+    complete(all);
+  });
 }
 
 inline void land(std::vector<Copy>& copies) {
@@ -306,7 +323,9 @@ inline char* shared_memory() { return emulator::block->memory(); }
 inline void sync_block() {
   int none = 0;
   const int thread = thread_index();
-  emulator::meet({emulator::kBlock, 0}, block_threads(), thread, "sync_block", none, [](auto&) {});
+  emulator::meet({emulator::kBlock, 0}, block_threads(), thread, "sync_block", none, [](auto&) {
+    for (int warp = 0; warp < block_threads(); warp += 32) emulator::block->align_accesses(warp);
+  });
 }
 
 inline void sync_warp() {
@@ -349,17 +368,23 @@ inline float shuffle_xor(float value, int lane_mask) {
 }
 inline float shuffle(float value, int lane) { return exchange("shuffle", value, lane); }
 
+inline int opaque(int value) { return value; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
 inline float rsqrt(float x) { return 1 / std::sqrt(x); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
+constexpr int min_int(int a, int b) { return a < b ? a : b; }
 
 struct alignas(16) Words {
   uint32_t word[4];
 };
 
-inline void check_global(const void* address) {
-  if (reinterpret_cast<uintptr_t>(address) % 16) emulator::block->fail("misaligned access to global memory");
+struct alignas(8) Words2 {
+  uint32_t word[2];
+};
+
+inline void check_global(const void* address, size_t alignment = 16) {
+  if (reinterpret_cast<uintptr_t>(address) % alignment) emulator::block->fail("misaligned access to global memory");
 }
 
 inline Words load_global(const void* from) {
@@ -370,6 +395,15 @@ inline Words load_global_once(const void* from) { return load_global(from); }
 inline void store_global(void* to, const Words& words) {
   check_global(to);
   *static_cast<Words*>(to) = words;
+}
+
+inline Words2 load_global2(const void* from) {
+  check_global(from, 8);
+  return *static_cast<const Words2*>(from);
+}
+inline void store_global(void* to, const Words2& words) {
+  check_global(to, 8);
+  *static_cast<Words2*>(to) = words;
 }
 
 template <class T>
@@ -384,14 +418,18 @@ inline void store_shared(T* to, const T& value) {
   *to = value;
 }
 
-inline void cp_async(void* to, const void* from, bool here) {
+inline void cp_async_bytes(void* to, const void* from, bool here, size_t bytes) {
   using namespace emulator;
-  block->check_shared(to, 16, 16);
-  if (here) check_global(from);
-  std::memset(to, 0xff, 16);
-  block->self->open.push_back({to, here ? from : nullptr, 16});
+  block->check_shared(to, bytes, bytes);
+  if (here && reinterpret_cast<uintptr_t>(from) % bytes) block->fail("cp.async: misaligned source");
+  std::memset(to, 0xff, bytes);
+  block->self->open.push_back({to, here ? from : nullptr, bytes});
   ++counts.async_copies;
 }
+
+inline void cp_async(void* to, const void* from, bool here) { cp_async_bytes(to, from, here, 16); }
+inline void cp_async_8(void* to, const void* from, bool here) { cp_async_bytes(to, from, here, 8); }
+inline void cp_async_4(void* to, const void* from, bool here) { cp_async_bytes(to, from, here, 4); }
 
 inline void cp_async_commit() {
   emulator::Fiber& self = *emulator::block->self;
@@ -471,6 +509,34 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
         float sum = all[lane]->d[i];
         for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
         all[lane]->d[i] = sum;
+      }
+    }
+    ++counts.mma;
+  });
+}
+
+struct MmaK8Operands {
+  float* d;
+  uint32_t a[2], b;
+};
+
+template <class T>
+inline void mma_k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  using namespace emulator;
+  MmaK8Operands mine{d, {a0, a1}, b};
+  meet_warp("mma_k8", mine, [](std::vector<MmaK8Operands*>& all) {
+    float a[16][8], b[8][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 2; ++i) {
+        a[lane / 4][lane % 4 * 2 + i] = half_of<T>(all[lane]->a[0], i);
+        a[lane / 4 + 8][lane % 4 * 2 + i] = half_of<T>(all[lane]->a[1], i);
+        b[lane % 4 * 2 + i][lane / 4] = half_of<T>(all[lane]->b, i);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 8; ++k) all[lane]->d[i] += a[row][k] * b[k][column];
       }
     }
     ++counts.mma;

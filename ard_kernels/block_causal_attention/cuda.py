@@ -1,0 +1,79 @@
+"""Block-causal attention in CUDA C++ (csrc/block_causal_attention): allocates, makes tile tables, passes pointers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ard_kernels import extension
+from ard_kernels.block_causal_attention.tiles import heads_per_group, schedule
+from ard_kernels.gpu_support import keep_if_captured, on_device
+
+
+def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
+    """Why no CUDA kernel serves these tensors; None when one does. `width` is the head dim."""
+    reason = extension.refuses_cuda(device, dtype)
+    if reason is not None:
+        return reason
+    if dtype == torch.float32:
+        return "its tensor-core kernels take bfloat16 and float16; float32 is served by the triton backend"
+    head_dims = extension.gpu(device).attention_head_dims
+    if width is not None and width not in head_dims:
+        return f"head dim {width} is not compiled; expected one of {', '.join(map(str, head_dims))}"
+    return None
+
+
+def aligned(x_BHTD: torch.Tensor) -> torch.Tensor:
+    """x itself when every row starts on 16 bytes, as the kernels' copies need; otherwise a contiguous copy."""
+    strides = [stride for size, stride in zip(x_BHTD.shape[:-1], x_BHTD.stride()[:-1], strict=True) if size > 1]
+    if x_BHTD.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides):
+        return x_BHTD
+    return x_BHTD.clone(memory_format=torch.contiguous_format)
+
+
+def tables(q_BHTD: torch.Tensor, lengths: Sequence[int], window: int | None, sink: int, block, by_key: bool):
+    """The schedule of `tiles.py` as the extension takes it. `block`: rows and columns of a tile."""
+    B, H, T, D = q_BHTD.shape
+    made = keep_if_captured(schedule(tuple(lengths), T, window, sink, *block, by_key, q_BHTD.device))
+    group = heads_per_group(B * H, 2 * T * D * q_BHTD.element_size())
+    return *(table.data_ptr() for table in made), len(made.items), group
+
+
+@on_device
+def forward(q, k, v, lengths, window, sink, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """See torch_impl.forward."""
+    B, H, T, D = q.shape
+    out = q.new_empty(B, T, H, D).transpose(1, 2)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
+    if q.numel() == 0:
+        return out, lse
+    gpu = extension.gpu(q.device)
+    q, k, v = map(aligned, (q, k, v))
+    gpu.attention_forward(
+        *map(extension.heads_view, (q, k, v, out)),
+        lse.data_ptr(),
+        tables(q, lengths, window, sink, gpu.attention_forward_block(D), by_key=False),
+        B, H, T, scale, extension.dtype_code(q.dtype), D, extension.stream(q.device),
+    )  # fmt: skip
+    return out, lse
+
+
+@on_device
+def backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale: float, into) -> None:
+    """See torch_impl.backward. `into` must allow 16-byte stores, which the gradients that op.py allocates do."""
+    B, H, T, D = q.shape
+    if q.numel() == 0:
+        return
+    gpu = extension.gpu(q.device)
+    block = gpu.attention_backward_block()
+    delta = torch.empty_like(lse)
+    inputs = tuple(map(aligned, (grad_out, q, k, v, out)))
+    gpu.attention_backward(
+        *map(extension.heads_view, (*inputs, *into)),
+        lse.data_ptr(),
+        delta.data_ptr(),
+        tables(q, lengths, window, sink, block, by_key=False),
+        tables(q, lengths, window, sink, block, by_key=True),
+        B, H, T, scale, extension.dtype_code(q.dtype), D, extension.stream(q.device),
+    )  # fmt: skip

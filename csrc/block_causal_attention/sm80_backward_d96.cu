@@ -1,0 +1,3 @@
+#include "sm80_backward.h"
+
+template void ard::attention_backward_sm80<96>(const AttentionBackwardParams&, DType, void*);
