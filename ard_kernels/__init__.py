@@ -3,13 +3,14 @@
 from ard_kernels import flops
 from ard_kernels.backends import BackendStatus, backends, use_backend
 from ard_kernels.block_causal_attention import block_causal_attention, block_causal_attention_packed
-from ard_kernels.history import HistoryCache, HistoryRouting, history_attention
+from ard_kernels.history import HeadNorm, HistoryCache, HistoryRouting, history_attention
 from ard_kernels.segment_adaln import adaln_modulate, gate_residual, gate_residual_adaln
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendStatus",
+    "HeadNorm",
     "HistoryCache",
     "HistoryRouting",
     "adaln_modulate",

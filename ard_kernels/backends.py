@@ -1,7 +1,7 @@
 """Which backend runs an op: argument > `use_backend` > environment `ARD_BACKEND` > best available.
 
-Every op registers the backends it has, each with a function that says why it cannot serve a device and dtype
-(or None when it can). Order in `BACKENDS` is the order of preference for the automatic choice.
+Every op registers the backends it has, each with a function that says why it cannot serve a device, dtype and width
+(or None when it can).
 """
 
 from __future__ import annotations
@@ -13,11 +13,16 @@ from typing import NamedTuple
 
 import torch
 
+from ard_kernels import tuning
+from ard_kernels.gpu_support import architecture
+
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
-# GPU kernels that `make gpu-check` has passed with, (op, backend) -> device and date; the results are committed under
-# benchmarks/results/<device>. `doctor` says of all others that they are not yet verified on hardware.
-VERIFIED_ON_HARDWARE: dict[tuple[str, str], str] = {}
+# GPU kernels that `make gpu-check` has passed with: (op, backend) -> {chip: device and date}; the results are committed
+# under benchmarks/results/<device>. `doctor` says of all others that they are not yet verified on hardware.
+VERIFIED_ON_HARDWARE: dict[tuple[str, str], dict[str, str]] = {}
+# The chips each GPU backend has kernels for; newer ones run the kernels of the nearest.
+CHIPS = {"cuda": ("sm_80", "sm_90"), "triton": ("sm_80", "sm_86", "sm_90", "sm_100")}
 
 # (device, dtype, width): width is the head dim or the channels, None when it is not known yet
 Refusal = Callable[[torch.device, torch.dtype, "int | None"], "str | None"]
@@ -55,13 +60,22 @@ def refusal(op: str, backend: str, device: torch.device, dtype: torch.dtype, wid
     return _refusals[op][backend](device, dtype, width)
 
 
+def automatic_order(op: str, device: torch.device, dtype: torch.dtype, width: int | None) -> tuple[str, ...]:
+    """The backends that may be chosen without being named, the preferred first.
+
+    Never emulated or interpreted kernels; CUDA C++ only where committed results show it correct and fastest.
+    """
+    if device.type != "cuda":
+        return ("cpu", "torch")
+    fastest = tuning.fastest(op, architecture(device), dtype, width)
+    return tuple(dict.fromkeys((fastest, "triton", "torch")))
+
+
 def resolve(op: str, requested: str | None, device: torch.device, dtype: torch.dtype, width: int | None) -> str:
     """Name of the backend to run. An explicit choice that cannot serve raises; nothing falls back silently."""
     explicit = requested or _override or _environment
     if explicit is None:
-        for backend in BACKENDS:
-            if device.type == "cpu" and backend in ("cuda", "triton"):
-                continue  # emulated and interpreted: for tests
+        for backend in automatic_order(op, device, dtype, width):
             if backend in _refusals[op] and _refusals[op][backend](device, dtype, width) is None:
                 return backend
         raise RuntimeError(f"{op}: no backend serves {device.type} tensors of {dtype}; see ard_kernels.backends()")

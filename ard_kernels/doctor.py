@@ -10,7 +10,7 @@ import torch
 
 import ard_kernels
 from ard_kernels import extension
-from ard_kernels.backends import VERIFIED_ON_HARDWARE, has_backend
+from ard_kernels.backends import CHIPS, VERIFIED_ON_HARDWARE, has_backend
 
 
 def _version(distribution: str) -> str:
@@ -18,6 +18,14 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _verified(op: str, backend: str) -> str:
+    """Where `backend` of `op` has passed on hardware, chip by chip."""
+    known = VERIFIED_ON_HARDWARE.get((op, backend), {})
+    missing = [chip for chip in CHIPS[backend] if chip not in known]
+    parts = [f"{chip} verified on {known[chip]}" for chip in CHIPS[backend] if chip in known]
+    return "; ".join(parts + [f"{', '.join(missing)} not yet verified on hardware"] * bool(missing))
 
 
 def report() -> str:
@@ -39,7 +47,7 @@ def report() -> str:
     else:
         lines.append("GPU: none visible to torch")
     for device in devices:
-        lines.append(f"\nbackends on {device} (first available is the automatic choice):")
+        lines.append(f"\nbackends on {device} (choice: see `ard_kernels.backends.automatic_order`):")
         for op, table in ard_kernels.backends(device).items():
             lines.append(f"  {op}")
             for name, status in table.items():
@@ -48,8 +56,7 @@ def report() -> str:
     for op in ard_kernels.backends("cpu"):
         for name in ("cuda", "triton"):
             if has_backend(op, name):
-                where = VERIFIED_ON_HARDWARE.get((op, name), "not yet verified on hardware")
-                lines.append(f"  {op} {name}: {where}")
+                lines.append(f"  {op} {name}: {_verified(op, name)}")
     return "\n".join(lines)
 
 

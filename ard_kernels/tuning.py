@@ -33,6 +33,24 @@ def key(kernel: str, dtype: torch.dtype, width: int, length: int) -> str:
     return f"{kernel}/{8 * dtype.itemsize}bit/{upper}/{'short' if short else 'long'}"
 
 
+def shape_class(op: str, dtype: torch.dtype, width: int) -> str:
+    """Name of the shapes that one measurement of `fastest.json` speaks for: op, bits of the dtype, width class."""
+    family = "adaln" if op in ("adaln_modulate", "gate_residual_adaln", "gate_residual") else "attention"
+    upper = next((end for end in WIDTHS[family] if width <= end), WIDTHS[family][-1])
+    return f"{op}/{8 * dtype.itemsize}bit/{upper}"
+
+
+# What `python -m benchmarks.gpu.fastest` wrote from the committed results of a GPU: {"sources": {"sm90": folder},
+# "backends": {"sm90": {shape class: backend}}}. Read once, here: choosing a backend happens inside compiled callers.
+FASTEST: dict[str, dict[str, str]] = json.loads((SHIPPED / "fastest.json").read_text())["backends"]
+
+
+def fastest(op: str, arch: int, dtype: torch.dtype, width: int | None) -> str:
+    """The GPU backend that was measured to be correct and fastest; triton where nothing was measured."""
+    known = FASTEST.get(f"sm{arch}")
+    return "triton" if known is None or width is None else known.get(shape_class(op, dtype, width), "triton")
+
+
 @lru_cache(maxsize=4096)
 def lookup(kernel: str, device: torch.device, dtype: torch.dtype, width: int, length: int = 0) -> dict[str, int]:
     """Constants (block sizes, num_warps, num_stages) for a kernel; `kernel` starts with its family's name."""

@@ -2,11 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from ard_kernels import __version__, gpu_support, tuning
+from ard_kernels.backends import automatic_order
 from ard_kernels.block_causal_attention.triton_impl import parts_of
 from benchmarks.candidates import candidates, keys
 
@@ -106,3 +108,27 @@ def test_captured_tables_are_kept(monkeypatch):
     for capturing, kept in ((False, 0), (True, 1), (False, 1)):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         assert gpu_support.keep_if_captured(tables) is tables and len(captured) == kept
+
+
+def test_cuda_is_automatic_only_where_it_was_measured(monkeypatch):
+    """Without measurements Triton is first; a table entry speaks for its op, dtype bits and width class alone."""
+    device, op = torch.device("cuda", 0), "block_causal_attention"
+    monkeypatch.setattr(gpu_support, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(tuning, "FASTEST", {"sm90": {f"{op}/16bit/80": "cuda", "adaln_modulate/16bit/1152": "torch"}})
+    assert automatic_order(op, device, torch.bfloat16, 72) == ("cuda", "triton", "torch")
+    assert automatic_order(op, device, torch.bfloat16, 64) == ("triton", "torch")
+    assert automatic_order(op, device, torch.float32, 72) == ("triton", "torch")
+    assert automatic_order("adaln_modulate", device, torch.bfloat16, 1152) == ("torch", "triton")
+    assert automatic_order(op, device, torch.bfloat16, None) == ("triton", "torch")
+    monkeypatch.setattr(gpu_support, "_capability", lambda index: (8, 0))
+    assert automatic_order(op, device, torch.bfloat16, 72) == ("triton", "torch")
+    assert automatic_order(op, torch.device("cpu"), torch.bfloat16, 72) == ("cpu", "torch")
+
+
+def test_the_shipped_table_names_its_sources():
+    table = json.loads((tuning.SHIPPED / "fastest.json").read_text())
+    assert table["backends"].keys() == table["sources"].keys()
+    for folder in table["sources"].values():
+        assert (Path(__file__).parents[1] / folder / "kernels.json").is_file()
+    for entries in table["backends"].values():
+        assert set(entries.values()) <= {"cuda", "triton", "torch"}

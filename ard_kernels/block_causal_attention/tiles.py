@@ -86,7 +86,7 @@ def _runs(ranges: list[list[tuple[int, int]]]) -> list[tuple[int, int, bool]]:
     return runs
 
 
-def _tile_runs(runs: list[tuple[int, int, bool]], block: int) -> tuple[list[int], list[tuple[int, int]]]:
+def tile_runs(runs: list[tuple[int, int, bool]], block: int) -> tuple[list[int], list[tuple[int, int]]]:
     """Full runs as [start, tiles] x 2 flat, and the masked tiles; what is left of a full run joins the run after it."""
     full, partial = [], []
     for start, stop, whole in runs:
@@ -110,7 +110,7 @@ def _tables(offsets, ranges, cuts: list[tuple[int, int]], block: int) -> tuple[n
     for start, stop in cuts:
         segments = bisect_right(offsets, start) - 1, bisect_right(offsets, stop - 1)
         if segments not in known:
-            full, partial = _tile_runs(_runs(ranges[slice(*segments)]), block)
+            full, partial = tile_runs(_runs(ranges[slice(*segments)]), block)
             known[segments] = (*full, len(masked), len(masked) + len(partial))
             masked += partial
         items.append((start, stop, *known[segments]))

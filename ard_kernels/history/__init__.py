@@ -12,10 +12,11 @@ from ard_kernels.backends import resolve
 from ard_kernels.block_causal_attention import block_causal_attention, block_causal_attention_packed
 from ard_kernels.block_causal_attention.spec import check_qkv, check_window
 from ard_kernels.history.cache import HistoryCache
-from ard_kernels.history.op import history_op
+from ard_kernels.history.norm import HeadNorm, check_norm
+from ard_kernels.history.op import history_op, norm_fields
 from ard_kernels.history.spec import check_cache, visible_tokens
 
-__all__ = ["HistoryCache", "HistoryRouting", "history_attention"]
+__all__ = ["HeadNorm", "HistoryCache", "HistoryRouting", "history_attention"]
 
 
 def history_attention(
@@ -27,6 +28,8 @@ def history_attention(
     layer: int,
     window: int | None = None,
     sink: int = 0,
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
     scale: float | None = None,
     layout: str = "bhtd",
     backend: str | None = None,
@@ -41,35 +44,48 @@ def history_attention(
         cache: written in place at `layer`.
         layer: row of the cache, 0 .. cache.layers - 1.
         window, sink, scale, layout, backend: as in `block_causal_attention`.
+        q_norm, k_norm: normalise q, k over the head dim first (qk-norm). The cache then holds the normalised k. Backend
+            "cuda" does it in the launch that appends, the others by PyTorch ops before theirs.
 
     Returns:
         out, like q in shape, layout and dtype. Not differentiable: sampling only.
 
     Raises:
         ValueError: an argument outside this contract, or no room left; the cache then keeps its contents.
-        RuntimeError: a gradient is recorded for q, k or v (use torch.no_grad()).
+        RuntimeError: a gradient is recorded for q, k, v or a norm's weight or bias (use torch.no_grad()).
     """
     op = "history_attention"
     check_qkv(op, q, k, v, layout)
     check_window(op, window, sink)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise RuntimeError(f"{op}: q, k or v requires a gradient; expected sampling under torch.no_grad()")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in cast_to_autocast(q, k, v))
     if layout == "bthd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    check_norm(op, "q_norm", q_norm, q)
+    check_norm(op, "k_norm", k_norm, k)
+    if torch.is_grad_enabled() and _requires_grad(q, k, v, q_norm, k_norm):
+        raise RuntimeError(f"{op}: q, k, v or a norm requires a gradient; expected sampling under torch.no_grad()")
     check_cache(op, cache, layer, k)
     chosen = resolve(op, backend, q.device, q.dtype, q.shape[-1])
     offsets = cache.offsets[layer] + [cache.offsets[layer][-1] + k.shape[2]]
     sink_stop, window_start = visible_tokens(offsets, window, sink)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     keys, values = cache.keys[layer], cache.values[layer]
-    out = history_op(q, k, v, keys, values, cache.workspace, offsets[-2], sink_stop, window_start, scale, chosen)
+    place = (offsets[-2], sink_stop, window_start, scale)
+    norms = (*norm_fields(q_norm), *norm_fields(k_norm))
+    out = history_op(q, k, v, keys, values, cache.workspace, *place, *norms, chosen)
     cache.offsets[layer] = offsets
     return out.transpose(1, 2) if layout == "bthd" else out
 
 
+def _requires_grad(q, k, v, *norms: HeadNorm | None) -> bool:
+    parameters = (parameter for norm in norms if norm for parameter in (norm.weight, norm.bias))
+    return any(x is not None and x.requires_grad for x in (q, k, v, *parameters))
+
+
 class HistoryRouting:
     """Which layers read history: layers 0 .. history_layers-1 of `depth` do, the others see their own segment.
+
+    q and k come normalised if the model has qk-norm: training needs its gradient, which no op of ours has.
 
     Args:
         depth: layers of the model.

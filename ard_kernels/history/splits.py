@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ard_kernels import extension
 from ard_kernels.gpu_support import multiprocessors
 from ard_kernels.triton_support import INTERPRETING
 
@@ -17,8 +18,14 @@ def split_count(row_tiles: int, column_tiles: int, device_multiprocessors: int) 
     return max(1, min(device_multiprocessors // max(1, row_tiles), column_tiles // LEAST_TILES))
 
 
+def share_tiles(row_tiles: int, column_tiles: int, device_multiprocessors: int) -> tuple[int, int]:
+    """(splits, column tiles of each); the last may have fewer, none is empty."""
+    tiles_per_split = -(-column_tiles // split_count(row_tiles, column_tiles, device_multiprocessors))
+    return -(-column_tiles // tiles_per_split), tiles_per_split
+
+
 def workspace_elements(head_dim: int, device: torch.device) -> int:
     """fp32 elements that hold the partial results of any split launch on `device`: per row an output, maximum, sum."""
-    if device.type != "cuda" and not INTERPRETING:
+    if device.type != "cuda" and not INTERPRETING and extension.emulated is None:
         return 0
     return multiprocessors(device) * MAX_BLOCK_M * (head_dim + 2)

@@ -21,7 +21,7 @@ from ard_kernels.block_causal_attention.triton_impl import (
     rows_of,
 )
 from ard_kernels.gpu_support import multiprocessors, on_device
-from ard_kernels.history.splits import split_count
+from ard_kernels.history.splits import share_tiles
 from ard_kernels.triton_parts import (
     add_dot,
     add_rows,
@@ -153,9 +153,7 @@ def forward(q, k, v, cache_k, cache_v, workspace, start, sink_stop, window_start
     row_tiles = triton.cdiv(L, block_m) * B * H
     runs = (sink_stop, start - window_start, L)
     column_tiles = sum(triton.cdiv(run, block_n) for run in runs)
-    splits = split_count(row_tiles, column_tiles, multiprocessors(q.device))
-    tiles_per_split = triton.cdiv(column_tiles, splits)
-    splits = triton.cdiv(column_tiles, tiles_per_split)  # none is empty
+    splits, tiles_per_split = share_tiles(row_tiles, column_tiles, multiprocessors(q.device))
     unit, each = strides(q, k, v, cache_k, cache_v, out)
     constants = {"D": D, "PARTS": parts_of(D), "UNIT": unit}
     _append_and_attend[(row_tiles, splits)](

@@ -8,16 +8,26 @@ from oracle import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import ard_kernels
-from ard_kernels import HistoryCache, HistoryRouting, block_causal_attention, history_attention
+from ard_kernels import (
+    HeadNorm,
+    HistoryCache,
+    HistoryRouting,
+    block_causal_attention,
+    extension,
+    history_attention,
+)
 from ard_kernels.block_causal_attention.reference import block_causal_attention as dense_reference
 from ard_kernels.block_causal_attention.spec import dense_mask, useful_pairs
-from ard_kernels.history import triton_impl
+from ard_kernels.history import splits
 from ard_kernels.history.reference import history_attention as reference
 from ard_kernels.history.spec import visible_tokens
-from ard_kernels.history.splits import LEAST_TILES, split_count
+from ard_kernels.history.splits import LEAST_TILES, share_tiles, split_count
 from ard_kernels.segments import segment_offsets
 
-BACKENDS = ["torch", "cpu", "triton"]  # triton: in its interpreter, so with smaller cases
+BACKENDS = ["torch", "cpu", "triton", "cuda"]  # triton: in its interpreter, cuda: in the emulator; so smaller cases
+HALVES = [torch.bfloat16, torch.float16]
+# The tensor cores of "cuda" would round fp32.
+BACKENDS_AND_DTYPES = [(b, d) for b in BACKENDS for d in [torch.float32, *HALVES] if b != "cuda" or d in HALVES]
 MASKS = {"M1": (1, 0), "M2": (2, 0), "M3": (1, 1), "M4": (None, 0), "window2_sink1": (2, 1)}
 
 
@@ -54,24 +64,40 @@ def dense_plain(q, k, v, lengths, window, sink):
     return ((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_steps_equal_the_dense_reference(backend, mask, dtype, poisoned):
-    B, H = (1, 2) if backend == "triton" else (2, 3)
+    B, H = (1, 2) if backend in ("triton", "cuda") else (2, 3)
     check(backend, [16, 16, 16, 16], mask, B, H, dtype=dtype)
+
+
+@pytest.fixture
+def split_counts(monkeypatch):
+    """What split_count answers, call by call."""
+    counts, count = [], splits.split_count
+    monkeypatch.setattr(splits, "split_count", lambda *args: counts.append(count(*args)) or counts[-1])
+    return counts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_split_keys(mask, dtype, poisoned, monkeypatch):
+def test_split_keys(mask, dtype, poisoned, split_counts):
     """Few rows, many keys: several programs share them, but for M1, where a segment sees itself alone."""
-    counts = []
-    count = triton_impl.split_count
-    monkeypatch.setattr(triton_impl, "split_count", lambda *args: counts.append(count(*args)) or counts[-1])
     check("triton", [200, 33, 32, 30, 7], mask, 1, 1, 72, dtype)
-    assert (max(counts) > 1) == (mask != MASKS["M1"])
-    assert mask != MASKS["M4"] or counts == [1, 2, 4, 4, 4]
+    assert (max(split_counts) > 1) == (mask != MASKS["M1"])
+    assert mask != MASKS["M4"] or split_counts == [1, 2, 4, 4, 4]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("mask", "counts"),
+    [("M1", [2, 2, 1, 1]), ("M2", [2, 2, 2, 1]), ("M3", [2, 2, 3, 3]), ("M4", [2, 2, 4, 4])],
+)
+def test_split_keys_cuda(mask, counts, dtype, poisoned, split_counts, monkeypatch):
+    """Up to one split per key tile, partly filled ones among them; 4 multiprocessors."""
+    monkeypatch.setattr(splits, "LEAST_TILES", 1)
+    check("cuda", [100, 70, 30, 7], MASKS[mask], 1, 1, 72, dtype)
+    assert split_counts == counts
 
 
 @given(st.integers(1, 500), st.integers(1, 500), st.integers(1, 160))
@@ -80,9 +106,11 @@ def test_splits_fit_the_workspace(row_tiles, column_tiles, multiprocessors):
     assert splits >= 1
     if splits > 1:
         assert splits * row_tiles <= multiprocessors and column_tiles >= splits * LEAST_TILES
+    shares, tiles = share_tiles(row_tiles, column_tiles, multiprocessors)
+    assert shares <= splits and (shares - 1) * tiles < column_tiles <= shares * tiles, "no share is empty"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 @settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5),
@@ -93,6 +121,21 @@ def test_splits_fit_the_workspace(row_tiles, column_tiles, multiprocessors):
 )
 def test_drawn_cases(backend, lengths, mask, shape, dtype, packed):
     check(backend, lengths, mask, *shape, dtype, packed)
+
+
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    mask=st.tuples(st.one_of(st.none(), st.integers(1, 4)), st.integers(0, 3)),
+    D=st.sampled_from([64, 72, 128]),
+    dtype=st.sampled_from(HALVES),
+    packed=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_drawn_cases_cuda(lengths, mask, D, dtype, packed, seed):
+    extension.emulated.set_seed(seed)
+    check("cuda", lengths, mask, 1, 1, D, dtype, packed)
+    extension.emulated.set_seed(0)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.one_of(st.none(), st.integers(1, 6)), st.integers(0, 5))
@@ -108,10 +151,11 @@ def test_visible_tokens_count_the_pairs_of_the_mask(lengths, window, sink):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bit_equal_over_threads_and_runs(backend, thread_counts):
-    segments = make_segments(2, 2, [32, 32], 72)
+    dtype = torch.bfloat16 if backend == "cuda" else torch.float32
+    segments = make_segments(2, 2, [32, 32], 72, dtype)
 
     def run():
-        cache = HistoryCache(1, 2, 2, 72, 64)
+        cache = HistoryCache(1, 2, 2, 72, 64, dtype)
         return [history_attention(*s, cache, layer=0, backend=backend) for s in segments] + [cache.keys, cache.values]
 
     first = run()
@@ -123,16 +167,16 @@ def test_bit_equal_over_threads_and_runs(backend, thread_counts):
 def test_offsets_beyond_int32(backend):
     """Two samples more than 2**31 elements apart; the memory between them is reserved, never touched."""
     storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16)
-    far = storage.as_strided((2, 3, 8, 16), (2**31 + 64, 128, 16, 1))
-    near = torch.randn(2, 3, 8, 16).bfloat16()
+    far = storage.as_strided((2, 3, 4, 64), (2**31 + 64, 256, 64, 1))
+    near = torch.randn(2, 3, 4, 64).bfloat16()
     far.copy_(near)
     outputs = []
     for x in (far, near):
-        cache = HistoryCache(1, 2, 3, 16, 8, torch.bfloat16)
+        cache = HistoryCache(1, 2, 3, 64, 4, torch.bfloat16)
         outputs.append((history_attention(x, x, x, cache, layer=0, backend=backend), cache.keys, cache.values))
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
     attention = {"cpu": "torch"}.get(backend, backend)
-    assert torch.equal(outputs[0][0], block_causal_attention(far, far, far, segment_length=8, backend=attention))
+    assert torch.equal(outputs[0][0], block_causal_attention(far, far, far, segment_length=4, backend=attention))
 
 
 def test_a_full_cache_raises_and_keeps_its_contents():
@@ -160,7 +204,23 @@ BAD = {
     "window": (lambda q: (q, q, q), {"window": 0}, "window is 0"),
     "shape": (lambda q: (q, q[:, :, :4], q), {}, "k has shape"),
     "device": (lambda q: (q.to("meta"),) * 3, {}, "k is on meta; expected the cache's cpu"),
-    "backend": (lambda q: (q, q, q), {"backend": "cuda"}, "has no cuda implementation"),
+    "backend": (lambda q: (q, q, q), {"backend": "tpu"}, "backend 'tpu' .* unknown backend"),
+    "q_norm": (lambda q: (q, q, q), {"q_norm": "rms"}, "q_norm is 'rms'; expected None or an ard_kernels.HeadNorm"),
+    "norm's shape": (
+        lambda q: (q, q, q),
+        {"k_norm": HeadNorm(weight=torch.ones(8))},
+        r"k_norm.weight has shape \(8,\); expected \(head_dim,\) = \(16,\)",
+    ),
+    "norm's dtype": (
+        lambda q: (q, q, q),
+        {"q_norm": HeadNorm("layer", bias=torch.ones(16).half())},
+        r"q_norm.bias has dtype torch.float16; expected q's torch.float32 or torch.float32",
+    ),
+    "norm's device": (
+        lambda q: (q, q, q),
+        {"q_norm": HeadNorm(weight=torch.ones(16, device="meta"))},
+        "q_norm.weight is on meta; expected q's cpu",
+    ),
 }
 
 
@@ -178,6 +238,9 @@ def test_gradients_are_refused():
     q = torch.randn(1, 2, 16, 16, requires_grad=True)
     with pytest.raises(RuntimeError, match="requires a gradient; expected sampling under"):
         history_attention(q, q, q, HistoryCache(1, 1, 2, 16, 16), layer=0)
+    norm = HeadNorm(weight=torch.ones(16, requires_grad=True))
+    with pytest.raises(RuntimeError, match="or a norm requires a gradient; expected sampling under"):
+        history_attention(*[q.detach()] * 3, HistoryCache(1, 1, 2, 16, 16), layer=0, k_norm=norm)
 
 
 def test_bad_cache_sizes():
@@ -192,7 +255,7 @@ def test_flops_of_all_steps_equal_the_mask(mask):
     cache = HistoryCache(1, 2, 3, 24, 64)
     with FlopCounterMode(display=False) as counter:
         for q, k, v in make_segments(2, 3, [16] * 4, 24):
-            history_attention(q, k, v, cache, layer=0, window=mask[0], sink=mask[1])
+            history_attention(q, k, v, cache, layer=0, window=mask[0], sink=mask[1], q_norm=HeadNorm())
     assert counter.get_total_flops() == 4 * 2 * 3 * 24 * useful_pairs([16], 64, *mask)
 
 
@@ -200,8 +263,11 @@ def test_compiles_to_one_graph():
     segments = make_segments(1, 2, [16] * 4, 16)
     caches = HistoryCache(1, 1, 2, 16, 64), HistoryCache(1, 1, 2, 16, 64)
 
+    norm = HeadNorm("layer", torch.randn(16), torch.randn(16))
+
     def step(q, k, v, cache):
-        return history_attention(q, k, v, cache, layer=0, window=2).sin()
+        norms = {"q_norm": HeadNorm(eps=1e-3), "k_norm": norm}
+        return history_attention(q, k, v, cache, layer=0, window=2, **norms).sin()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -210,12 +276,16 @@ def test_compiles_to_one_graph():
     assert torch.equal(caches[0].keys, caches[1].keys) and caches[0].offsets == caches[1].offsets
 
 
+@pytest.mark.parametrize("norm", ["rms", "layer", None])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend):
-    q, k, v = make_segments(2, 3, [8], 16)[0]
-    cache_k, cache_v = torch.randn(2, 2, 3, 32, 16)
-    workspace = HistoryCache(1, 2, 3, 16, 32).workspace
-    inputs = (q, k, v, cache_k, cache_v, workspace, 16, 8, 12, 0.25, backend)
+def test_opcheck(backend, norm):
+    dtype = torch.bfloat16 if backend == "cuda" else torch.float32
+    q, k, v = make_segments(2, 3, [8], 64, dtype)[0]
+    cache_k, cache_v = torch.randn(2, 2, 3, 32, 64).to(dtype)
+    workspace = HistoryCache(1, 2, 3, 64, 32).workspace
+    weight, bias = torch.randn(64).to(dtype) if norm else None, torch.randn(64) if norm == "layer" else None
+    norms = (norm, weight, None, 1e-6, norm, None, bias, 1e-6)
+    inputs = (q, k, v, cache_k, cache_v, workspace, 16, 8, 12, 0.25, *norms, backend)
     torch.library.opcheck(torch.ops.ard.history_attention, inputs)
 
 

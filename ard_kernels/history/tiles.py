@@ -1,0 +1,35 @@
+"""The tables of history attention in CUDA: what block_causal_attention/tiles.py describes, for one new segment.
+
+Rows are the L new queries, columns the tokens of the cache; all rows see the columns [0, sink_stop) and
+[window_start, stop). A full run's last columns that fill no tile are a masked one. Index algebra only.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from ard_kernels.block_causal_attention.tiles import Schedule, column_tiles, tile_runs
+from ard_kernels.gpu_support import upload
+
+
+def make_tables(
+    rows: int, sink_stop: int, window_start: int, stop: int, block_rows: int, block_columns: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(items, masked, bounds) for `rows` queries."""
+    ranges = [(0, sink_stop), (window_start, stop)] if sink_stop else [(window_start, stop)]
+    full, masked = tile_runs([(*own, True) for own in ranges], block_columns)
+    items = [(row, min(row + block_rows, rows), *full, 0, len(masked)) for row in range(0, rows, block_rows)]
+    bounds = np.tile(np.array([sink_stop, window_start, stop], np.int32), (rows, 1))
+    return np.array(items, np.int32).reshape(-1, 8), np.array(masked, np.int32).reshape(-1, 2), bounds
+
+
+@lru_cache(maxsize=1024)
+def schedule(
+    rows: int, sink_stop: int, window_start: int, stop: int, block_rows: int, block_columns: int, device: torch.device
+) -> tuple[Schedule, int]:
+    """The tables on `device`, and the column tiles of each row tile; made once per step of a sampler."""
+    tables = make_tables(rows, sink_stop, window_start, stop, block_rows, block_columns)
+    return Schedule(*(upload(table, device) for table in tables)), int(column_tiles(tables[0])[0])
