@@ -8,15 +8,17 @@ from __future__ import annotations
 from ard_kernels import triton_support
 from ard_kernels.backends import register_backend
 from ard_kernels.library import define_op
-from ard_kernels.segment_adaln import cpu, torch_impl
+from ard_kernels.segment_adaln import cpu, cuda, torch_impl
 
 IMPLEMENTATIONS = {
+    "cuda": cuda,
     "triton": triton_support.LazyModule("ard_kernels.segment_adaln.triton_impl"),
     "cpu": cpu,
     "torch": torch_impl,
 }
 
 for _op in ("adaln_modulate", "gate_residual_adaln", "gate_residual"):
+    register_backend(_op, "cuda", cuda.refuses)
     register_backend(_op, "triton", triton_support.refuses)
     register_backend(_op, "cpu", cpu.refuses)
     register_backend(_op, "torch", torch_impl.refuses)

@@ -55,4 +55,37 @@ void forward_cpu(ForwardParams params, const Segments& segments);
 void backward_cpu(BackwardParams params, const Segments& segments);
 int64_t workspace_floats(const Segments& segments, int row_sums);
 
+// How rows of C elements are laid over threads: a row has `threads`, a block works on `rows` at a time.
+struct RowGeometry {
+  int elements = 0, threads = 0, rows = 0;  // elements per thread
+};
+
+// On the GPU a block takes a chunk of tokens that lie in one segment of one sample; grid: samples x chunks. The tables
+// are those of ard_kernels/segment_adaln/chunks.py. Outputs are contiguous; a pointer stands for a device's memory.
+struct GpuChunks {
+  const int32_t* chunks = nullptr;  // (chunk_count, 3): segment, first token, stop token
+  const int32_t* spans = nullptr;   // (segments, 2): first and last + 1 chunk of a segment
+  int batch = 0, chunk_count = 0, segments = 0;
+  bool rows_per_token = false;  // gate, shift, scale are (B, T, C), and so are their gradients
+  // Set by the launch:
+  RowGeometry geometry;
+  int stages = 0;  // tokens of a row that are on their way in shared memory
+};
+
+struct GpuForwardParams : ForwardParams {
+  GpuChunks work;
+};
+
+// workspace is (B, chunk_count, row_sums(), C) here: partial sums of dgate, dshift, dscale, those that there are.
+struct GpuBackwardParams : BackwardParams {
+  GpuChunks work;
+};
+
+RowGeometry forward_geometry(int channels);
+RowGeometry backward_geometry(int channels);
+
+// `shared_limit`: bytes of shared memory that a block of this device may have.
+void forward_gpu(GpuForwardParams params, int shared_limit, void* stream);
+void backward_gpu(GpuBackwardParams params, int shared_limit, void* stream);
+
 }  // namespace ard

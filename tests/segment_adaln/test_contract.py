@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ard_kernels
 from ard_kernels import adaln_modulate, gate_residual, gate_residual_adaln
 
-BACKENDS = ["torch", "cpu", "triton"]
+BACKENDS = ["torch", "cpu", "triton", "cuda"]
 
 BAD = {
     "rank": (lambda x, r: (x[0], r, r), {}, "x has shape .*; expected 3 dims"),
@@ -24,7 +24,11 @@ BAD = {
     "device": (lambda x, r: (x, r, r.to("meta")), {}, "scale is on meta; expected x's cpu"),
     "eps": (lambda x, r: (x, r, r), {"eps": 0.0}, "eps is 0.0; expected a positive number"),
     "fp64": (lambda x, r: (x.double(), r, r), {"backend": "cpu"}, "float64 is served by the torch backend only"),
-    "backend": (lambda x, r: (x, r, r), {"backend": "cuda"}, "has no cuda implementation"),
+    "cuda_width": (
+        lambda x, r: (x[..., :12], r[..., :12], r[..., :12]),
+        {"backend": "cuda"},
+        "C is 12; it takes multiples of 8 up to 8192",
+    ),
 }
 
 
@@ -52,8 +56,8 @@ def inputs(B=2, T=96, S=3, C=72, dtype=torch.float32, grad=True):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("T", "C"), [(96, 72), (1024, 384)])
 def test_bit_equal_over_runs_and_threads(backend, T, C, thread_counts):
-    if backend == "triton":
-        T = 32  # its interpreter
+    if backend in ("triton", "cuda"):
+        T = 32  # interpreted, emulated
     tensors = inputs(T=T, S=2, C=C)
     grads = torch.randn(2, 2, T, C)
 
@@ -83,7 +87,7 @@ def test_compiles_to_one_graph(backend, dynamic):
         torch.testing.assert_close(*results)
 
 
-def test_compiles_with_inductor_and_follows_use_backend():
+def test_compiles_with_inductor_and_follows_use_backend_up_to_cuda():
     x, branch, gate, shift, scale = inputs(grad=False)
     compiled = torch.compile(
         lambda: gate_residual_adaln(x.sin(), branch, gate, shift, scale, segment_length=32), fullgraph=True

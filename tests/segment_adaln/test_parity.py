@@ -17,7 +17,9 @@ from ard_kernels.segment_adaln.spec import row_of_token
 from ard_kernels.segments import segment_offsets
 from benchmarks.traffic import adaln_over_minimum
 
-BACKENDS = ["torch", "cpu", "triton"]  # triton: in its interpreter, so with smaller cases
+# triton in its interpreter, cuda in the emulator of thread blocks: so with smaller cases
+BACKENDS = ["torch", "cpu", "triton", "cuda"]
+SLOW = ("triton", "cuda")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPS = ("adaln_modulate", "gate_residual_adaln", "gate_residual")
 EPS = 1e-6
@@ -92,7 +94,7 @@ def check(op, backend, B, lengths, C, x_dtype=torch.float32, row_dtype=None, per
 @pytest.mark.parametrize("per_token", [False, True], ids=["segment_rows", "token_rows"])
 @pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in (a, torch.float32)], ids=str)
 def test_model_width(backend, op, per_token, dtypes, poisoned):
-    B, lengths = (1, [12, 12]) if backend == "triton" else (2, [40, 40, 40])
+    B, lengths = (1, [12, 12]) if backend in SLOW else (2, [40, 40, 40])
     check(op, backend, B, lengths, 1152, *dtypes, per_token=per_token)
 
 
@@ -101,16 +103,19 @@ def test_model_width(backend, op, per_token, dtypes, poisoned):
 @pytest.mark.parametrize("kind", ["contiguous", "strided", "transposed"])
 @pytest.mark.parametrize("lengths", [[33], [7, 64, 1, 100]], ids=["one_segment", "ragged"])
 def test_strides_and_ragged_segments(backend, op, kind, lengths, poisoned):
-    check(op, backend, 1 if backend == "triton" else 3, lengths, 40, kind=kind)
+    check(op, backend, 1 if backend in SLOW else 3, lengths, 40, kind=kind)
 
 
-def draw_cases(longest):
+WIDTHS = st.integers(8, 100)  # narrower rows are ill-conditioned
+
+
+def draw_cases(longest, widths=WIDTHS):
     return given(
         lengths=st.one_of(
             st.lists(st.integers(1, longest), min_size=1, max_size=5),
             st.tuples(st.integers(1, longest), st.integers(1, 5)).map(lambda p: [p[0]] * p[1]),
         ),
-        shape=st.tuples(st.integers(1, 3), st.integers(8, 100)),  # narrower rows are ill-conditioned
+        shape=st.tuples(st.integers(1, 3), widths),
         dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
         per_token=st.booleans(),
         kind=st.sampled_from(["contiguous", "strided", "transposed"]),
@@ -131,6 +136,27 @@ def test_drawn_cases(backend, op, lengths, shape, dtypes, per_token, kind):
 def test_drawn_cases_triton(op, lengths, shape, dtypes, per_token, kind):
     B, C = shape
     check(op, "triton", B, lengths, C, *dtypes, per_token=per_token, kind=kind)
+
+
+@pytest.mark.parametrize("op", OPS)
+@settings(max_examples=60)
+@draw_cases(longest=16, widths=st.integers(1, 40).map(lambda eights: 8 * eights))
+def test_drawn_cases_cuda(op, lengths, shape, dtypes, per_token, kind):
+    B, C = shape
+    check(op, "cuda", B, lengths, C, *dtypes, per_token=per_token, kind=kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("C", [256, 520, 2568, 4104, 8192])
+@pytest.mark.parametrize("op", OPS)
+def test_widths_cuda(op, C, dtype, poisoned):
+    check(op, "cuda", 1, [3, 2], C, dtype, torch.float32)
+
+
+@pytest.mark.parametrize("C", [72, 512, 1152, 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_off_16_byte_boundaries_cuda(C, dtype, poisoned):
+    check("gate_residual_adaln", "cuda", 1, [3, 2], C, dtype, kind="strided")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -226,16 +252,16 @@ def test_chained_ops_with_a_shared_table(backend, poisoned):
     torch.testing.assert_close(got, torch.autograd.grad(expected.sum(), leaves), rtol=1e-3, atol=2e-3)
 
 
-def test_expanded_rows_and_inputs():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanded_rows_and_inputs(backend):
     row = torch.randn(1, 1, 48, requires_grad=True)
     x = torch.randn(1, 12, 48, requires_grad=True)
     rows = row.expand(3, 4, 48)
-    for backend in BACKENDS:
-        y = adaln_modulate(x.expand(3, 12, 48), rows, rows, segment_length=3, backend=backend)
-        expected = reference.adaln_modulate(x.expand(3, 12, 48), rows, rows, [3])
-        torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-5)
-        grads = [torch.autograd.grad(v.sum(), (x, row), retain_graph=True) for v in (y, expected)]
-        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+    y = adaln_modulate(x.expand(3, 12, 48), rows, rows, segment_length=3, backend=backend)
+    expected = reference.adaln_modulate(x.expand(3, 12, 48), rows, rows, [3])
+    torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad(v.sum(), (x, row), retain_graph=True) for v in (y, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

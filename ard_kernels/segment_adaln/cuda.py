@@ -1,0 +1,127 @@
+"""The adaLN family in CUDA C++ (csrc/segment_adaln/forward.cu, backward.cu): tables, outputs and launches.
+
+Blocks take chunks as in triton_impl.py. Inputs may have any strides with a contiguous last dim: where rows do not start
+on 16-byte boundaries the kernels are variants that read element by element, because a copy of an activation would cost
+more than the op.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+
+from ard_kernels import extension
+from ard_kernels.gpu_support import architecture, keep_if_captured, multiprocessors, on_device
+from ard_kernels.segment_adaln.chunks import Chunks, chunks
+from ard_kernels.segments import segment_offsets
+from ard_kernels.tuning import table_architecture
+
+MOST_CHANNELS = 8192
+# Of a multiprocessor, by the compiler's report: registers per thread of the kernels of 8 elements per thread.
+REGISTERS = {"forward": 96, "backward": 128}
+# Tokens of a chunk, at most; a chunk costs as much as OVERHEAD tokens to begin and to end.
+TOKENS = {"forward": 32, "backward": 64}
+OVERHEAD = 2
+
+
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have."""
+    return {80: 163, 86: 99}.get(table_architecture(architecture(device)), 227) << 10
+
+
+def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
+    """Why these kernels cannot serve this device, dtype and C; None when they can."""
+    reason = extension.refuses_cuda(device, dtype)
+    if reason or width is None:
+        return reason
+    if width % 8 or width > MOST_CHANNELS:
+        return f"C is {width}; it takes multiples of 8 up to {MOST_CHANNELS}"
+    # Backward, a token with branch in fp32 and, beyond 4096 channels, an fp32 sum.
+    needs, limit = width * (3 * dtype.itemsize + (8 if width > 4096 else 4)) + 512, shared_limit(device)
+    if needs > limit:
+        return f"C = {width} needs {needs} bytes of shared memory; a block of this GPU has {limit}"
+    return None
+
+
+def chunk_tokens(lengths: tuple[int, ...], batch: int, most: int, slots: int) -> int:
+    """Tokens of a chunk, from 4 to `most`, for the shortest time of `slots` blocks at a time, by the model
+    waves x (tokens + OVERHEAD); the larger of equals."""
+
+    def time(tokens: int) -> int:
+        blocks = batch * sum(-(-length // tokens) for length in lengths)
+        return -(-blocks // slots) * (min(tokens, max(lengths)) + OVERHEAD)
+
+    return min(range(most, 3, -1), key=time)
+
+
+@lru_cache(maxsize=1024)
+def _plan(lengths: tuple[int, ...], tokens: int, batch: int, channels: int, kernel: str, device: torch.device):
+    """The tables for this shape; made once."""
+    each = tuple(stop - start for start, stop in pairwise(segment_offsets(lengths, tokens)))
+    _, threads, rows = extension.gpu(device).adaln_geometry(channels, kernel == "backward")
+    blocks = max(1, 65536 // (REGISTERS[kernel] * threads * rows))
+    most = chunk_tokens(each, batch, TOKENS[kernel], blocks * multiprocessors(device))
+    return chunks(lengths, tokens, most, device)
+
+
+def _work(kernel: str, like: torch.Tensor, rows: torch.Tensor, lengths) -> tuple[Chunks, tuple]:
+    """The tables, and what the extension takes of them. `like` (B, T, C) is any token tensor."""
+    B, T, C = like.shape
+    per_token = rows.shape[1] == T
+    tables = keep_if_captured(_plan((T,) if per_token else tuple(lengths), T, B, C, kernel, like.device))
+    counts = (B, len(tables.chunks), len(tables.spans), per_token)
+    return tables, (tables.chunks.data_ptr(), tables.spans.data_ptr(), *counts)
+
+
+def _empty(x: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    return None if x is None else x.new_empty(x.shape, dtype=dtype)
+
+
+def _pointer(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+@on_device
+def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.dtype | None):
+    """See torch_impl.forward."""
+    h = _empty(branch, x.dtype)
+    y = mean = rstd = None
+    if shift is not None:
+        y = _empty(x, y_dtype)
+        mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    if x.numel() == 0:
+        return h, y, mean, rstd
+    _, work = _work("forward", x, gate if gate is not None else shift, lengths)
+    views = map(extension.view, (x, branch, gate, shift, scale, h, y))
+    extension.gpu(x.device).adaln_forward(
+        *views, _pointer(mean), _pointer(rstd), eps, *x.shape[1:], work, shared_limit(x.device),
+        extension.stream(x.device),
+    )  # fmt: skip
+    return h, y, mean, rstd
+
+
+@on_device
+def backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths):
+    """See torch_impl.backward."""
+    like = h if h is not None else grad_h
+    dx = _empty(h)
+    dbranch, dgate, dshift, dscale = _empty(branch), _empty(gate), _empty(scale), _empty(scale)
+    if like.numel() == 0:
+        for rows in (dgate, dshift, dscale):
+            if rows is not None:
+                rows.zero_()
+        return dx, dbranch, dgate, dshift, dscale
+    tables, work = _work("backward", like, gate if gate is not None else scale, lengths)
+    B, T, C = like.shape
+    per_token = work[-1]
+    sums = 0 if per_token else (gate is not None) + 2 * (scale is not None)
+    workspace = like.new_empty(B * len(tables.chunks) * sums * C, dtype=torch.float32)
+    inputs = map(extension.view, (grad_h, grad_y, h, branch, gate, scale))
+    outputs = map(extension.view, (dx, dbranch, dgate, dshift, dscale))
+    extension.gpu(like.device).adaln_backward(
+        *inputs, _pointer(mean), _pointer(rstd), *outputs, workspace.data_ptr(), T, C, work,
+        shared_limit(like.device), extension.stream(like.device),
+    )  # fmt: skip
+    return dx, dbranch, dgate, dshift, dscale

@@ -1,0 +1,376 @@
+// adaln_modulate, gate_residual_adaln and gate_residual, backward. With n = (h - mean) * rstd, g = dy * (1 + scale):
+//   dx = rstd * (g - mean_C(g) - n * mean_C(g * n)) + dh     dbranch = gate * dx
+//   dshift = sum_t dy     dscale = sum_t dy * n     dgate = sum_t dx * branch
+//
+// Memory bounds it. The least that must move is 3 tensors (dy, h, dx) for adaln_modulate, 6 (dy, dh, h, branch, dx,
+// dbranch) for gate_residual_adaln, 3 for gate_residual: 6.9, 13.8 and 6.9 KB per token at C = 1152 in 16 bits. Blocks
+// walk over the chunks as forward, with fp32 sums of the chunk's row gradients in registers; a token is read twice from
+// shared memory, for the two means (one barrier) and for dx, which leaves the registers to the sums. Partial sums go to
+// a workspace once per chunk, 3 x 4 bytes per channel against the chunk's tokens x 12, and a second kernel adds the
+// chunks of a segment in order: no atomics, so results are the same in every run.
+//
+// At C = 1152 registers allow 3 blocks of 160 threads on a multiprocessor (at most 124 each): up to 110 KB in flight.
+#include "gpu_rows.h"
+
+namespace ard {
+
+// One warp per row up to 256 channels, 4 rows in a block. Beyond 4096 channels a thread owns 16 and has 128 registers:
+// there gate and scale are read again for every token, the sum of dgate is in shared memory, and accesses of 16-bit
+// activations are 8 bytes wide (with 16 the compiler spills).
+RowGeometry backward_geometry(int channels) {
+  const int elements = channels > 4096 ? 16 : 8;
+  const int warps = (channels + kLanes * elements - 1) / (kLanes * elements);
+  return {elements, kLanes * warps, warps == 1 ? 4 : 1};
+}
+
+namespace {
+
+struct alignas(8) Pair {
+  float first, second;
+};
+constexpr int kMostWarps = 16;
+constexpr int kPairsBytes = 2 * kMostWarps * sizeof(Pair);  // of this token and, maybe, still of the one before
+
+// Sums over the row on all of its threads. `shared`: kMostWarps Pairs that no warp still reads.
+ARD_DEVICE void row_sums(Pair& sums, const Place& at, Pair* shared) {
+  sums = {warp_sum(sums.first), warp_sum(sums.second)};
+  const int warps = at.threads / kLanes;
+  if (warps == 1) return sync_warp();  // a barrier to the compiler too: it shall not keep the token in registers
+  if (at.thread % kLanes == 0) store_shared(shared + at.thread / kLanes, sums);
+  sync_block();
+  sums = {0, 0};
+#pragma unroll 1
+  for (int w = 0; w < warps; ++w) {
+    const Pair part = load_shared(shared + w);
+    sums.first += part.first, sums.second += part.second;
+  }
+}
+
+// A thread's share of a row gradient, summed over the tokens: in registers, or in its own words of shared memory.
+template <class Layout, bool kShared>
+class Sum {
+ public:
+  static constexpr int kVector = Layout::kVector, kVectors = Layout::kVectors, kPieces = kVector / 4;
+
+  // `shared`: kElements words for each thread of the block; not used when in registers.
+  ARD_DEVICE explicit Sum(char* shared) : words(reinterpret_cast<Words*>(shared) + thread_index()) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) kept[v][i] = 0;
+#pragma unroll
+      for (int k = 0; kShared && k < kPieces; ++k) store_shared(word(v, k), Words{});
+    }
+  }
+
+  ARD_DEVICE void add(int v, const float (&term)[kVector]) {
+    if constexpr (kShared) {
+#pragma unroll
+      for (int k = 0; k < kPieces; ++k) {
+        Words sum = load_shared(word(v, k));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum.word[i] = word_of(float_of_word(sum.word[i]) + term[4 * k + i]);
+        store_shared(word(v, k), sum);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) kept[v][i] += term[i];
+    }
+  }
+
+  ARD_DEVICE typename Layout::Values& values() {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int k = 0; kShared && k < kPieces; ++k) {
+        const Words sum = load_shared(word(v, k));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) kept[v][4 * k + i] = float_of_word(sum.word[i]);
+      }
+    }
+    return kept;
+  }
+
+ private:
+  ARD_DEVICE Words* word(int v, int k) const { return words + (v * kPieces + k) * block_threads(); }
+
+  typename Layout::Values kept;
+  Words* words;
+};
+
+// The sums of the rows that the block worked on side by side, added in order on the first of them.
+template <class Layout>
+ARD_DEVICE void add_rows_of_block(typename Layout::Values& sums, const Place& at) {
+  if (at.rows == 1) return;
+  Words* const shared = reinterpret_cast<Words*>(shared_memory());
+  constexpr int kPieces = Layout::kVector / 4;
+  sync_block();  // what was here has been read
+#pragma unroll
+  for (int v = 0; v < Layout::kVectors; ++v) {
+#pragma unroll
+    for (int k = 0; k < kPieces; ++k) {
+      const float* s = sums[v] + 4 * k;
+      store_shared(shared + (v * kPieces + k) * block_threads() + thread_index(),
+                   Words{{word_of(s[0]), word_of(s[1]), word_of(s[2]), word_of(s[3])}});
+    }
+  }
+  sync_block();
+  if (at.row > 0) return;
+#pragma unroll
+  for (int v = 0; v < Layout::kVectors; ++v) {
+#pragma unroll
+    for (int k = 0; k < kPieces; ++k) {
+      for (int row = 1; row < at.rows; ++row) {
+        const Words w = load_shared(shared + (v * kPieces + k) * block_threads() + row * at.threads + at.thread);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[v][4 * k + i] += float_of_word(w.word[i]);
+      }
+    }
+  }
+}
+
+// Write the chunk's k-th partial sum.
+template <class Layout, bool kShared>
+ARD_DEVICE void store_partial(Sum<Layout, kShared>& sum, const GpuBackwardParams& p, int k, int count,
+                              const Place& at) {
+  typename Layout::Values& sums = sum.values();
+  add_rows_of_block<Layout>(sums, at);
+  if (at.row > 0) return;
+  float* const to = p.workspace + (static_cast<int64_t>(block_index()) * count + k) * p.channels;
+#pragma unroll
+  for (int v = 0; v < Layout::kVectors; ++v) {
+    const int e = at.element<Layout>(v);
+    if (e < at.channels) store_vector(reinterpret_cast<char*>(to + e), DType::kFloat32, sums[v]);
+  }
+}
+
+// A row of gate or scale: kept in registers, or read where a vector of it is needed.
+template <class Layout>
+struct Factor {
+  static constexpr bool kKeep = Layout::kElements == 8;
+  float kept[kKeep ? Layout::kVectors : 1][Layout::kVector];
+
+  ARD_DEVICE void load(int v, const View& view, int batch, int row, float plus, const Place& at) {
+    float (&values)[Layout::kVector] = kept[kKeep ? v : 0];
+    const int e = at.element<Layout>(v);
+#pragma unroll
+    for (int i = 0; i < Layout::kVector; ++i) values[i] = 0;
+    if (e >= at.channels) return;
+    load_vector<Layout::kAligned>(row_address(view, batch, row) + e * bytes_of(view.dtype), view.dtype, values);
+#pragma unroll
+    for (int i = 0; i < Layout::kVector; ++i) values[i] += plus;
+  }
+
+  ARD_DEVICE void load_kept(const View& view, int batch, int row, float plus, const Place& at) {
+    if constexpr (kKeep) {
+#pragma unroll
+      for (int v = 0; v < Layout::kVectors; ++v) load(v, view, batch, row, plus, at);
+    }
+  }
+
+  ARD_DEVICE const float (&vector(int v, const View& view, int batch, int row, float plus, const Place& at))
+      [Layout::kVector] {
+        if constexpr (!kKeep) load(v, view, batch, row, plus, at);
+        return kept[kKeep ? v : 0];
+      }
+};
+
+// Add to the chunk's sum, or, with rows per token, write as the token's own.
+template <class Layout, bool kShared>
+ARD_DEVICE void add_or_store(Sum<Layout, kShared>& sum, int v, float (&term)[Layout::kVector], bool store,
+                             const View& out, int batch, int token, const Place& at) {
+  const int e = at.element<Layout>(v);
+  if (!store) {
+    sum.add(v, term);
+  } else if (e < at.channels) {
+    store_vector(row_address(out, batch, token) + e * bytes_of(out.dtype), out.dtype, term);
+  }
+}
+
+enum Tensor { kGradY, kH, kBranch, kGradH, kTensors };
+
+// One function of more than 60 lines: its two passes share all that the thread holds in registers.
+template <class Layout, bool kHasGate, bool kHasNorm>
+ARD_KERNEL(512, 1)
+adaln_backward(const ARD_GRID_CONSTANT GpuBackwardParams p) {
+  constexpr int kVector = Layout::kVector;
+  const Chunk chunk(p.work);
+  const int channels = static_cast<int>(p.channels);
+  const Place at(p.work.geometry, channels);
+  const bool per_token = p.work.rows_per_token;
+  Pair* const pairs = reinterpret_cast<Pair*>(shared_memory());
+  Ring<Layout, kTensors> ring(shared_memory() + kPairsBytes, p.work.stages, chunk.batch);
+  ring.template add<kGradY>(kHasNorm ? p.grad_y : View{});
+  ring.template add<kH>(kHasNorm ? p.h : View{});
+  ring.template add<kBranch>(kHasGate ? p.branch : View{});
+  ring.template add<kGradH>(p.grad_h);
+  ring.start(chunk, at);
+
+  Sum<Layout, Layout::kElements == 16> gate_sum(ring.memory + ring.stages * ring.stage_bytes);
+  Sum<Layout, false> shift_sum(nullptr), scale_sum(nullptr);
+  Factor<Layout> gate, scale;
+  float mean = 0, rstd = 0, next_mean = 0, next_rstd = 0;
+  const auto load_statistics = [&](int token) {  // a token ahead
+    if (!kHasNorm || token >= chunk.stop) return;
+    const int64_t index = opaque(chunk.batch) * p.tokens + token;
+    next_mean = p.mean[index], next_rstd = p.rstd[index];
+  };
+  load_statistics(chunk.start + at.row);
+  int phase = 0;
+
+  for (int token = chunk.start + at.row; token < chunk.stop; token += at.rows) {
+    const int row = per_token ? token : chunk.segment;
+    if (per_token || token == chunk.start + at.row) {
+      if constexpr (kHasNorm) scale.load_kept(p.scale, chunk.batch, row, 1, at);
+      if constexpr (kHasGate) gate.load_kept(p.gate, chunk.batch, row, 0, at);
+    }
+    mean = next_mean, rstd = next_rstd;
+    load_statistics(token + at.rows);
+    ring.wait();
+    const auto normalised = [&](int v, float (&n)[kVector]) {
+      ring.template read<kH>(v, n);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) n[i] = (n[i] - mean) * rstd;
+    };
+
+    Pair means{0, 0};  // of g and of g * n
+    if constexpr (kHasNorm) {
+#pragma unroll
+      for (int v = 0; v < Layout::kVectors; ++v) {
+        float dy[kVector], n[kVector];  // dy is 0 past the end of the row
+        ring.template read<kGradY>(v, dy);
+        normalised(v, n);
+        const auto& factor = scale.vector(v, p.scale, chunk.batch, row, 1, at);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          const float g = dy[i] * factor[i];
+          means.first += g, means.second += g * n[i];
+          n[i] *= dy[i];
+        }
+        add_or_store(shift_sum, v, dy, per_token, p.dshift, chunk.batch, token, at);
+        add_or_store(scale_sum, v, n, per_token, p.dscale, chunk.batch, token, at);
+      }
+      row_sums(means, at, pairs + phase * kMostWarps);
+      phase ^= 1;
+      const float inverse = 1.f / static_cast<float>(opaque(channels));
+      means = {means.first * inverse, means.second * inverse};
+    }
+
+#pragma unroll
+    for (int v = 0; v < Layout::kVectors; ++v) {
+      const int e = at.element<Layout>(v);
+      float dx[kVector];
+      if (p.grad_h.data) {
+        ring.template read<kGradH>(v, dx);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) dx[i] = 0;
+      }
+      if constexpr (kHasNorm) {
+        float dy[kVector], n[kVector];
+        ring.template read<kGradY>(v, dy);
+        normalised(v, n);
+        const auto& factor = scale.vector(v, p.scale, chunk.batch, row, 1, at);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          dx[i] += rstd * (dy[i] * factor[i] - means.first - n[i] * means.second);
+        }
+        float rounded[kVector];  // what goes to memory; dbranch and dgate take dx itself
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) rounded[i] = dx[i];
+        if (e < channels) {
+          store_vector(row_address(p.dx, chunk.batch, token) + e * bytes_of(p.dx.dtype), p.dx.dtype, rounded);
+        }
+      }
+      if constexpr (kHasGate) {
+        const auto& factor = gate.vector(v, p.gate, chunk.batch, row, 0, at);
+        float branch[kVector], dbranch[kVector];
+        ring.template read<kBranch>(v, branch);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          dbranch[i] = dx[i] * factor[i];
+          branch[i] *= dx[i];
+        }
+        if (e < channels) {
+          store_vector(row_address(p.dbranch, chunk.batch, token) + e * bytes_of(p.dbranch.dtype), p.dbranch.dtype,
+                       dbranch);
+        }
+        add_or_store(gate_sum, v, branch, per_token, p.dgate, chunk.batch, token, at);
+      }
+    }
+    ring.fetch(token + ring.stages * at.rows, chunk.stop, at);
+  }
+  cp_async_wait<0>();
+
+  if (per_token) return;
+  constexpr int kSums = kHasGate + 2 * kHasNorm;
+  if constexpr (kHasGate) store_partial(gate_sum, p, 0, kSums, at);
+  if constexpr (kHasNorm) {
+    store_partial(shift_sum, p, kHasGate, kSums, at);
+    store_partial(scale_sum, p, kHasGate + 1, kSums, at);
+  }
+}
+
+constexpr int kAddThreads = 64;
+
+// One segment's row gradient, 4 columns a thread; grid: (samples x segments) x (sums x blocks of columns).
+ARD_KERNEL(kAddThreads, 8) add_chunks(const ARD_GRID_CONSTANT GpuBackwardParams p) {
+  const int channels = static_cast<int>(p.channels), sums = (p.dgate.data ? 1 : 0) + (p.dshift.data ? 2 : 0);
+  const int k = block_index_y() % sums, batch = block_index() / p.work.segments;
+  const int segment = block_index() % p.work.segments;
+  const int column = 4 * (block_index_y() / sums * kAddThreads + thread_index());
+  if (column >= channels) return;
+  const int first = p.work.spans[2 * segment], last = p.work.spans[2 * segment + 1];
+  const int64_t chunk = static_cast<int64_t>(batch) * p.work.chunk_count + first;
+  const float* from = p.workspace + (chunk * sums + k) * channels + column;
+  float total[4] = {0, 0, 0, 0};
+#pragma unroll 4
+  for (int i = first; i < last; ++i, from += static_cast<int64_t>(sums) * channels) {
+    float part[4];
+    load_vector<true>(reinterpret_cast<const char*>(from), DType::kFloat32, part);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) total[j] += part[j];
+  }
+  const bool is_gate = p.dgate.data && k == 0;
+  const View& out = is_gate ? p.dgate : k == sums - 1 ? p.dscale : p.dshift;
+  store_vector(row_address(out, batch, segment) + column * bytes_of(out.dtype), out.dtype, total);
+}
+
+template <class Layout>
+void launch_backward(const GpuBackwardParams& p, int64_t shared_bytes, Stream stream) {
+  const int64_t blocks = static_cast<int64_t>(p.work.batch) * p.work.chunk_count;
+  const int threads = p.work.geometry.threads * p.work.geometry.rows;
+  if (!p.gate) {
+    launch<adaln_backward<Layout, false, true>>(blocks, 1, threads, shared_bytes, stream, p);
+  } else if (!p.scale) {
+    launch<adaln_backward<Layout, true, false>>(blocks, 1, threads, shared_bytes, stream, p);
+  } else {
+    launch<adaln_backward<Layout, true, true>>(blocks, 1, threads, shared_bytes, stream, p);
+  }
+}
+
+}  // namespace
+
+void backward_gpu(GpuBackwardParams params, int shared_limit, void* stream) {
+  const RowGeometry geometry = backward_geometry(static_cast<int>(params.channels));
+  const int threads = geometry.threads * geometry.rows;
+  const int64_t stage = stage_bytes(geometry, params.grad_y, params.h, params.branch, params.grad_h);
+  params.work.geometry = geometry;
+  const int64_t row_bytes = threads * geometry.elements * 4;
+  const int64_t fixed = kPairsBytes + (geometry.elements == 16 ? row_bytes : 0);  // of dgate's sum
+  params.work.stages = ring_stages(stage, shared_limit - fixed);
+  int64_t shared_bytes = fixed + params.work.stages * stage;
+  if (geometry.rows > 1 && shared_bytes < row_bytes) shared_bytes = row_bytes;  // add_rows_of_block
+  const auto run = [&](auto layout) {
+    launch_backward<decltype(layout)>(params, shared_bytes, static_cast<Stream>(stream));
+  };
+  const View& like = params.h ? params.h : params.grad_h;
+  with_layout<4>(like.dtype == DType::kFloat32, geometry.elements, run, params.grad_h, params.grad_y, params.h,
+                 params.branch, params.gate, params.scale);
+  if (params.work.rows_per_token) return;
+  const int64_t columns = (params.channels + 4 * kAddThreads - 1) / (4 * kAddThreads);
+  launch<add_chunks>(static_cast<int64_t>(params.work.batch) * params.work.segments, columns * params.row_sums(),
+                     kAddThreads, 0, static_cast<Stream>(stream), params);
+}
+
+}  // namespace ard

@@ -1,0 +1,192 @@
+// adaln_modulate, gate_residual_adaln and gate_residual, forward:
+//   h = x + gate * branch (rounded to x's dtype)      y = (h - mean) * rstd * (1 + scale) + shift      (h = x: no gate)
+//
+// Memory bounds it. The least that must move is one pass over the tokens, 2 tensors (x, y) for adaln_modulate, 4 (x,
+// branch, h, y) for gate_residual_adaln, 3 for gate_residual: 4.6, 9.2 and 6.9 KB per token at C = 1152 in 16 bits. A
+// block walks over a chunk of one segment's tokens with the segment's rows in registers, and up to 4 tokens of each
+// input on their way in shared memory. At that width registers allow 6 blocks of 160 threads on a multiprocessor for
+// adaln_modulate (64 each) and 4 for gate_residual_adaln (91 each): 55 and 74 KB in flight, where by Little's law
+// 4.8 TB/s x 0.7 us / 132 = 25 KB would do on an H200. Rows per token are read with the token.
+//
+// Statistics in fp32 and one barrier per token. Each warp takes the mean m_w of its n_w elements, then, in registers,
+// the sums d_w of the differences from it (what rounding left) and s_w of their squares; the warps' results give
+//   mean = m_0 + sum_w (n_w (m_w - m_0) + d_w) / C
+//   C var = sum_w (s_w + 2 (m_w - mean) d_w + n_w (m_w - mean)^2) = sum of (x - mean)^2
+// which is the second pass over the whole row, for any warp means: no large squares are subtracted from each other.
+#include "gpu_rows.h"
+
+namespace ard {
+
+// One warp per row up to 512 channels, 4 rows in a block; then as many warps as the row needs.
+RowGeometry forward_geometry(int channels) {
+  const int elements = (channels > 256 && channels <= 512) || channels > 2560 ? 16 : 8;
+  const int warps = (channels + kLanes * elements - 1) / (kLanes * elements);
+  return {elements, kLanes * warps, warps == 1 ? 4 : 1};
+}
+
+namespace {
+
+// What a warp knows of its part of a row.
+struct alignas(16) Moments {
+  float count, mean, difference, squares;
+};
+constexpr int kMostWarps = 16;
+constexpr int kMomentsBytes = 2 * kMostWarps * sizeof(Moments);  // of this token and, maybe, still of the one before
+
+// Of the elements of a row that this warp owns; 0 elements only if the row is shorter than the warp's first.
+template <class Layout>
+ARD_DEVICE int warp_count(const Place& at) {
+  int count = 0;
+#pragma unroll
+  for (int v = 0; v < Layout::kVectors; ++v) {
+    const int first = Layout::kVector * (v * at.threads + at.thread / kLanes * kLanes);
+    const int left = at.channels - first;
+    count += left < 0 ? 0 : min_int(left, Layout::kVector * kLanes);
+  }
+  return count;
+}
+
+// Mean and 1 / sqrt(var + eps) of the row on all of its threads. `shared`: kMostWarps Moments that no warp still reads.
+template <class Layout>
+ARD_DEVICE void statistics(const typename Layout::Values& values, const Place& at, float count, Moments* shared,
+                           float eps, float& mean, float& rstd) {
+  float sum = 0;
+#pragma unroll
+  for (int v = 0; v < Layout::kVectors; ++v) {
+#pragma unroll
+    for (int i = 0; i < Layout::kVector; ++i) sum += values[v][i];
+  }
+  mean = warp_sum(sum) / count;
+  float difference = 0, squares = 0;
+#pragma unroll
+  for (int v = 0; v < Layout::kVectors; ++v) {
+    if (at.element<Layout>(v) >= at.channels) continue;
+#pragma unroll
+    for (int i = 0; i < Layout::kVector; ++i) {
+      const float d = values[v][i] - mean;
+      difference += d, squares += d * d;
+    }
+  }
+  squares = warp_sum(squares);
+  const int warps = at.threads / kLanes;
+  if (warps > 1) {
+    difference = warp_sum(difference);
+    if (at.thread % kLanes == 0) {
+      store_shared(shared + at.thread / kLanes, Moments{count, mean, difference, squares});
+    }
+    sync_block();
+    const float origin = load_shared(shared).mean;
+    float total = 0;
+#pragma unroll 1
+    for (int w = 0; w < warps; ++w) {
+      const Moments part = load_shared(shared + w);
+      total += part.count * (part.mean - origin) + part.difference;
+    }
+    mean = origin + total / static_cast<float>(at.channels);
+    squares = 0;
+#pragma unroll 1
+    for (int w = 0; w < warps; ++w) {
+      const Moments part = load_shared(shared + w);
+      const float d = part.mean - mean;
+      squares += part.squares + d * (2 * part.difference + part.count * d);
+    }
+  }
+  rstd = rsqrt(squares / static_cast<float>(at.channels) + eps);
+}
+
+template <class Layout, bool kHasGate, bool kHasNorm>
+ARD_KERNEL(Layout::kElements == 8 ? 320 : 512, Layout::kElements == 8 ? 2 : 1)
+adaln_forward(const ARD_GRID_CONSTANT GpuForwardParams p) {
+  constexpr int kVector = Layout::kVector;
+  const Chunk chunk(p.work);
+  const int channels = static_cast<int>(p.channels);
+  const Place at(p.work.geometry, channels);
+  Moments* const moments = reinterpret_cast<Moments*>(shared_memory());
+  Ring<Layout, kHasGate ? 2 : 1> ring(shared_memory() + kMomentsBytes, p.work.stages, chunk.batch);
+  ring.template add<0>(p.x);
+  if constexpr (kHasGate) ring.template add<1>(p.branch);
+  ring.start(chunk, at);
+
+  typename Layout::Values gate, shift, factor;  // factor: 1 + scale
+  const float count = static_cast<float>(warp_count<Layout>(at));
+  int phase = 0;
+
+  for (int token = chunk.start + at.row; token < chunk.stop; token += at.rows) {
+    if (p.work.rows_per_token || token == chunk.start + at.row) {
+      const int row = p.work.rows_per_token ? token : chunk.segment;
+      if constexpr (kHasGate) load_row<Layout>(p.gate, chunk.batch, row, at, 0, gate);
+      if constexpr (kHasNorm) {
+        load_row<Layout>(p.shift, chunk.batch, row, at, 0, shift);
+        load_row<Layout>(p.scale, chunk.batch, row, at, 1, factor);
+      }
+    }
+    ring.wait();
+    typename Layout::Values values;
+#pragma unroll
+    for (int v = 0; v < Layout::kVectors; ++v) ring.template read<0>(v, values[v]);
+    if constexpr (kHasGate) {
+      char* const h = row_address(p.h, chunk.batch, token);
+#pragma unroll
+      for (int v = 0; v < Layout::kVectors; ++v) {
+        float branch[kVector];
+        ring.template read<1>(v, branch);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) values[v][i] += gate[v][i] * branch[i];
+        const int e = at.element<Layout>(v);
+        if (e < channels) store_vector(h + e * bytes_of(p.h.dtype), p.h.dtype, values[v]);
+      }
+    }
+    ring.fetch(token + ring.stages * at.rows, chunk.stop, at);
+    if constexpr (kHasNorm) {
+      float mean, rstd;
+      statistics<Layout>(values, at, count, moments + phase * kMostWarps, p.eps, mean, rstd);
+      phase ^= 1;
+      char* const y = row_address(p.y, chunk.batch, token);
+#pragma unroll
+      for (int v = 0; v < Layout::kVectors; ++v) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          values[v][i] = (values[v][i] - mean) * rstd * factor[v][i] + shift[v][i];
+        }
+        const int e = at.element<Layout>(v);
+        if (e < channels) store_vector(y + e * bytes_of(p.y.dtype), p.y.dtype, values[v]);
+      }
+      if (at.thread == 0) {
+        const int64_t index = opaque(chunk.batch) * p.tokens + token;
+        p.mean[index] = mean;
+        p.rstd[index] = rstd;
+      }
+    }
+  }
+  cp_async_wait<0>();
+}
+
+template <class Layout>
+void launch_forward(const GpuForwardParams& p, int64_t shared_bytes, Stream stream) {
+  const int64_t blocks = static_cast<int64_t>(p.work.batch) * p.work.chunk_count;
+  const int threads = p.work.geometry.threads * p.work.geometry.rows;
+  if (!p.branch) {
+    launch<adaln_forward<Layout, false, true>>(blocks, 1, threads, shared_bytes, stream, p);
+  } else if (!p.shift) {
+    launch<adaln_forward<Layout, true, false>>(blocks, 1, threads, shared_bytes, stream, p);
+  } else {
+    launch<adaln_forward<Layout, true, true>>(blocks, 1, threads, shared_bytes, stream, p);
+  }
+}
+
+}  // namespace
+
+void forward_gpu(GpuForwardParams params, int shared_limit, void* stream) {
+  const RowGeometry geometry = forward_geometry(static_cast<int>(params.channels));
+  const int64_t stage = stage_bytes(geometry, params.x, params.branch);
+  params.work.geometry = geometry;
+  params.work.stages = ring_stages(stage, shared_limit - kMomentsBytes);
+  const int64_t shared_bytes = kMomentsBytes + params.work.stages * stage;
+  const auto run = [&](auto layout) {
+    launch_forward<decltype(layout)>(params, shared_bytes, static_cast<Stream>(stream));
+  };
+  with_layout<8>(params.x.dtype == DType::kFloat32, geometry.elements, run, params.x, params.branch, params.gate,
+                 params.shift, params.scale);
+}
+
+}  // namespace ard

@@ -1,0 +1,110 @@
+"""What is specific to the CUDA kernels of the adaLN family; their values are also tested with the other backends'."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ard_kernels import extension
+from ard_kernels.segment_adaln import cuda
+
+
+@pytest.fixture
+def emulated():
+    yield extension.emulated
+    extension.emulated.set_seed(0)
+
+
+def inputs(B, T, S, C, dtype):
+    tokens = [torch.randn(B, T, C).to(dtype) for _ in range(5)]  # x, branch, h, grad_h, grad_y
+    return tokens, [torch.randn(B, S, C).to(dtype) for _ in range(3)]
+
+
+def run(B, lengths, C, dtype, per_token=False):
+    """Every output of the gated op, forward and backward, and the counts of the main kernels."""
+    torch.manual_seed(1)
+    T = sum(lengths)
+    (x, branch, h, grad_h, grad_y), (gate, shift, scale) = inputs(B, T, T if per_token else len(lengths), C, dtype)
+    lengths = [1] if per_token else lengths
+    out = cuda.forward(x, branch, gate, shift, scale, lengths, 1e-6, dtype)
+    counts = [extension.emulated.counts()]
+    grads = cuda.backward(grad_h, grad_y, h, branch, gate, scale, *out[2:], lengths)
+    return (*out, *grads), [*counts, extension.emulated.counts()]
+
+
+@pytest.mark.parametrize("C", [8, 72, 264, 1152, 2568])
+@pytest.mark.parametrize("lengths", [[5], [3, 1, 13]], ids=["one_segment", "ragged"])
+def test_any_order_of_threads_gives_the_same_bits_cuda(C, lengths, emulated, poisoned):
+    """Seeds draw which warp runs first: a missing barrier shows, and so does an odd token count that waits forever."""
+    emulated.set_seed(0)
+    first, _ = run(2, lengths, C, torch.bfloat16)
+    assert not any(x.isnan().any() for x in first)
+    for seed in range(1, 5):
+        emulated.set_seed(seed)
+        assert all(torch.equal(a, b) for a, b in zip(first, run(2, lengths, C, torch.bfloat16)[0], strict=True)), seed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("C", [40, 256, 512, 1152, 4104])
+def test_shared_memory_is_free_of_bank_conflicts_cuda(C, dtype, emulated):
+    """With rows per token the backward's only launch is its main kernel, which is then the one counted."""
+    for counts in run(1, [7], C, dtype, per_token=True)[1]:
+        assert counts["async_copies"] > 0 and counts["shared_accesses"] > 0 and counts["bank_conflicts"] == 0, counts
+
+
+@pytest.mark.parametrize("C", [72, 512, 1152, 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_off_their_boundaries_cuda(C, dtype, poisoned):
+    """gate, shift, scale that start on no 8-byte boundary take the element-wise variants: the same bits."""
+    rows = [torch.randn(1, 2, C + 1, dtype=dtype)[..., 1:] for _ in range(3)]
+    x, branch = torch.randn(2, 1, 6, C, dtype=dtype)
+    shifted = cuda.forward(x, branch, *rows, [3], 1e-6, dtype)
+    aligned = cuda.forward(x, branch, *(row.contiguous() for row in rows), [3], 1e-6, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(shifted, aligned, strict=True))
+
+
+@pytest.mark.parametrize("C", [256, 1152])
+def test_variance_of_rows_far_from_zero_cuda(C):
+    """Mean 4096, deviation 1: E[x^2] - E[x]^2 in fp32 would have no digit left."""
+    x = torch.randn(1, 4, C) + 4096
+    _, _, mean, rstd = cuda.forward(x, None, None, *torch.zeros(2, 1, 1, C), [4], 1e-6, torch.float32)
+    exact = x.double()
+    torch.testing.assert_close(mean.double(), exact.mean(-1), rtol=2e-7, atol=0)
+    torch.testing.assert_close(rstd.double(), exact.var(-1, correction=0).rsqrt(), rtol=1e-6, atol=0)
+
+
+def test_every_width_has_a_layout_cuda():
+    """A row fits its threads, a block has at most 512, and no warp of a row is without elements."""
+    for C in range(8, cuda.MOST_CHANNELS + 1, 8):
+        for backward in (False, True):
+            elements, threads, rows = extension.emulated.adaln_geometry(C, backward)
+            assert elements * threads >= C and threads % 32 == 0 and threads * rows <= 512
+            assert rows == 1 or threads == 32, "rows side by side share no barrier"
+            assert 8 * (threads - 32) < C, "the last warp's first vectors"
+
+
+def test_what_it_refuses_cuda():
+    refuses, cpu = cuda.refuses, torch.device("cpu")
+    assert refuses(cpu, torch.bfloat16) is None and refuses(cpu, torch.bfloat16, 1152) is None
+    assert "multiples of 8" in refuses(cpu, torch.bfloat16, 1150)
+    assert "up to 8192" in refuses(cpu, torch.float16, 8200)
+    assert "float64" in refuses(cpu, torch.float64, 64)
+
+
+@pytest.mark.parametrize(("arch", "widest"), [(80, 8192), (86, 5040), (90, 8192), (100, 8192)])
+def test_shared_memory_limits_the_width_cuda(arch, widest, monkeypatch):
+    monkeypatch.setattr(cuda, "architecture", lambda device: arch)
+    served = [C for C in range(8, 8200, 8) if cuda.refuses(torch.device("cpu"), torch.float32, C) is None]
+    assert served[-1] == widest and len(served) == widest // 8
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=6), st.integers(1, 64), st.integers(1, 900))
+def test_chunks_are_a_good_cut(lengths, batch, slots):
+    """Never slower, by the model, than the largest or the smallest chunks."""
+
+    def time(tokens):
+        blocks = batch * sum(-(-length // tokens) for length in lengths)
+        return -(-blocks // slots) * (min(tokens, max(lengths)) + cuda.OVERHEAD)
+
+    chosen = cuda.chunk_tokens(tuple(lengths), batch, 32, slots)
+    assert 4 <= chosen <= 32 and time(chosen) <= min(time(4), time(32))
