@@ -3,17 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CUDA := $(wildcard csrc/*/*.cu)
+FORMATTED := $(CPP) $(CUDA) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
+
+# .venv gets the CUDA kernels where there is a GPU to run them (and nvcc to build them). The tests run their source in
+# tests/emulator either way; `make cuda-build` compiles them wherever nvcc is.
+ARD_BUILD_CUDA ?= $(if $(wildcard /dev/nvidiactl /dev/dxg),auto,0)
+export ARD_BUILD_CUDA
 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test test-slow test-sanitize lint format bench aot aot-update gpu-check gpu-bench clean
+.PHONY: install demo test test-slow test-sanitize lint format bench aot aot-update cuda-build cuda-build-update \
+  gpu-check gpu-bench clean
 
 install: $(STAMP)
 
 # torch first and exactly pinned: a range would bring another build. Python code is used in place (-e).
-$(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
+$(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP) $(if $(filter-out 0,$(ARD_BUILD_CUDA)),$(CUDA))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[train,test,bench,dev]'
@@ -28,24 +36,26 @@ test: install
 test-slow: install
 	$(BIN)/pytest -m slow
 
-# The C++ kernels once more under AddressSanitizer and UndefinedBehaviorSanitizer: the tests that reach them.
+# The C++ kernels once more under AddressSanitizer and UndefinedBehaviorSanitizer: the tests that reach them. Without
+# the CUDA kernels in their emulator, whose coroutines switch stacks behind AddressSanitizer's back.
 SANITIZED := $(CURDIR)/build/sanitized
 PRELOAD = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libubsan.so)
 test-sanitize: install
 	rm -rf $(SANITIZED)
-	ARD_SANITIZE=1 $(BIN)/pip install --quiet --no-deps --target $(SANITIZED) .
+	ARD_SANITIZE=1 ARD_BUILD_CUDA=0 $(BIN)/pip install --quiet --no-deps --target $(SANITIZED) .
 	LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONPATH=$(SANITIZED) \
-	  ARD_EXPECT_EXTENSION=$(SANITIZED) $(BIN)/pytest tests/segment_adaln tests/history -k 'not compile and not triton'
+	  ARD_EXPECT_EXTENSION=$(SANITIZED) $(BIN)/pytest tests/segment_adaln tests/history \
+	  -k 'not compile and not triton and not cuda'
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 bench: install
 	$(BIN)/python -m benchmarks
@@ -56,6 +66,13 @@ aot: install
 
 aot-update: install
 	$(BIN)/python -m benchmarks.aot --update
+
+# The CUDA kernels compiled for sm_80 and sm_90a by nvcc (no GPU needed), checked, compared with the tables.
+cuda-build: install
+	$(BIN)/python -m benchmarks.cuda_build
+
+cuda-build-update: install
+	$(BIN)/python -m benchmarks.cuda_build --update
 
 # For a machine with an NVIDIA GPU: nothing is installed, what its Python has is used. GPU_MINUTES (default 10) bounds it.
 gpu-check:

@@ -39,6 +39,10 @@ def report() -> str:
         lines.append(f"extension: {extension.missing}")
     else:
         lines.append(f"extension: ard_kernels._C, row kernels compiled for and running {extension.module.cpu_isa()}")
+        has_cuda = hasattr(extension.module, "gpu")
+        lines.append(
+            f"CUDA C++ kernels: {'built in' if has_cuda else 'not in this build (no nvcc, or ARD_BUILD_CUDA=0)'}"
+        )
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")

@@ -28,6 +28,13 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a thread block may have (CUDA programming guide, compute capabilities)."""
+    arch = architecture(device)
+    kilobytes = 99 if arch in (86, 89) or arch >= 120 else 163 if arch < 90 else 227
+    return kilobytes << 10
+
+
 def on_device(launch: Callable) -> Callable:
     """Run `launch` with its tensors' GPU as the current one: kernels are launched on that, whatever the tensors' is."""
 

@@ -45,19 +45,51 @@ def test_doctor(name):
         assert word in output
 
 
+def run_setup(folder, **environment):
+    """The build with nothing on PATH but `folder`, so that it ends where cmake would be called at the latest."""
+    arguments = ["setup.py", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
+    defaults = {"PATH": str(folder), "CUDA_HOME": "", "CUDA_PATH": "", "ARD_SANITIZE": "0", "ARD_CUDA_ARCHS": ""}
+    status, output = run_python(*arguments, **defaults | environment)
+    assert status != 0
+    return output
+
+
 @pytest.mark.parametrize(
-    ("choice", "message"),
+    ("environment", "message"),
     [
-        ("1", "ARD_BUILD_CUDA=1 needs nvcc, and none is on PATH"),
-        ("yes", "ARD_BUILD_CUDA is 'yes'; expected auto, 0 or 1"),
+        ({"ARD_BUILD_CUDA": "1"}, "ARD_BUILD_CUDA=1 needs nvcc, and none is on PATH"),
+        ({"ARD_BUILD_CUDA": "yes"}, "ARD_BUILD_CUDA is 'yes'; expected auto, 0 or 1"),
+        ({"ARD_BUILD_CUDA": "1", "ARD_SANITIZE": "1"}, "sanitizer builds have no CUDA kernels"),
+        ({"ARD_CUDA_ARCHS": "80;sm_90"}, "ARD_CUDA_ARCHS is '80;sm_90'; expected architectures from 80 on"),
+        ({"ARD_CUDA_ARCHS": "75"}, "ARD_CUDA_ARCHS is '75'; expected architectures from 80 on"),
     ],
 )
-def test_build_cuda_is_read(choice, message, tmp_path):
-    status, output = run_python(
-        "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path),
-        ARD_BUILD_CUDA=choice, PATH=str(tmp_path), CUDA_HOME="", CUDA_PATH="",
-    )  # fmt: skip
-    assert status != 0 and message in output
+def test_build_cuda_is_read(environment, message, tmp_path):
+    assert message in run_setup(tmp_path, **environment)
+
+
+@pytest.mark.parametrize(
+    ("script", "problem"),
+    [
+        ("echo Cuda compilation tools, release 11.8, V11.8.89", "is of CUDA 11.8; 12.0 or newer is needed"),
+        ("echo no such licence >&2; exit 1", "nvcc --version says nothing of a release: no such licence"),
+        (
+            '[ "$1" = --version ] && echo release 12.4 && exit 0; echo unsupported GNU version >&2; exit 1',
+            "nvcc cannot compile an empty kernel for 80, 90a: unsupported GNU version",
+        ),
+    ],
+)
+def test_a_compiler_that_cannot_build_is_named(script, problem, tmp_path):
+    """auto says so in one line and goes on without CUDA; 1 fails with the reason; 0 does not look."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(0o755)
+    said = "ard-kernels: building without CUDA kernels: "
+    (line,) = (line for line in run_setup(tmp_path, ARD_BUILD_CUDA="auto").splitlines() if line.startswith(said))
+    assert problem in line
+    output = run_setup(tmp_path, ARD_BUILD_CUDA="1")
+    assert "ARD_BUILD_CUDA=1: " in output and problem in output and said not in output
+    assert problem not in run_setup(tmp_path, ARD_BUILD_CUDA="0")
 
 
 def test_backend_from_the_environment():

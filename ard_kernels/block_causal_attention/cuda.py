@@ -8,7 +8,7 @@ import torch
 
 from ard_kernels import extension
 from ard_kernels.block_causal_attention.tiles import heads_per_group, schedule
-from ard_kernels.gpu_support import keep_if_captured, on_device
+from ard_kernels.gpu_support import architecture, keep_if_captured, multiprocessors, on_device, shared_limit
 
 
 def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
@@ -18,9 +18,14 @@ def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) 
         return reason
     if dtype == torch.float32:
         return "its tensor-core kernels take bfloat16 and float16; float32 is served by the triton backend"
-    head_dims = extension.gpu(device).attention_head_dims
-    if width is not None and width not in head_dims:
-        return f"head dim {width} is not compiled; expected one of {', '.join(map(str, head_dims))}"
+    if width is None:
+        return None
+    gpu, limit = extension.gpu(device), shared_limit(device)
+    if width not in gpu.attention_head_dims:
+        return f"head dim {width} is not compiled; expected one of {', '.join(map(str, gpu.attention_head_dims))}"
+    needs = gpu.attention_shared_bytes(width)
+    if needs > limit:
+        return f"head dim {width} needs {needs} bytes of shared memory; a block of this GPU has {limit}"
     return None
 
 
@@ -48,14 +53,12 @@ def forward(q, k, v, lengths, window, sink, scale: float) -> tuple[torch.Tensor,
     lse = q.new_empty(B, H, T, dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
-    gpu = extension.gpu(q.device)
-    q, k, v = map(aligned, (q, k, v))
-    gpu.attention_forward(
-        *map(extension.heads_view, (q, k, v, out)),
-        lse.data_ptr(),
-        tables(q, lengths, window, sink, gpu.attention_forward_block(D), by_key=False),
-        B, H, T, scale, extension.dtype_code(q.dtype), D, extension.stream(q.device),
-    )  # fmt: skip
+    gpu, q, k, v = extension.gpu(q.device), *map(aligned, (q, k, v))
+    views = tuple(map(extension.heads_view, (q, k, v, out)))
+    sizes = B, H, T, scale, extension.dtype_code(q.dtype), D
+    hopper, *block = gpu.attention_forward_kernel(*views, *sizes, architecture(q.device), multiprocessors(q.device))
+    made = tables(q, lengths, window, sink, tuple(block), by_key=False)
+    gpu.attention_forward(*views, lse.data_ptr(), made, *sizes, hopper, extension.stream(q.device))
     return out, lse
 
 

@@ -13,10 +13,9 @@ from itertools import pairwise
 import torch
 
 from ard_kernels import extension
-from ard_kernels.gpu_support import architecture, keep_if_captured, multiprocessors, on_device
+from ard_kernels.gpu_support import keep_if_captured, multiprocessors, on_device, shared_limit
 from ard_kernels.segment_adaln.chunks import Chunks, chunks
 from ard_kernels.segments import segment_offsets
-from ard_kernels.tuning import table_architecture
 
 MOST_CHANNELS = 8192
 # Of a multiprocessor, by the compiler's report: registers per thread of the kernels of 8 elements per thread.
@@ -24,11 +23,6 @@ REGISTERS = {"forward": 96, "backward": 128}
 # Tokens of a chunk, at most; a chunk costs as much as OVERHEAD tokens to begin and to end.
 TOKENS = {"forward": 32, "backward": 64}
 OVERHEAD = 2
-
-
-def shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have."""
-    return {80: 163, 86: 99}.get(table_architecture(architecture(device)), 227) << 10
 
 
 def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:

@@ -9,6 +9,9 @@
 
 #include "../common/python.h"
 #include "params.h"
+#ifdef ARD_CUDA_SM90
+#include "sm90_entry.h"
+#endif
 
 namespace py = pybind11;
 
@@ -44,11 +47,30 @@ AttentionParams params_of(const HeadsView& q, const HeadsView& k, const HeadsVie
   return p;
 }
 
+// (multiprocessors if the Hopper kernel serves the call on compute capability `chip`, else 0; rows and columns of a
+// tile)
+std::tuple<int, int, int> forward_kernel(const HeadsView& q, const HeadsView& k, const HeadsView& v,
+                                         const HeadsView& out, int32_t batch, int32_t heads, int32_t tokens,
+                                         float scale, int dtype, int head_dim, int chip, int multiprocessors) {
+#ifdef ARD_CUDA_SM90
+  const AttentionParams p = params_of(q, k, v, out, {}, batch, heads, tokens, scale);
+  if (chip == 90 && sm90_serves(p, static_cast<DType>(dtype), head_dim)) {
+    return {multiprocessors, kSm90BlockM, kSm90BlockN};
+  }
+#endif
+  return {0, kForwardBlockM, forward_block_n(head_dim)};
+}
+
+// hopper_blocks: the first of forward_kernel's results.
 void forward(const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out, uintptr_t lse,
              const Tables& tables, int32_t batch, int32_t heads, int32_t tokens, float scale, int dtype, int head_dim,
-             uintptr_t stream) {
+             int hopper_blocks, uintptr_t stream) {
   AttentionParams p = params_of(q, k, v, out, tables, batch, heads, tokens, scale);
   p.lse = floats(lse);
+#ifdef ARD_CUDA_SM90
+  if (hopper_blocks)
+    return attention_forward_sm90(p, static_cast<DType>(dtype), head_dim, hopper_blocks, pointer(stream));
+#endif
   switch (head_dim) {
 #define ARD_CASE(dim) \
   case dim:           \
@@ -100,7 +122,17 @@ void backward(const HeadsView& grad_out, const HeadsView& q, const HeadsView& k,
 
 void bind_block_causal_attention(py::module_& m) {
   m.attr("attention_head_dims") = py::tuple(py::cast(std::vector<int>(std::begin(kHeadDims), std::end(kHeadDims))));
-  m.def("attention_forward_block", [](int head_dim) { return std::pair(kForwardBlockM, forward_block_n(head_dim)); });
+  m.def("attention_shared_bytes", [](int head_dim) {
+    switch (head_dim) {
+#define ARD_CASE(dim) \
+  case dim:           \
+    return attention_shared_bytes_sm80<dim>();
+      ARD_FOR_EACH_HEAD_DIM(ARD_CASE)
+#undef ARD_CASE
+    }
+    throw std::invalid_argument("attention_shared_bytes: head dim not compiled");
+  });
+  m.def("attention_forward_kernel", &forward_kernel);
   m.def("attention_history_block", [](int head_dim) { return std::pair(kHistoryBlockM, forward_block_n(head_dim)); });
   m.def("attention_forward", &forward);
   m.def("attention_history", &history);

@@ -55,5 +55,8 @@ template <int kHeadDim>
 void attention_history_sm80(const AttentionParams& params, DType dtype, void* stream);
 template <int kHeadDim>
 void attention_backward_sm80(const AttentionBackwardParams& params, DType dtype, void* stream);
+// The most shared memory that a block of these kernels takes.
+template <int kHeadDim>
+int attention_shared_bytes_sm80();
 
 }  // namespace ard

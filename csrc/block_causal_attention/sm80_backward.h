@@ -260,6 +260,15 @@ void launch_sm80_backward(const AttentionBackwardParams& p, void* stream) {
 }
 
 template <int kHeadDim>
+int attention_shared_bytes_sm80() {
+  constexpr int kForward = ForwardTraits<kHeadDim, kForwardBlockM>::kSharedBytes;
+  constexpr int kBackward = BackwardTraits<kHeadDim, 1>::kSharedBytes,
+                kMost = kForward > kBackward ? kForward : kBackward;
+  static_assert(kMost <= 163 << 10, "what a block may have on sm_80");
+  return kMost;
+}
+
+template <int kHeadDim>
 void attention_backward_sm80(const AttentionBackwardParams& p, DType dtype, void* stream) {
   dtype == DType::kBFloat16 ? launch_sm80_backward<bfloat16, kHeadDim>(p, stream)
                             : launch_sm80_backward<float16, kHeadDim>(p, stream);

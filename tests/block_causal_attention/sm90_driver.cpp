@@ -42,3 +42,4 @@ EXPORT uint64_t value_descriptor(const sm90::TileLayout* tile, int group) {
 }
 EXPORT int accumulator_row(int thread, int i) { return sm90::accumulator_row(thread, i); }
 EXPORT int accumulator_column(int thread, int i) { return sm90::accumulator_column(thread, i); }
+EXPORT uint32_t columns_below(int thread, int column) { return sm90::columns_below(thread, column); }

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oracle import BACKWARD_FACTOR, assert_all_close, assert_close
 
 from ard_kernels import block_causal_attention, block_causal_attention_packed, extension, tuning
-from ard_kernels.block_causal_attention import tiles, torch_impl
+from ard_kernels.block_causal_attention import cuda, tiles, torch_impl
 from ard_kernels.block_causal_attention.reference import block_causal_attention as reference
 from ard_kernels.block_causal_attention.spec import dense_mask
 
@@ -66,10 +66,16 @@ def test_equal_segments(backend, dtype, mask, D, poisoned):
     check(backend, [16], mask, B, H, D, dtype)
 
 
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+def chip(request, monkeypatch):
+    """The chip whose forward kernel the emulator runs; the backward is the same for all."""
+    monkeypatch.setattr(cuda, "architecture", lambda device: request.param)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("D", CUDA_HEAD_DIMS)
-def test_equal_segments_cuda(dtype, mask, D, poisoned):
+def test_equal_segments_cuda(dtype, mask, D, chip, poisoned):
     check("cuda", [48], mask, 1, 1, D, dtype)
 
 
@@ -125,14 +131,17 @@ def test_drawn_cases_triton(lengths, mask, D, dtype, kind):
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 5),
+    arch=st.sampled_from([80, 90]),
 )
-def test_drawn_cases_cuda(lengths, mask, shape, dtype, kind, seed):
+def test_drawn_cases_cuda(lengths, mask, shape, dtype, kind, seed, arch):
     extension.emulated.set_seed(seed)
-    check("cuda", lengths, mask, *shape, dtype, kind)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "architecture", lambda device: arch)
+        check("cuda", lengths, mask, *shape, dtype, kind)
 
 
 @pytest.mark.parametrize("D", CUDA_HEAD_DIMS)
-def test_every_order_of_warps_cuda(D):
+def test_every_order_of_warps_cuda(D, chip):
     """Bit-equal however the emulator orders the warps, and free of bank conflicts."""
     results = []
     for seed in range(6):
@@ -151,7 +160,7 @@ def test_every_order_of_warps_cuda(D):
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 1.5])
 @pytest.mark.parametrize("segment_length", [64, [50, 14, 64]], ids=["full_tiles", "masked_tiles"])
-def test_any_scale_cuda(scale, segment_length):
+def test_any_scale_cuda(scale, segment_length, chip):
     q, k, v = (torch.randn(1, 1, 128, 72, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     grad_out = torch.randn_like(q)
     results = []
@@ -169,7 +178,7 @@ def test_any_scale_cuda(scale, segment_length):
     assert_all_close(ours, plain_results, expected, factor=BACKWARD_FACTOR)
 
 
-def test_unaligned_inputs_are_copied_cuda():
+def test_unaligned_inputs_are_copied_cuda(chip):
     """A view that starts 2 bytes off a 16-byte boundary."""
     leaf = torch.randn(3, 1, 1, 64, 80, dtype=torch.bfloat16)
     q, k, v = leaf[..., 1:73].unbind(0)

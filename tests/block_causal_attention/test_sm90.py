@@ -76,6 +76,7 @@ def sm90():
         "bank_conflicts": (c_int64, []),
         "layout": (Layout, [c_int, c_bool, c_int]),
         "score_descriptor": (c_uint64, [POINTER(Layout), c_int]),
+        "columns_below": (c_uint32, [c_int, c_int]),
         "value_descriptor": (c_uint64, [POINTER(Layout), c_int]),
     }
     library = build()
@@ -233,6 +234,14 @@ def test_tile_layout(sm90, D, values):
 def test_fragments_cover_the_tile(sm90):
     held = {(sm90.accumulator_row(t, i), sm90.accumulator_column(t, i)) for t in range(128) for i in range(64)}
     assert held == {(r, c) for r in range(64) for c in range(128)}
+
+
+def test_columns_below(sm90):
+    for thread in range(4):
+        columns = [sm90.accumulator_column(thread, i // 2 * 4 + i % 2) for i in range(32)]
+        for stop in range(-140, 280):
+            below = sum(1 << i for i, column in enumerate(columns) if column < stop)
+            assert sm90.columns_below(thread, stop) == below
 
 
 @pytest.mark.parametrize(("D", "expected"), [(64, 4), (72, 4), (80, 4), (96, 3), (128, 2)])
