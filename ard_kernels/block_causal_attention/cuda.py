@@ -20,12 +20,11 @@ def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) 
         return "its tensor-core kernels take bfloat16 and float16; float32 is served by the triton backend"
     if width is None:
         return None
-    gpu, limit = extension.gpu(device), shared_limit(device)
-    if width not in gpu.attention_head_dims:
-        return f"head dim {width} is not compiled; expected one of {', '.join(map(str, gpu.attention_head_dims))}"
-    needs = gpu.attention_shared_bytes(width)
-    if needs > limit:
-        return f"head dim {width} needs {needs} bytes of shared memory; a block of this GPU has {limit}"
+    needs, limit = extension.gpu(device).attention_shared_bytes, shared_limit(device)
+    if width not in needs:
+        return f"head dim {width} is not compiled; expected one of {', '.join(map(str, needs))}"
+    if needs[width] > limit:
+        return f"head dim {width} needs {needs[width]} bytes of shared memory; a block of this GPU has {limit}"
     return None
 
 

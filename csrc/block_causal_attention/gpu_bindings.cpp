@@ -30,9 +30,6 @@ TileTables tables_of(const Tables& tables) {
 float* floats(uintptr_t pointer) { return reinterpret_cast<float*>(pointer); }
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-#define ARD_COUNT(head_dim) head_dim,
-constexpr int kHeadDims[] = {ARD_FOR_EACH_HEAD_DIM(ARD_COUNT)};
-
 // |scale| * log2(e), never 0: a masked score of -inf must stay -inf.
 float base2_scale(float scale) { return std::max(std::fabs(scale) * 1.4426950408889634f, FLT_MIN); }
 
@@ -121,17 +118,12 @@ void backward(const HeadsView& grad_out, const HeadsView& q, const HeadsView& k,
 }  // namespace
 
 void bind_block_causal_attention(py::module_& m) {
-  m.attr("attention_head_dims") = py::tuple(py::cast(std::vector<int>(std::begin(kHeadDims), std::end(kHeadDims))));
-  m.def("attention_shared_bytes", [](int head_dim) {
-    switch (head_dim) {
-#define ARD_CASE(dim) \
-  case dim:           \
-    return attention_shared_bytes_sm80<dim>();
-      ARD_FOR_EACH_HEAD_DIM(ARD_CASE)
-#undef ARD_CASE
-    }
-    throw std::invalid_argument("attention_shared_bytes: head dim not compiled");
-  });
+  // A dict, not a function: it is asked while torch.compile traces a caller.
+  py::dict shared_bytes;
+#define ARD_ENTRY(dim) shared_bytes[py::int_(dim)] = attention_shared_bytes_sm80<dim>();
+  ARD_FOR_EACH_HEAD_DIM(ARD_ENTRY)
+#undef ARD_ENTRY
+  m.attr("attention_shared_bytes") = shared_bytes;
   m.def("attention_forward_kernel", &forward_kernel);
   m.def("attention_history_block", [](int head_dim) { return std::pair(kHistoryBlockM, forward_block_n(head_dim)); });
   m.def("attention_forward", &forward);

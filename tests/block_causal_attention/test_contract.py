@@ -8,7 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ard_kernels
-from ard_kernels import block_causal_attention, block_causal_attention_packed
+from ard_kernels import block_causal_attention, block_causal_attention_packed, gpu_support
+from ard_kernels.block_causal_attention import cuda
 from ard_kernels.block_causal_attention.spec import useful_pairs
 
 
@@ -116,9 +117,12 @@ def test_bad_packed_input(shape, message):
         block_causal_attention_packed(torch.randn(shape), segment_length=16)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("backend", "D", "dtype"),
+    [("torch", 16, torch.float32), ("triton", 16, torch.float32), ("cuda", 64, torch.bfloat16)],
+)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_to_one_graph(backend, dynamic):
+def test_compiles_to_one_graph(backend, D, dtype, dynamic):
     @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
     def layer(x, window):
         B, T, C = x.shape
@@ -127,7 +131,7 @@ def test_compiles_to_one_graph(backend, dynamic):
         return out.reshape(B, T, C // 3).sin()
 
     for B, T in ((1, 48), (2, 64), (2, 96)):
-        x = torch.randn(B, T, 96, requires_grad=True)
+        x = torch.randn(B, T, 6 * D, dtype=dtype, requires_grad=True)
         out = layer(x, 2)
         expected = layer._torchdynamo_orig_callable(x, 2)
         torch.testing.assert_close(out, expected)
@@ -135,12 +139,15 @@ def test_compiles_to_one_graph(backend, dynamic):
         torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_compiles_with_inductor(backend):
+@pytest.mark.parametrize(
+    ("backend", "D", "dtype"),
+    [("torch", 16, torch.float32), ("triton", 16, torch.float32), ("cuda", 72, torch.float16)],
+)
+def test_compiles_with_inductor(backend, D, dtype):
     def layer(q, k, v):
         return block_causal_attention(q * 2, k, v, segment_length=16, backend=backend).sin()
 
-    q, k, v = qkv(2, 2, 48, 16)
+    q, k, v = qkv(2, 2, 48, D, dtype=dtype)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(q, k, v), layer(q, k, v))
 
 
@@ -154,10 +161,13 @@ def test_autocast_casts_as_sdpa_does():
 
 
 @pytest.mark.parametrize(("lengths", "window", "sink"), [([16], None, 0), ([16], 1, 0), ([8, 24, 16], 1, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_opcheck(backend, lengths, window, sink, dtype):
-    q, k, v = qkv(2, 1, 48, 16, dtype=dtype, grad=True)
+@pytest.mark.parametrize(
+    ("backend", "D", "dtype"),
+    [(backend, 16, dtype) for backend in ("torch", "triton") for dtype in (torch.float32, torch.bfloat16)]
+    + [("cuda", 72, torch.bfloat16)],
+)
+def test_opcheck(backend, D, lengths, window, sink, dtype):
+    q, k, v = qkv(2, 1, 48, D, dtype=dtype, grad=True)
     settings = (lengths, window, sink, 0.25, backend)
     torch.library.opcheck(torch.ops.ard.block_causal_attention, (q, k, v, *settings))
     out, lse = (x.detach() for x in torch.ops.ard.block_causal_attention(q, k, v, *settings))
@@ -193,7 +203,7 @@ def test_backends_lists_a_reason_for_every_refusal():
 def test_the_interpreter_is_never_the_automatic_choice(monkeypatch):
     module = sys.modules["ard_kernels.backends"]
     assert ard_kernels.backends("cpu")["block_causal_attention"]["triton"].available
-    assert module.resolve("block_causal_attention", None, torch.device("cpu"), torch.float32) == "torch"
+    assert module.resolve("block_causal_attention", None, torch.device("cpu"), torch.float32, 16) == "torch"
     monkeypatch.setattr(ard_kernels.triton_support, "INTERPRETING", False)
     q, k, v = qkv(1, 1, 32, 16)
     with pytest.raises(ValueError, match="runs in Triton's interpreter only"):
@@ -201,3 +211,18 @@ def test_the_interpreter_is_never_the_automatic_choice(monkeypatch):
     q, k, v = qkv(1, 1, 32, 16, dtype=torch.float64)
     with pytest.raises(ValueError, match="float64 is served by the torch backend only"):
         block_causal_attention(q, k, v, segment_length=16, backend="triton")
+
+
+ALL_HEAD_DIMS = [64, 72, 80, 96, 128]
+
+
+@pytest.mark.parametrize(("arch", "served"), [(80, ALL_HEAD_DIMS), (86, [64, 72, 80]), (90, ALL_HEAD_DIMS)])
+def test_what_the_cuda_kernels_refuse(arch, served, monkeypatch):
+    """float32, head dims that are not compiled, and those whose tiles do not fit a block's shared memory."""
+    monkeypatch.setattr(gpu_support, "architecture", lambda device: arch)
+    cpu = torch.device("cpu")
+    assert [D for D in range(8, 257, 8) if cuda.refuses(cpu, torch.bfloat16, D) is None] == served
+    assert "tensor-core" in cuda.refuses(cpu, torch.float32, 72)
+    assert "not compiled; expected one of 64, 72" in cuda.refuses(cpu, torch.float16, 40)
+    if arch == 86:
+        assert "shared memory" in cuda.refuses(cpu, torch.float16, 128)

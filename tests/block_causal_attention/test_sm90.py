@@ -155,6 +155,12 @@ def test_ring_wraps(sm90, D):
     check(sm90, *packed(1, 1, 1290, D, torch.float16), [1290], (None, 0), multiprocessors=2, seed=5)
 
 
+@pytest.mark.parametrize(("lengths", "T"), [([1], 1), ([7], 21), ([129], 129), ([1], 9)], ids=str)
+def test_fewer_tokens_than_a_tile(sm90, lengths, T):
+    for mask in MASKS.values():
+        check(sm90, *packed(2, 1, T, 72, torch.bfloat16), lengths, mask)
+
+
 def test_contiguous_strided_and_offset_inputs(sm90):
     leaf = torch.randn(3, 2, 2, 2 * 140 + 1, 80, dtype=torch.bfloat16)
     check(sm90, *leaf[:, :, :, 1::2, 8:].unbind(0), [70], (None, 0))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ard_kernels import extension
+from ard_kernels import extension, gpu_support
 from ard_kernels.segment_adaln import cuda
 
 
@@ -93,7 +93,7 @@ def test_what_it_refuses_cuda():
 
 @pytest.mark.parametrize(("arch", "widest"), [(80, 8192), (86, 5040), (90, 8192), (100, 8192)])
 def test_shared_memory_limits_the_width_cuda(arch, widest, monkeypatch):
-    monkeypatch.setattr(cuda, "architecture", lambda device: arch)
+    monkeypatch.setattr(gpu_support, "architecture", lambda device: arch)
     served = [C for C in range(8, 8200, 8) if cuda.refuses(torch.device("cpu"), torch.float32, C) is None]
     assert served[-1] == widest and len(served) == widest // 8
 
