@@ -67,6 +67,7 @@ struct Fiber {
   std::vector<Copy> open;                // cp.async since the last commit
   std::deque<std::vector<Copy>> groups;  // committed, oldest first
   std::vector<Access> accesses;
+  std::vector<Access> stores;  // to shared memory, since the last fence_async_proxy (Hopper kernels)
 };
 
 // A meeting of some threads: the last to come does the work, and all go on.
@@ -101,6 +102,18 @@ class Block {
 
   [[noreturn]] void fail(const std::string& what) const {
     throw Failure("block " + std::to_string(x) + ", thread " + std::to_string(self ? self->thread : -1) + ": " + what);
+  }
+
+  // No thread has written there since its last fence_async_proxy.
+  void check_fenced(const void* address, size_t bytes) const {
+    const auto first = reinterpret_cast<uintptr_t>(address);
+    for (const Fiber& fiber : fibers_) {
+      for (const Access& store : fiber.stores) {
+        if (store.address < first + bytes && first < store.address + store.bytes) {
+          fail("shared memory that thread " + std::to_string(fiber.thread) + " wrote without a fence_async_proxy");
+        }
+      }
+    }
   }
 
   void suspend(const char* waits_for) {
@@ -198,7 +211,7 @@ inline void Block::run(int64_t block_x, int64_t block_y, int64_t blocks, const s
   for (int i = 0; i < threads_; ++i) {
     Fiber& fiber = fibers_[i];
     fiber.started = fiber.done = false, fiber.thread = i;
-    fiber.open.clear(), fiber.groups.clear(), fiber.accesses.clear();
+    fiber.open.clear(), fiber.groups.clear(), fiber.accesses.clear(), fiber.stores.clear();
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = fiber.stack.get();
     fiber.start.uc_stack.ss_size = kStack;
@@ -415,6 +428,9 @@ inline T load_shared(const T* from) {
 template <class T>
 inline void store_shared(T* to, const T& value) {
   emulator::block->count_access(to, sizeof(T));
+  if (emulator::block->hopper) {
+    emulator::block->self->stores.push_back({reinterpret_cast<uintptr_t>(to), static_cast<int>(sizeof(T))});
+  }
   *to = value;
 }
 

@@ -1,6 +1,7 @@
 // csrc/common/hopper.h for the host, after the PTX manual's definitions and stricter than the hardware:
 //   barriers live in shared memory, are checked to be initialised and not overrun, and their phases end as on the chip;
-//   a tensor copy spoils its destination when issued and lands later, each row swizzled by its shared-memory address;
+//   a tensor copy spoils its destination when issued and lands later, each row swizzled by its shared-memory address; a
+//   thread that wrote there before must have fenced;
 //   a matrix instruction decodes its descriptors bit by bit. It takes a picture of its operands when issued, leaves NaN
 //   in its accumulators, and does its work when a warp waits for it: operands that differ then from the picture, or
 //   accumulators that were touched, are errors.
@@ -69,7 +70,7 @@ inline uint32_t shared_address(const void* shared) {
 }
 
 inline int warp_uniform(int value) { return value; }
-inline void fence_async_proxy() {}
+inline void fence_async_proxy() { emulator::block->self->stores.clear(); }
 
 template <int kCount>
 inline void pin_registers(float (&)[kCount]) {}
@@ -158,6 +159,7 @@ inline void tensor_load(void* to, const TensorMap& map, uint64_t* barrier, int c
   block->check_shared(to, bytes, 128);
   if (shared_address(to) % (8 * map.box.swizzle)) block->fail("tensor_load: destination inside of a swizzle's pattern");
   if (hopper().unfenced_barriers) block->fail("tensor_load: a barrier was initialised without a fence");
+  block->check_fenced(to, bytes);
   barrier_state(barrier);
   std::memset(to, 0xff, bytes);
   ++counts.async_copies;

@@ -6,9 +6,40 @@
 #include <cstring>
 
 #include "block_causal_attention/mma_tiles.h"
+#include "block_causal_attention/sm90_layout.h"
 #include "block_causal_attention/tile_range.h"
 #include "common/gpu.h"
 #include "gpu_bindings.h"
+
+namespace {
+
+// The layouts of the Hopper kernel.
+void bind_sm90(pybind11::module_ m) {
+  using namespace ard::sm90;
+  pybind11::class_<TileLayout>(m, "TileLayout")
+      .def_property_readonly("groups",
+                             [](const TileLayout& layout) {
+                               std::vector<std::tuple<int, int, int>> groups;
+                               for (int g = 0; g < layout.groups; ++g) {
+                                 const ColumnGroup& group = layout.group[g];
+                                 groups.emplace_back(group.first, group.columns, group.swizzle);
+                               }
+                               return groups;
+                             })
+      .def("bytes", &TileLayout::bytes)
+      .def("offset", [](const TileLayout& layout, int row, int column) { return layout.offset(row, column); })
+      .def("step_offset", &TileLayout::step_offset)
+      .def("score_descriptor", [](const TileLayout& layout, int step) { return score_descriptor(layout, step); })
+      .def("value_descriptor", [](const TileLayout& layout, int group) { return value_descriptor(layout, group); });
+  m.def("score_layout", &score_layout);
+  m.def("value_layout", &value_layout);
+  m.def("stages", &stages);
+  m.def("accumulator_row", &accumulator_row);
+  m.def("accumulator_column", &accumulator_column);
+  m.def("columns_below", &columns_below);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(ard_emulated, m) {
   using ard::emulator::counts;
@@ -27,6 +58,7 @@ PYBIND11_MODULE(ard_emulated, m) {
       "What the last launch did.");
 
   // Index algebra of the kernels, for tests of its own.
+  bind_sm90(m.def_submodule("sm90"));
   m.def("head_tile", [](int64_t program, int batch_heads, int group, int tiles) {
     const ard::HeadTile place = ard::head_tile(program, batch_heads, group, tiles);
     return std::pair(place.tile, place.batch_head);

@@ -1,0 +1,3 @@
+#include "sm90.h"
+
+template void ard::attention_forward_sm90<96>(const AttentionParams&, DType, int, void*);
