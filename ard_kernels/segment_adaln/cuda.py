@@ -32,8 +32,11 @@ def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) 
         return reason
     if width % 8 or width > MOST_CHANNELS:
         return f"C is {width}; it takes multiples of 8 up to {MOST_CHANNELS}"
-    # Backward, a token with branch in fp32 and, beyond 4096 channels, an fp32 sum.
-    needs, limit = width * (3 * dtype.itemsize + (8 if width > 4096 else 4)) + 512, shared_limit(device)
+    # Backward, for what a block's threads hold: a token of grad_h and h, of branch and grad_y, which may be fp32, and
+    # beyond 4096 channels an fp32 sum.
+    step, sum_bytes = (512, 4) if width > 4096 else (256, 0)
+    needs = -(-width // step) * step * (2 * dtype.itemsize + 8 + sum_bytes) + 512
+    limit = shared_limit(device)
     if needs > limit:
         return f"C = {width} needs {needs} bytes of shared memory; a block of this GPU has {limit}"
     return None

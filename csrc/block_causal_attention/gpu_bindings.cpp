@@ -104,7 +104,7 @@ void backward(const HeadsView& grad_out, const HeadsView& q, const HeadsView& k,
   p.by_query = tables_of(by_query), p.by_key = tables_of(by_key);
   p.batch = batch, p.heads = heads, p.tokens = tokens;
   p.scale = scale;
-  p.scale2 = std::copysign(base2_scale(scale), scale);
+  p.scale2 = scale < 0 ? -base2_scale(scale) : base2_scale(scale);
   switch (head_dim) {
 #define ARD_CASE(dim) \
   case dim:           \

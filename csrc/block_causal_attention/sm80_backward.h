@@ -13,7 +13,8 @@
 
 namespace ard {
 
-// kMTiles_: dQ has one output beside its scores and can hold 32 rows a warp up to D = 80; dK and dV hold 16.
+// kMTiles_: dQ has one output beside its scores and can hold 32 rows a warp. Two such blocks fit on a
+// multiprocessor of sm_80 up to D = 72; above, one block of warps with 16 rows has more of them. dK and dV hold 16.
 template <int kHeadDim_, int kMTiles_>
 struct BackwardTraits {
   static constexpr int kHeadDim = kHeadDim_, kMTiles = kMTiles_, kWarpRows = 16 * kMTiles;
@@ -64,7 +65,7 @@ ARD_DEVICE void row_statistics(RowStatistics (&own)[Traits::kMTiles][2], const A
     const char* gOut =
         head_pointer(p.out, batch_head / p.heads, batch_head % p.heads) + (row + r) * p.out.stride_token * 2;
     for (int chunk = 0; chunk < Traits::kHeadDim / 8; ++chunk) {
-      const Words out = load_global_once(gOut + 16 * chunk);
+      const Words out = load_global(gOut + 16 * chunk);
       const Words grad =
           load_shared(reinterpret_cast<const Words*>(sGradRows + Tile<Traits::kHeadDim>::offset(r, chunk)));
 #pragma unroll
@@ -243,7 +244,7 @@ sm80_backward_dkv(const ARD_GRID_CONSTANT AttentionBackwardParams p) {
 
 template <class T, int kHeadDim>
 void launch_sm80_backward(const AttentionBackwardParams& p, void* stream) {
-  using Dq = BackwardTraits<kHeadDim, kHeadDim <= 80 ? 2 : 1>;
+  using Dq = BackwardTraits<kHeadDim, kHeadDim <= 72 ? 2 : 1>;
   using Dkv = BackwardTraits<kHeadDim, 1>;
   const int64_t heads = static_cast<int64_t>(p.batch) * p.heads;
   launch<sm80_backward_dq<T, Dq>>(p.by_query.tiles * heads, 1, Dq::kThreads, Dq::kSharedBytes,

@@ -113,6 +113,10 @@ ARD_DEVICE MaskedTile column_tile(const TileItem& item, const MaskedTile* masked
   return {start, start + kBlockN};
 }
 
+struct alignas(8) FloatPair {
+  float first, second;
+};
+
 // Partial results of a split: (splits, rows) outputs that are not divided by their total yet, then maxima and totals.
 template <class Traits>
 ARD_DEVICE void store_partial(const AttentionParams& p, const Softmax<Traits>& softmax,
@@ -130,10 +134,11 @@ ARD_DEVICE void store_partial(const AttentionParams& p, const Softmax<Traits>& s
 #pragma unroll
       for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
         float* to = p.workspace + at * Traits::kHeadDim + 8 * n + fragment_column(lane, 0);
-        to[0] = o[m][n][2 * half], to[1] = o[m][n][2 * half + 1];
+        *reinterpret_cast<FloatPair*>(to) = {o[m][n][2 * half], o[m][n][2 * half + 1]};
       }
-      if (lane % 4 == 0)
-        statistics[2 * at] = softmax.maximum_[m][half], statistics[2 * at + 1] = softmax.total[m][half];
+      if (lane % 4 == 0) {
+        *reinterpret_cast<FloatPair*>(statistics + 2 * at) = {softmax.maximum_[m][half], softmax.total[m][half]};
+      }
     }
   }
 }

@@ -3,6 +3,7 @@
 // source of the kernels. So kernels use nothing of CUDA but what this header (and hopper.h) declares.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -207,19 +208,24 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// Let `kKernel` have all the shared memory that a block of the current device may have; 48 KB are the default. A launch
+// takes what it asks for; a limit of a smaller launch's size would refuse the next, larger one.
+template <auto kKernel>
+void allow_shared_memory() {
+  static std::atomic<uint64_t> allowed{0};  // a bit for each of the first 64 devices
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (allowed.load(std::memory_order_relaxed) & bit) return;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory of a block");
+  check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
+  allowed.fetch_or(bit, std::memory_order_relaxed);
+}
+
 // Launch `kKernel` on `stream`'s device, which is the current one.
 template <auto kKernel, class Params>
 void launch(int64_t blocks, int64_t blocks_y, int threads, size_t shared_bytes, Stream stream, const Params& params) {
-  if (shared_bytes > (48 << 10)) {  // must be asked for, once per device
-    static thread_local uint64_t asked = 0;
-    int device = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    if (device >= 64 || !(asked >> device & 1)) {
-      const int bytes = static_cast<int>(shared_bytes);
-      check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
-      if (device < 64) asked |= uint64_t{1} << device;
-    }
-  }
+  if (shared_bytes > (48 << 10)) allow_shared_memory<kKernel>();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y));
   config.blockDim = dim3(static_cast<unsigned>(threads));

@@ -158,7 +158,7 @@ def test_every_order_of_warps_cuda(D, chip):
         assert torch.equal(out, results[0][0]) and torch.equal(grad, results[0][1])
 
 
-@pytest.mark.parametrize("scale", [-0.7, 0.0, 1.5])
+@pytest.mark.parametrize("scale", [-0.7, 0.0, -0.0, 1.5])
 @pytest.mark.parametrize("segment_length", [64, [50, 14, 64]], ids=["full_tiles", "masked_tiles"])
 def test_any_scale_cuda(scale, segment_length, chip):
     q, k, v = (torch.randn(1, 1, 128, 72, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))

@@ -563,6 +563,7 @@ template <auto kKernel, class Params>
 void launch(int64_t blocks, int64_t blocks_y, int threads, size_t shared_bytes, Stream, const Params& params) {
   using namespace emulator;
   counts = Counts{};
+  if (shared_bytes > (227 << 10)) throw Failure("launch: more shared memory than a block may have");
   Block here(threads, shared_bytes);
   block = &here;
   for (int64_t y = 0; y < blocks_y; ++y) {

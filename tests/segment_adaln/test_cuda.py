@@ -91,7 +91,7 @@ def test_what_it_refuses_cuda():
     assert "float64" in refuses(cpu, torch.float64, 64)
 
 
-@pytest.mark.parametrize(("arch", "widest"), [(80, 8192), (86, 5040), (90, 8192), (100, 8192)])
+@pytest.mark.parametrize(("arch", "widest"), [(80, 8192), (86, 4608), (90, 8192), (100, 8192)])
 def test_shared_memory_limits_the_width_cuda(arch, widest, monkeypatch):
     monkeypatch.setattr(gpu_support, "architecture", lambda device: arch)
     served = [C for C in range(8, 8200, 8) if cuda.refuses(torch.device("cpu"), torch.float32, C) is None]
