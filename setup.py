@@ -1,7 +1,7 @@
 """Builds ard_kernels._C with CMake and Ninja. Needs neither torch nor CUDA.
 
 Environment:
-    ARD_BUILD_CUDA  auto (default): CUDA kernels when a working nvcc 12.0 or newer is found in CUDA_HOME, CUDA_PATH or
+    ARD_BUILD_CUDA  auto (default): CUDA kernels when a working nvcc 12.5 or newer is found in CUDA_HOME, CUDA_PATH or
                     PATH; 1: fail without one; 0: never. No GPU is needed to build.
     ARD_CUDA_ARCHS  architectures of the CUDA kernels, default "80;90a". The lowest one is built as PTX too, from which
                     the driver compiles for newer chips; the Hopper kernels need 90a in the list.
@@ -61,8 +61,8 @@ def nvcc_problem(nvcc, architectures):
             release = re.search(r"release (\d+)\.(\d+)", version.stdout)
             if release is None:
                 return f"{nvcc} --version says nothing of a release: {_first_line(version.stdout + version.stderr)}"
-            if int(release[1]) < 12:
-                return f"{nvcc} is of CUDA {release[1]}.{release[2]}; 12.0 or newer is needed"
+            if (int(release[1]), int(release[2])) < (12, 5):  # cudaGetDriverEntryPointByVersion
+                return f"{nvcc} is of CUDA {release[1]}.{release[2]}; 12.5 or newer is needed"
             probe = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
             return f"{nvcc} does not run: {error.strerror}"

@@ -71,10 +71,10 @@ def test_build_cuda_is_read(environment, message, tmp_path):
 @pytest.mark.parametrize(
     ("script", "problem"),
     [
-        ("echo Cuda compilation tools, release 11.8, V11.8.89", "is of CUDA 11.8; 12.0 or newer is needed"),
+        ("echo Cuda compilation tools, release 11.8, V11.8.89", "is of CUDA 11.8; 12.5 or newer is needed"),
         ("echo no such licence >&2; exit 1", "nvcc --version says nothing of a release: no such licence"),
         (
-            '[ "$1" = --version ] && echo release 12.4 && exit 0; echo unsupported GNU version >&2; exit 1',
+            '[ "$1" = --version ] && echo release 12.8 && exit 0; echo unsupported GNU version >&2; exit 1',
             "nvcc cannot compile an empty kernel for 80, 90a: unsupported GNU version",
         ),
     ],

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 import ard_kernels
+from ard_kernels.backends import refusal
 from ard_kernels.block_causal_attention.spec import dense_mask
+from ard_kernels.history.norm import normalise
 from ard_kernels.segment_adaln.spec import row_of_token
+from benchmarks.gpu.record import MOST_CRASHES, Record
 
 MASKS = {"M1": (1, 0), "M2": (2, 0), "M3": (1, 1), "M4": (None, 0), "M2+sink": (2, 1)}
 TAKES = {  # arguments of the adaLN family
@@ -23,6 +26,7 @@ ADALN = tuple(TAKES)
 PACKED = "block_causal_attention_packed"  # one qkv projection in, one gradient out
 ATTENTION = ("block_causal_attention", PACKED, "history_attention")
 OPS = (*ATTENTION, *ADALN)
+BACKENDS = ("cuda", "triton")  # the kernels of ours that run on a GPU
 EPS = 1e-6
 # The first of each is the model's.
 HALVES = (torch.bfloat16, torch.float16)
@@ -33,7 +37,11 @@ HUGE = 8192  # tokens from which a case takes long, most of it in the reference
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of one op. Attention uses H and D, the adaLN family C; rows (shift, scale, gate) have `row_dtype`."""
+    """One shape of one op. Attention uses H and D, the adaLN family C; rows (shift, scale, gate) have `row_dtype`.
+
+    `scale` of block_causal_attention, None for the default; `norm`: history_attention with q and k normalised, "rms" or
+    "layer".
+    """
 
     op: str
     B: int
@@ -46,10 +54,21 @@ class Case:
     mask: str = "M4"
     packed: bool = True
     per_token: bool = False
+    scale: float | None = None
+    norm: str | None = None
 
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def width(self) -> int:
+        return self.C if self.op in ADALN else self.D
+
+    @property
+    def registered_op(self) -> str:
+        """The op in the tables of ard_kernels.backends and ard_kernels.tuning."""
+        return "block_causal_attention" if self.op == PACKED else self.op
 
     @property
     def segment_length(self) -> int | list[int]:
@@ -63,19 +82,33 @@ class Case:
             rows = "per token" if self.per_token else "rows"
             return f"{self.op} B{self.B} {tokens} C{self.C} {name(self.dtype)}, {rows} {name(self.row_dtype)}"
         layout = "one qkv" if self.op == PACKED else "packed" if self.packed else "contiguous"
-        return f"{self.op} B{self.B} H{self.H} {tokens} D{self.D} {name(self.dtype)} {self.mask} {layout}"
+        rest = f" scale {self.scale}" * (self.scale is not None) + f" {self.norm} norm" * (self.norm is not None)
+        return f"{self.op} B{self.B} H{self.H} {tokens} D{self.D} {name(self.dtype)} {self.mask} {layout}{rest}"
 
 
 def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def backends_to_check(op: str, device: torch.device) -> list[str]:
-    """The backends of this device that are kernels of ours; the torch composition where there is none."""
-    table = ard_kernels.backends(device, torch.bfloat16)
-    table = table["block_causal_attention" if op == PACKED else op]
-    ours = [backend for backend, status in table.items() if status.available and backend not in ("torch", "cpu")]
-    return ours or ["torch"]
+def serving(record: Record, case: Case) -> list[str]:
+    """Our GPU backends that run this case; why each other one does not is counted in the stage's results."""
+    found = []
+    for backend in BACKENDS:
+        reason = refusal(case.registered_op, backend, record.device, case.dtype, case.width)
+        if reason is None and record.given_up(backend):
+            reason = f"not run any more: it has ended {MOST_CRASHES} processes of this stage"
+        if reason is None:
+            found.append(backend)
+        else:
+            counts = record.facts.setdefault("not_served", {})
+            counts[f"{backend}: {reason}"] = counts.get(f"{backend}: {reason}", 0) + 1
+    return found
+
+
+def facts(case: Case, backend: str) -> dict:
+    """What a result says of the case it is for."""
+    said = {"case": case.label, "op": case.registered_op, "dtype": name(case.dtype), "width": case.width}
+    return said | {"backend": backend}
 
 
 def attention_inputs(case: Case, device: torch.device) -> list[torch.Tensor]:
@@ -115,7 +148,7 @@ def run_ours(case: Case, inputs, backend: str | None) -> tuple[torch.Tensor, ...
         return (run_history(case, inputs, backend),)
     settings = {"segment_length": case.segment_length, "backend": backend}
     if case.op in ATTENTION:
-        settings |= dict(zip(("window", "sink"), MASKS[case.mask], strict=True))
+        settings |= dict(zip(("window", "sink"), MASKS[case.mask], strict=True)) | {"scale": case.scale}
     outputs = getattr(ard_kernels, case.op)(*inputs, **settings)
     if case.op == PACKED:
         outputs = outputs.transpose(1, 2)
@@ -133,20 +166,31 @@ def run_history(case: Case, inputs, backend: str | None, cache=None) -> torch.Te
     cache = cache or new_cache(case, inputs[0].device)
     cache.reset()
     window, sink = MASKS[case.mask]
+    norm = head_norm(case, inputs[0].device)
     outputs, start = [], 0
     with torch.no_grad():
         for length in case.lengths:
             q, k, v = (x[:, :, start : start + length] for x in inputs)
-            settings = {"layer": 0, "window": window, "sink": sink, "backend": backend}
+            settings = {"layer": 0, "window": window, "sink": sink, "backend": backend, "q_norm": norm, "k_norm": norm}
             outputs.append(ard_kernels.history_attention(q, k, v, cache, **settings))
             start += length
     return torch.cat(outputs, 2)
 
 
+def head_norm(case: Case, device: torch.device) -> ard_kernels.HeadNorm | None:
+    """The norm of q and k that the case asks for, with learned parameters."""
+    if case.norm is None:
+        return None
+    weight = torch.linspace(0.5, 1.5, case.D, device=device).to(case.dtype)
+    return ard_kernels.HeadNorm(case.norm, weight, weight - 1 if case.norm == "layer" else None)
+
+
 def plain_attention(case: Case, q, k, v) -> torch.Tensor:
     """Plain PyTorch in the inputs' dtype: softmax attention under a dense mask."""
     mask = dense_mask(list(case.lengths), case.tokens, *MASKS[case.mask], q.device)
-    return (q @ k.transpose(-1, -2) * case.D**-0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v
+    scale = case.D**-0.5 if case.scale is None else case.scale
+    q, k = (normalise(x, head_norm(case, q.device)) for x in (q, k))
+    return (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
 
 def plain_adaln(case: Case, *inputs) -> tuple[torch.Tensor, ...]:
@@ -163,6 +207,11 @@ def plain_adaln(case: Case, *inputs) -> tuple[torch.Tensor, ...]:
     return (h, y) if "branch" in named else (y,)
 
 
+def tiny_case(op: str, D: int = 64) -> Case:
+    """What a dry run can afford in the interpreter and the emulator."""
+    return Case(op, 1, (16, 16), H=1, D=D, C=24)
+
+
 def rank(case: Case) -> tuple[bool, int, int]:
     """What to run first. Cases alike in it share compiled kernels, and compiling takes most of the time."""
     width = CHANNELS.index(case.C) if case.op in ADALN else HEAD_DIMS.index(case.D)
@@ -172,14 +221,20 @@ def rank(case: Case) -> tuple[bool, int, int]:
 def correctness_cases(dry: bool) -> list[Case]:
     """What DiT-XL/2 runs, its widths at every size and mask, one case per width, then all; in a fixed order."""
     if dry:
-        tiny = {"B": 1, "H": 1, "D": 16, "C": 24}
-        cases = [Case(op, lengths=(16, 16), **tiny) for op in OPS]
-        return [*cases, Case(OPS[0], lengths=(5, 20, 7), mask="M3", packed=False, **(tiny | {"D": 72}))]
+        ragged = Case(OPS[0], 1, (5, 20, 7), H=1, D=72, mask="M3", packed=False)
+        special = [replace(tiny_case(OPS[0]), scale=-0.1), replace(tiny_case("history_attention"), norm="rms")]
+        # The last is not for every backend.
+        return [*(tiny_case(op) for op in OPS), ragged, *special, tiny_case(OPS[0], D=16)]
     own = (256,) * 4
     first = [Case(op, 4, own) for op in OPS] + [Case(OPS[0], 4, own, mask=mask) for mask in MASKS]
+    first += [Case("history_attention", 1, own, norm=norm) for norm in (None, "rms", "layer")]  # keys are split
     first += [Case(op, 4, own, row_dtype=torch.bfloat16) for op in ADALN]
+    # On Hopper, kernels for older chips run what its own do not take: a negative scale.
+    first += [Case(OPS[0], 4, own, D=D, scale=-0.1) for D in HEAD_DIMS]
     first += [Case(op, 1, (64,) * 4, H=4, dtype=torch.float32) for op in OPS]
-    spot = [Case(op, 4, own, D=D) for D in HEAD_DIMS for op in ATTENTION]
+    # Ever more shared memory asked of the same kernels, in one process.
+    growing = [Case(op, 1, (64,) * 2, C=C, dtype=torch.float32) for C in (2048, 3072, 4096, 8192) for op in ADALN]
+    spot = growing + [Case(op, 4, own, D=D) for D in HEAD_DIMS for op in ATTENTION]
     spot += [Case(op, 4, own, C=C) for C in CHANNELS for op in ADALN]
     rest = [
         Case(op, B, (L,) * S, D=D, dtype=dtype, mask=mask, packed=packed)

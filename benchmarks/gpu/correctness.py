@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from ard_kernels.block_causal_attention.reference import block_causal_attention as attention_reference
+from ard_kernels.history.norm import normalise
 from ard_kernels.segment_adaln import reference as adaln_reference
 from benchmarks.gpu import cases
 from benchmarks.gpu.cases import ADALN, MASKS, OPS, Case
-from benchmarks.gpu.record import ROOT, Record
+from benchmarks.gpu.record import LIMIT, ROOT, Record
 
 sys.path.append(str(ROOT / "tests"))  # the tolerance rule is said once, there
 from oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_close
@@ -64,84 +67,126 @@ def compare(case: Case, got, plain, exact, forward: int) -> dict[str, float]:
     return ratios
 
 
-def check_attention(case: Case, backend: str, device: torch.device) -> dict:
-    inputs, history = cases.make_inputs(case, device), case.op == "history_attention"
+class Skipped(Exception):
+    """A case that this GPU has no memory for."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Inputs of a case, and what plain PyTorch and fp64 make of them: outputs, then gradients."""
+
+    inputs: list[torch.Tensor]
+    grad_outputs: list[torch.Tensor]
+    plain: list[torch.Tensor]
+    exact: list[torch.Tensor]
+    heads: torch.Tensor | None = None  # of attention, those that are compared
+
+
+def expect_attention(case: Case, device: torch.device) -> Expected:
+    inputs = cases.make_inputs(case, device)
     grad_out = torch.randn(case.B, case.H, case.tokens, case.D, device=device).to(case.dtype)
     heads, chunk = pick_heads(case, device)
     if chunk < 1:
-        return {"skipped": f"the fp64 reference of T={case.tokens} does not fit in this GPU's free memory"}
-    with poisoned():
-        out = cases.run_ours(case, inputs, backend)[0]
-        got = [out] if history else [out, *cases.heads_first(case, torch.autograd.grad(out, inputs, grad_out))]
-    assert all(torch.isfinite(x).all() for x in got), f"{case.label}: not finite"
-    got, small, small_grad = (
-        [x.detach().flatten(0, 1)[heads].unsqueeze(1) for x in tensors]
-        for tensors in (got, cases.heads_first(case, inputs), [grad_out])
-    )
+        raise Skipped(f"the fp64 reference of T={case.tokens} does not fit in this GPU's free memory")
+    small = chosen_heads(cases.heads_first(case, inputs), heads)
+    small_grad = chosen_heads([grad_out], heads)[0]
 
     def reference(q, k, v):
-        return attention_reference(q, k, v, list(case.lengths), *MASKS[case.mask])[0]
+        q, k = (normalise(x, cases.head_norm(case, device)) for x in (q, k))
+        return attention_reference(q, k, v, list(case.lengths), *MASKS[case.mask], case.scale)[0]
 
-    exact = attention_with_gradients(case, reference, small, small_grad[0], torch.float64, chunk)
-    plain = attention_with_gradients(
-        case, lambda q, k, v: cases.plain_attention(case, q, k, v), small, small_grad[0], case.dtype, chunk
-    )
-    kept = len(got)
-    return {"heads": len(heads), "ratios": compare(case, got, plain[:kept], exact[:kept], 1)}
+    def plain(q, k, v):
+        return cases.plain_attention(case, q, k, v)
+
+    results = [
+        attention_with_gradients(case, function, small, small_grad, dtype, chunk)
+        for function, dtype in ((plain, case.dtype), (reference, torch.float64))
+    ]
+    return Expected(inputs, [grad_out], *results, heads)
 
 
-def check_adaln(case: Case, backend: str, device: torch.device) -> dict:
+def chosen_heads(tensors_BHTD, heads: torch.Tensor) -> list[torch.Tensor]:
+    """The (batch, head) pairs `heads` of each, as (heads, 1, T, D)."""
+    return [x.detach().flatten(0, 1)[heads].unsqueeze(1) for x in tensors_BHTD]
+
+
+def expect_adaln(case: Case, device: torch.device) -> Expected:
     inputs = cases.make_inputs(case, device)
     lengths = [1] if case.per_token else list(case.lengths)
-    reference = getattr(adaln_reference, case.op)
-
-    def exact_outputs(*tensors):
-        outputs = reference(*tensors, lengths)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
-
+    outputs = cases.plain_adaln(case, *inputs)
+    grad_outputs = [torch.randn_like(y) for y in outputs]
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    with poisoned():
-        outputs = cases.run_ours(case, inputs, backend)
-        grad_outputs = [torch.randn_like(y) for y in outputs]
-        got = [*outputs, *torch.autograd.grad(outputs, inputs, grad_outputs)]
-    results = [got]
-    for ys, tensors in ((cases.plain_adaln(case, *inputs), inputs), (exact_outputs(*wide), wide)):
+    exact = getattr(adaln_reference, case.op)(*wide, lengths)
+    exact = exact if isinstance(exact, tuple) else (exact,)
+    results = []
+    for ys, tensors in ((outputs, inputs), (exact, wide)):
         grads = torch.autograd.grad(ys, tensors, [g.to(y.dtype) for g, y in zip(grad_outputs, ys, strict=True)])
         results.append([y.detach() for y in ys] + list(grads))
-    return {"ratios": compare(case, *results, len(outputs))}
+    return Expected(inputs, grad_outputs, *results)
+
+
+def expect(case: Case, device: torch.device) -> Expected:
+    torch.manual_seed(0)
+    return (expect_adaln if case.op in ADALN else expect_attention)(case, device)
+
+
+def check(case: Case, backend: str, expected: Expected) -> dict:
+    """Run one backend, memory poisoned, and compare."""
+    with poisoned():
+        outputs = cases.run_ours(case, expected.inputs, backend)
+        got = [y.detach() for y in outputs]
+        if case.op != "history_attention":
+            grads = torch.autograd.grad(outputs, expected.inputs, expected.grad_outputs)
+            got += cases.heads_first(case, grads)
+    assert all(torch.isfinite(x).all() for x in got), f"{case.label}: not finite"
+    compared = {}
+    if expected.heads is not None:
+        got, compared = chosen_heads(got, expected.heads), {"heads": len(expected.heads)}
+    ratios = compare(case, got, expected.plain[: len(got)], expected.exact[: len(got)], len(outputs))
+    return compared | {"ratios": ratios}
+
+
+def check_case(record: Record, case: Case, backends: list[str]) -> None:
+    """One case on each backend; inputs and references are made once."""
+    expected = cache(lambda: expect(case, record.device))
+    for backend in backends:
+        label, row = f"{case.label} on {backend}", cases.facts(case, backend)
+
+        def run(backend=backend, row=row):
+            try:
+                row |= check(case, backend, expected())
+            except (Skipped, torch.cuda.OutOfMemoryError) as error:
+                row["skipped"] = str(error) if isinstance(error, Skipped) else "out of GPU memory"
+            except Exception as error:
+                record.add(row | {"failed": str(error)[:500]})
+                raise
+            record.add(row)
+
+        if label in record.crashed and not any(row.items() <= old.items() for old in record.rows):
+            record.add(row | {"failed": "it ended the process"})
+        record.attempt(label, run, LIMIT)
 
 
 def correctness(record: Record) -> str:
-    """Every case on every backend that is a kernel of ours, most important first, until the time is over."""
-    device = record.device
-    work = [(c, b) for c in cases.correctness_cases(record.dry) for b in cases.backends_to_check(c.op, device)]
-    torch.manual_seed(0)
-    done = skipped = 0
-    for case, backend in work:
+    """Every case on every backend of ours that serves it, most important first, until the time is over."""
+    work = [(case, cases.serving(record, case)) for case in cases.correctness_cases(record.dry)]
+    for case, backends in work:
         if record.over:
             break
-        row = {"case": case.label, "backend": backend}
-        try:
-            row |= (check_adaln if case.op in ADALN else check_attention)(case, backend, device)
-            skipped += "skipped" in row
-        except torch.cuda.OutOfMemoryError:
-            row["skipped"] = "out of GPU memory"
-            skipped += 1
-        except Exception as error:
-            record.fail(f"{case.label} on {backend}: {type(error).__name__}: {error}")
-            row["failed"] = str(error)[:500]
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # raises, and ends the stage, if the error has broken the CUDA context
-        done += 1
-        record.add(row)
-    record.facts["cases"] = {"ran": done - skipped, "skipped": skipped, "of": len(work)}
-    worst = {}
-    for row in record.rows:
-        for name, ratio in row.get("ratios", {}).items():
-            kind = "forward" if name.startswith("out") else "backward"
-            worst[kind] = max(worst.get(kind, 0.0), ratio)
-    record.facts["worst_ratio"] = worst
-    return f"{done - skipped} of {len(work)} cases ran, {skipped} skipped, worst error ratios {worst}"
+        check_case(record, case, backends)
+    ran = [row for row in record.rows if "skipped" not in row]
+    total, skipped = sum(len(backends) for _, backends in work), len(record.rows) - len(ran)
+    record.facts["cases"] = {"ran": len(ran), "skipped": skipped, "of": total}
+    record.facts["worst_ratio"] = worst = {}
+    for backend in cases.BACKENDS:
+        ratios = {"forward": 0.0, "backward": 0.0}
+        for row in ran:
+            for label, ratio in row.get("ratios", {}).items() if row["backend"] == backend else ():
+                kind = "forward" if label.startswith("out") else "backward"
+                ratios[kind] = max(ratios[kind], ratio)
+        if any(ratios.values()):
+            worst[backend] = ratios
+    return f"{len(ran)} of {total} cases ran, {skipped} skipped, worst error ratios {worst}"
 
 
 def difference(got, first) -> torch.Tensor:
@@ -172,20 +217,19 @@ def repeat_op(case: Case, backend: str, device: torch.device, repeats: int) -> i
 
 def determinism(record: Record) -> str:
     """Forward and backward of every op at the DiT-XL/2 layer, 1000 times: bit-equal."""
-    repeats, total = 3 if record.dry else 1000, 0
+    repeats = 3 if record.dry else 1000
     for op in OPS:
-        case = Case(op, 1, (8, 8), H=1, D=16, C=24) if record.dry else Case(op, 2, (256,) * 4)
-        for backend in cases.backends_to_check(op, record.device):
-            if record.over:
-                continue
+        case = cases.tiny_case(op) if record.dry else Case(op, 2, (256,) * 4)
+        for backend in cases.serving(record, case):
+            label = f"{case.label} on {backend}"
 
-            def run(case=case, backend=backend):
+            def run(case=case, backend=backend, label=label):
                 differing = repeat_op(case, backend, record.device, repeats)
-                row = {"case": case.label, "backend": backend, "repeats": repeats, "differing": differing}
-                record.add(row, f"{case.label} on {backend}: {differing} of {repeats} runs differ")
+                row = cases.facts(case, backend) | {"repeats": repeats, "differing": differing}
+                record.add(row, f"{label}: {differing} of {repeats} runs differ")
                 if differing:
-                    record.fail(f"{case.label} on {backend}: {differing} of {repeats} runs differ from the first")
+                    record.fail(f"{label}: {differing} of {repeats} runs differ from the first")
 
-            record.attempt(case.label, run)
-            total += 1
-    return f"{total} ops, {repeats} runs each"
+            if not record.over:
+                record.attempt(label, run, LIMIT)
+    return f"{len(record.rows)} ops on backends, {repeats} runs each"

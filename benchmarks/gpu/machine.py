@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
+from ard_kernels import extension
 from benchmarks.gpu.record import ROOT, Record
 from benchmarks.gpu.timing import make_timer
 from benchmarks.harness import interleaved
 
 
-def output_of(*command: str, timeout: float = 120) -> tuple[int, str]:
-    """Exit status and output (both streams) of a command; 127 where it is not installed."""
+def output_of(*command: str, timeout: float = 120, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """Exit status and output (both streams) of a command; 127 where it is not installed.
+
+    `environment` is added to ours. Over its time, the command and what it started are ended.
+    """
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False
-        )
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | (environment or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
     except FileNotFoundError:
         return 127, f"{command[0]}: not installed"
+    try:
+        text = child.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
-        return 124, f"{command[0]}: still running after {timeout:.0f} s"
-    return done.returncode, done.stdout.strip()
+        os.killpg(child.pid, signal.SIGKILL)
+        return 124, f"{child.communicate()[0].strip()}\n{command[0]}: still running after {timeout:.0f} s"
+    return child.returncode, text.strip()
 
 
 def versions() -> dict:
@@ -37,8 +50,9 @@ def versions() -> dict:
             found[package] = None
     query = ("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader")
     found["driver, max SM clock, power limit"] = output_of(*query)[1]
-    found["nvcc"] = output_of("nvcc", "--version")[1].splitlines()[-1]
-    found["compute-sanitizer"] = shutil.which("compute-sanitizer")
+    nvcc = find_tool("nvcc")
+    found["nvcc"] = output_of(nvcc, "--version")[1].splitlines()[-1] if nvcc else None
+    found["compute-sanitizer"] = find_tool("compute-sanitizer")
     return found
 
 
@@ -71,19 +85,95 @@ def environment(record: Record) -> str:
     return f"copy {found['copy_GB_per_s']:.0f} GB/s, bf16 matmul {found['matmul_bf16_TFLOP_per_s']:.0f} TFLOP/s"
 
 
-def build(record: Record) -> str:
-    """The C++ extension in place with what is installed (in a dry run: the command only), then the doctor's report."""
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    if record.dry:
-        status, text = output_of(sys.executable, "setup.py", "--version")
-        print(f"  would run: {' '.join(command[1:])}")
-    else:
-        status, text = output_of(*command, timeout=max(60.0, record.seconds_left))
-    record.add({"command": command[1:], "exit_status": status, "output": text[-2000:]})
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: on PATH, in CUDA_HOME or CUDA_PATH, beside nvcc, or where NVIDIA installs it."""
+    roots = [os.environ[variable] for variable in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(variable)]
+    nvcc = shutil.which("nvcc")
+    folders = [f"{root}/bin" for root in (*roots, "/usr/local/cuda")]
+    folders += [str(Path(nvcc).resolve().parent)] if nvcc else []
+    return next(filter(None, (shutil.which(name, path=path) for path in (None, *folders))), None)
+
+
+def load_emulator() -> str:
+    """Let tests/emulator serve backend cuda on CPU tensors, in this process; why not, where it cannot be built."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"the emulator of the CUDA kernels needs a C++ compiler, and there is no {compiler}: cuda is left out"
+    if str(ROOT / "tests") not in sys.path:
+        sys.path.append(str(ROOT / "tests"))
+    try:
+        import emulator
+    except ImportError as error:  # pybind11
+        return f"the emulator of the CUDA kernels is not usable: {error}: cuda is left out"
+    extension.emulated = emulator.load()
+    return ""
+
+
+def build_environment(device: torch.device) -> dict[str, str]:
+    """What setup.py needs: where nvcc is, CUDA is demanded, for this GPU alone (without one, for an H100 or H200)."""
+    programs = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), os.environ.get("PATH")]))
+    found = {"PATH": programs}  # cmake and ninja of this Python come first
+    nvcc = find_tool("nvcc")
+    if nvcc is None:
+        return found | {"ARD_BUILD_CUDA": "0"}
+    if not shutil.which("nvcc"):
+        found["CUDA_HOME"] = str(Path(nvcc).parents[1])
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    suffix = "a" if (major, minor) == (9, 0) else ""  # wgmma and TMA are in 90a only
+    return found | {"ARD_BUILD_CUDA": "1", "ARD_CUDA_ARCHS": f"{major}{minor}{suffix}"}
+
+
+def compiler_errors(text: str) -> str:
+    """The end of a build's output from its first error on; all of its end when no line looks like one."""
+    lines = text.splitlines()
+    begin = next((i for i, line in enumerate(lines) if re.search(r"\bFAILED:|\b[Ee]rror\b|\bfatal\b", line)), -20)
+    return "\n".join(lines[begin:][:30])
+
+
+def run_build(record: Record, variables: dict[str, str]) -> bool:
+    """setup.py build_ext in place, under `variables`; whether it went well."""
+    said = [f"{name}={value}" for name, value in variables.items() if name.startswith("ARD_")]
+    command = ["setup.py", "build_ext", "--inplace"]
+    print(f"  {'would run' if record.dry else 'running'}: {' '.join([*said, *command])}", flush=True)
+    begin = time.monotonic()
+    if record.dry:  # that setup.py can be run at all
+        command = ["setup.py", "--version"]
+    timeout = max(60.0, record.seconds_left)
+    status, text = output_of(sys.executable, *command, timeout=timeout, environment=variables)
+    seconds = round(time.monotonic() - begin, 1)
+    record.add({"command": [*said, *command], "exit_status": status, "seconds": seconds, "output": text[-4000:]})
     if status:
-        record.fail(f"{' '.join(command[1:])} exited {status}: {text[-300:]}")
+        record.fail(f"{' '.join([*said, *command])} exited {status} after {seconds} s:\n{compiler_errors(text)}")
+    elif not record.dry:
+        print(f"  built in {seconds} s", flush=True)
+    return status == 0
+
+
+def build(record: Record) -> str:
+    """The C++ extension in place, CUDA kernels for this GPU included where nvcc is found; then the doctor's report.
+
+    Where the CUDA kernels do not compile, the stage fails, and the extension is built without them: no kernels of an
+    earlier build are left, and the stages that follow check the other backends.
+    """
+    variables = build_environment(record.device)
+    with_cuda = variables["ARD_BUILD_CUDA"] == "1"
+    if not with_cuda:
+        print("  no nvcc on PATH, in CUDA_HOME or /usr/local/cuda: built without CUDA kernels, cuda is not checked")
+    if not run_build(record, variables) and with_cuda:
+        for stale in (ROOT / "ard_kernels").glob("_C*.so"):
+            stale.unlink()
+        run_build(record, variables | {"ARD_BUILD_CUDA": "0"})
+        with_cuda = False
+    if with_cuda and not record.dry:
+        status, text = output_of(sys.executable, "-c", "from ard_kernels.extension import module; module.gpu")
+        if status:
+            record.fail(f"the extension that was built has no CUDA kernels: {text[-300:]}")
     status, text = output_of(sys.executable, "-m", "ard_kernels.doctor")
     record.add({"command": ["-m", "ard_kernels.doctor"], "exit_status": status, "output": text})
     if status:
         record.fail(f"doctor exited {status}: {text[-300:]}")
-    return "extension built, doctor ran" if not record.failures else "see failures"
+    if record.dry:
+        return "nothing built; doctor ran"
+    record.facts["cuda_kernels"] = with_cuda
+    seconds = sum(row.get("seconds", 0.0) for row in record.rows)
+    return f"extension {'with' if with_cuda else 'without'} CUDA kernels, {seconds:.0f} s; doctor ran"

@@ -1,24 +1,38 @@
-"""What a stage sees of its run (device, time left) and the file that holds its results, rewritten after every row."""
+"""What a stage sees of its run (device, time left), and its results, written after every row.
+
+A stage works in pieces, and a kernel that hangs or breaks the CUDA context ends its process. The stage is then started
+again, with the rows it has, and goes on behind the piece that is to blame.
+"""
 
 from __future__ import annotations
 
-import json
+import faulthandler
 import os
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from ard_kernels.gpu_support import architecture
+from benchmarks.gpu.files import Progress, results, write_results
 from benchmarks.harness import environment
 
 ROOT = Path(__file__).resolve().parents[2]
+# Seconds for a piece of work that compiles one kernel and runs it a thousand times, at the very most.
+LIMIT = 120.0
+# Exit status of a stage's process whose CUDA context an error has broken.
+BROKEN_CONTEXT = 70
+# A backend that ended so many processes of a stage is left out of the rest of it.
+MOST_CRASHES = 3
 
 
 @dataclass
 class Record:
-    """Results of one stage in `folder`/<stage>.json.
+    """Results of one stage in `folder`/<stage>.json; what an interrupted process of it has left there is taken over.
 
     status: running, then passed, failed (a check failed or the stage raised), or cut (its time was over first).
     """
@@ -36,6 +50,12 @@ class Record:
     def __post_init__(self):
         self.begin = time.monotonic()
         self.environment = environment(device_words(self.device)) | {"dry_run": self.dry}
+        self.environment["architecture"] = f"sm{architecture(self.device)}"
+        self.progress = Progress(self.folder, self.stage)
+        self.ended, self.crashed, _ = self.progress.pieces()
+        earlier = results(self.folder, self.stage)
+        if earlier:
+            self.rows, self.failures, self.begin = earlier["rows"], earlier["failures"], self.begin - earlier["seconds"]
         self.flush()
 
     @property
@@ -63,19 +83,49 @@ class Record:
         self.flush()
         print(f"  FAILED {text}", flush=True)
 
-    def attempt(self, label: str, run) -> None:
-        """Call `run`; what it raises is a failure of this stage, and the stage goes on."""
+    def given_up(self, backend: str) -> bool:
+        """Whether `backend` has ended so many processes of this stage that the rest of its pieces is not run."""
+        return sum(label.endswith(f" on {backend}") for label in self.crashed) >= MOST_CRASHES
+
+    def attempt(self, label: str, run: Callable[[], object], limit: float | None = None) -> None:
+        """Call `run` as a piece of work, unless an earlier process has; what it raises is a failure of this stage.
+
+        On a GPU the process ends, and is started again, if the error broke the CUDA context or `limit` s are up.
+        """
+        if label in self.ended or label in self.crashed:
+            return
         try:
-            run()
+            with self.piece(label, limit):
+                run()
         except Exception as error:
             self.fail(f"{label}: {describe(error)}")
+
+    @contextmanager
+    def piece(self, label: str, limit: float | None = None) -> Iterator[None]:
+        """Work that is to blame when the process ends inside."""
+        on_gpu = self.device.type == "cuda"
+        self.progress.note("+", label)
+        if on_gpu and limit is not None:
+            faulthandler.dump_traceback_later(limit, exit=True)
+        try:
+            yield
+            if on_gpu:
+                torch.cuda.synchronize(self.device)  # what its kernels did shows here
+        except Exception as error:
+            if on_gpu and context_is_broken(self.device):
+                self.fail(f"{label}: {describe(error)}; it broke the CUDA context")
+                os._exit(BROKEN_CONTEXT)
+            raise
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            self.progress.note("-", label)
 
     def close(self, status: str, summary: str) -> None:
         self.status, self.summary = status, summary
         self.flush()
+        self.progress.path.unlink(missing_ok=True)
 
     def flush(self) -> None:
-        """Write by temporary file and rename: a killed run leaves the last whole file."""
         content = {
             "environment": self.environment,
             "stage": self.stage,
@@ -86,11 +136,16 @@ class Record:
             "failures": self.failures,
             "rows": self.rows,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{self.stage}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(partial, path)
+        write_results(self.folder, self.stage, content)
+
+
+def context_is_broken(device: torch.device) -> bool:
+    """Whether no CUDA call of this process will work any more."""
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:
+        return True
+    return False
 
 
 def device_words(device: torch.device) -> str | None:

@@ -110,13 +110,15 @@ attention_forward(const ARD_GRID_CONSTANT Params p) {
 template <class T, int kHeadDim>
 void launch_forward(const AttentionParams& a, DType dtype, int multiprocessors, void* stream) {
   using Own = Traits<kHeadDim>;
+  bind_device();  // the driver's function below works on the calling thread's context, which may have none yet
   Params p;
   const auto maps = [&](TensorMap(&to)[2], const HeadsView& x, const TileLayout& layout) {
     const TensorExtents extents = tensor_extents(x, kHeadDim, a.tokens, a.heads, a.batch);
-    for (int g = 0; g < 2; ++g) {  // a second map that no group uses is a copy of the first
-      const ColumnGroup& group = layout.group[g < layout.groups ? g : 0];
+    for (int g = 0; g < layout.groups; ++g) {
+      const ColumnGroup& group = layout.group[g];
       to[g] = make_tensor_map(x, dtype, extents, {group.atom_columns(), layout.rows, group.swizzle});
     }
+    if (layout.groups == 1) to[1] = to[0];  // no group uses it
   };
   maps(p.q, a.q, Own::kQ), maps(p.k, a.k, Own::kK), maps(p.v, a.v, Own::kV);
   p.attention = a;

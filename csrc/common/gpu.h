@@ -208,6 +208,13 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// The current device's context becomes the calling thread's: the runtime does so by itself, the driver does not.
+inline void bind_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaSetDevice(device), "cudaSetDevice");
+}
+
 // Let `kKernel` have all the shared memory that a block of the current device may have; 48 KB are the default. A launch
 // takes what it asks for; a limit of a smaller launch's size would refuse the next, larger one.
 template <auto kKernel>

@@ -22,16 +22,22 @@ struct TensorBox {
   int columns, rows, swizzle;
 };
 
-// (D, T, H, B), fastest first; strides in bytes. A dimension of one element has any stride: TMA is given one it takes.
+// (D, T, H, B), fastest first; strides in bytes. A dimension of one element has any stride: TMA is told that
+// of packed memory.
 struct TensorExtents {
   uint64_t size[4], stride[4];
 };
 
 inline TensorExtents tensor_extents(const HeadsView& x, int head_dim, int tokens, int heads, int batch) {
-  const auto bytes = [](int64_t stride, int size) { return size > 1 ? static_cast<uint64_t>(stride) * 2 : 16; };
-  return {{static_cast<uint64_t>(head_dim), static_cast<uint64_t>(tokens), static_cast<uint64_t>(heads),
-           static_cast<uint64_t>(batch)},
-          {2, bytes(x.stride_token, tokens), bytes(x.stride_head, heads), bytes(x.stride_batch, batch)}};
+  const int sizes[4] = {head_dim, tokens, heads, batch};
+  const int64_t strides[4] = {1, x.stride_token, x.stride_head, x.stride_batch};
+  TensorExtents extents;
+  for (int i = 0; i < 4; ++i) {
+    extents.size[i] = static_cast<uint64_t>(sizes[i]);
+    extents.stride[i] =
+        i == 0 || sizes[i] > 1 ? static_cast<uint64_t>(strides[i]) * 2 : extents.stride[i - 1] * extents.size[i - 1];
+  }
+  return extents;
 }
 
 }  // namespace ard
