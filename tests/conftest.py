@@ -73,8 +73,10 @@ def _round_to_bfloat16():
 @pytest.fixture(autouse=True, scope="session")
 def _emulate_cuda(request):
     """The CUDA C++ kernels run in tests/emulator, on CPU tensors; built when a test asks for them."""
-    rooms = ("block_causal_attention", "history", "segment_adaln")
-    if any("cuda" in item.nodeid and item.path.parent.name in rooms for item in request.session.items):
+    homes = ("block_causal_attention", "history", "segment_adaln", "test_emulator.py")
+    if any(
+        "cuda" in item.nodeid and {item.path.parent.name, item.path.name} & {*homes} for item in request.session.items
+    ):
         extension.emulated = emulator.load()
 
 

@@ -10,6 +10,7 @@
 #include "block_causal_attention/tile_range.h"
 #include "common/gpu.h"
 #include "gpu_bindings.h"
+#include "probes.h"
 
 namespace {
 
@@ -56,6 +57,12 @@ PYBIND11_MODULE(ard_emulated, m) {
         return d;
       },
       "What the last launch did.");
+
+  m.def("probe", [](uintptr_t from, uintptr_t to, int mistake) {
+    using namespace ard::probes;
+    const Params params{reinterpret_cast<const float*>(from), reinterpret_cast<float*>(to), Mistake(mistake)};
+    ard::launch<reverse>(1, 1, 64, 4096, nullptr, params);
+  });
 
   // Index algebra of the kernels, for tests of its own.
   bind_sm90(m.def_submodule("sm90"));
