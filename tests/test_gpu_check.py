@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import cases, kernels, machine
+from benchmarks import cases, measure
+from benchmarks.gpu import checklist, machine
 from benchmarks.gpu.record import BROKEN_CONTEXT, Record
-from benchmarks.gpu.timing import EventTimer
+from benchmarks.timing import EventTimer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -247,12 +248,12 @@ def test_a_stage_goes_on_behind_what_ended_its_process(tmp_path):
         second.attempt(label, lambda label=label: ran.append(label))
     assert ran == ["job", "c on cuda"]
     case = cases.tiny_case("adaln_modulate")
-    assert "triton" in cases.serving(second, case)
+    assert "triton" in checklist.serving(second, case)
     for label in ("d on cuda", "e on cuda"):
         second.progress.note("!", label)
     third = record(tmp_path)
     assert third.given_up("cuda") and not third.given_up("triton")
-    assert cases.serving(third, case) == ["triton"]
+    assert checklist.serving(third, case) == ["triton"]
     assert any("cuda" in reason for reason in third.facts["not_served"])
 
 
@@ -330,5 +331,5 @@ def test_without_nvcc_the_build_goes_on_and_says_so(gpu_to_build_for, monkeypatc
 def test_the_odd_one_out_is_the_one_that_others_contradict():
     right, wrong, broken = torch.ones(4), torch.full((4,), 1.1), torch.tensor([1.0, 1.0, 1.0, float("nan")])
     results = {"cuda": [right, wrong], "triton": [right, right], "flash": [right, right], "cudnn": [right, broken]}
-    assert set(kernels.odd_ones_out(results, 0.01)) == {"cuda", "cudnn"}
-    assert "differs from triton" in kernels.odd_ones_out(results, 0.01)["cuda"]
+    assert set(measure.odd_ones_out(results, 0.01)) == {"cuda", "cudnn"}
+    assert "differs from triton" in measure.odd_ones_out(results, 0.01)["cuda"]

@@ -103,7 +103,8 @@ def run_here(stages: list[Stage], folder: Path, seconds: float) -> None:
     import torch
 
     from benchmarks.gpu.machine import load_emulator
-    from benchmarks.gpu.record import Record, describe
+    from benchmarks.gpu.record import Record
+    from benchmarks.rows import describe
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
@@ -195,7 +196,7 @@ def results_folder() -> Path:
     if done.returncode or not device:
         sys.exit("benchmarks.gpu: torch sees no CUDA GPU; expected one (--dry-run needs none)")
     sys.path.insert(0, str(ROOT))
-    from benchmarks.harness import RESULTS, slug
+    from benchmarks.rows import RESULTS, slug
 
     return RESULTS / slug(device)
 
@@ -217,7 +218,7 @@ def print_summary(stages: list[Stage], folder: Path, dry: bool) -> int:
     if dry:
         print(f"a dry run on the CPU: no time in it means anything; files in {folder}")
         return failed
-    from benchmarks.gpu.kernels import verdict
+    from benchmarks.rows import verdict
 
     print("\ntargets")
     for name in ("kernels", "student"):

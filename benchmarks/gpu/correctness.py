@@ -12,8 +12,9 @@ import torch
 from ard_kernels.block_causal_attention.reference import block_causal_attention as attention_reference
 from ard_kernels.history.norm import normalise
 from ard_kernels.segment_adaln import reference as adaln_reference
-from benchmarks.gpu import cases
-from benchmarks.gpu.cases import ADALN, MASKS, OPS, Case
+from benchmarks import cases
+from benchmarks.cases import ADALN, MASKS, OPS, Case
+from benchmarks.gpu import checklist
 from benchmarks.gpu.record import LIMIT, ROOT, Record
 
 sys.path.append(str(ROOT / "tests"))  # the tolerance rule is said once, there
@@ -169,7 +170,7 @@ def check_case(record: Record, case: Case, backends: list[str]) -> None:
 
 def correctness(record: Record) -> str:
     """Every case on every backend of ours that serves it, most important first, until the time is over."""
-    work = [(case, cases.serving(record, case)) for case in cases.correctness_cases(record.dry)]
+    work = [(case, checklist.serving(record, case)) for case in checklist.correctness_cases(record.dry)]
     for case, backends in work:
         if record.over:
             break
@@ -220,7 +221,7 @@ def determinism(record: Record) -> str:
     repeats = 3 if record.dry else 1000
     for op in OPS:
         case = cases.tiny_case(op) if record.dry else Case(op, 2, (256,) * 4)
-        for backend in cases.serving(record, case):
+        for backend in checklist.serving(record, case):
             label = f"{case.label} on {backend}"
 
             def run(case=case, backend=backend, label=label):

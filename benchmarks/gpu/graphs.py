@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ard_kernels import adaln_modulate, block_causal_attention, gate_residual_adaln
-from benchmarks.gpu import cases
-from benchmarks.gpu.cases import OPS, Case
+from benchmarks import cases
+from benchmarks.cases import OPS, Case
+from benchmarks.gpu import checklist
 from benchmarks.gpu.correctness import difference
 from benchmarks.gpu.record import LIMIT, Record
+from benchmarks.measure import relative
 
 
 def forward_and_backward(case: Case, backend: str, inputs, grad_outputs, cache) -> list[torch.Tensor]:
@@ -90,18 +90,12 @@ def check_compiled_layer(backend: str, device: torch.device) -> dict[str, float]
     return worst
 
 
-def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """2-norm of the difference over that of `expected`; infinite where one has a NaN."""
-    off = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
-    return float("inf") if math.isnan(off) else off
-
-
 def graphs(record: Record) -> str:
     """Every op in a CUDA graph, then a compiled layer."""
     device = record.device
     for op in OPS:
         case = cases.tiny_case(op) if record.dry else Case(op, 4, (256,) * 4)
-        for backend in cases.serving(record, case):
+        for backend in checklist.serving(record, case):
 
             def run(case=case, backend=backend):
                 equal = check_graph(case, backend, device)
@@ -122,7 +116,7 @@ def graphs(record: Record) -> str:
             record.fail(f"the compiled layer on {backend} differs from eager: {worst}")
 
     whole = Case("block_causal_attention", 2, (16, 16), D=64 if record.dry else 72)
-    for backend in cases.serving(record, whole):
+    for backend in checklist.serving(record, whole):
         if not record.over:
             record.attempt(f"torch.compile of a layer on {backend}", lambda b=backend: compiled(b), LIMIT)
     return f"{len(record.rows)} checks"

@@ -17,8 +17,7 @@ import torch
 
 from ard_kernels import extension
 from benchmarks.gpu.record import ROOT, Record
-from benchmarks.gpu.timing import make_timer
-from benchmarks.harness import interleaved
+from benchmarks.timing import interleaved, make_timer
 
 
 def output_of(*command: str, timeout: float = 120, environment: dict[str, str] | None = None) -> tuple[int, str]:

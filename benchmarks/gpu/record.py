@@ -9,7 +9,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import torch
 
 from ard_kernels.gpu_support import architecture
 from benchmarks.gpu.files import Progress, results, write_results
-from benchmarks.harness import environment
+from benchmarks.rows import describe, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds for a piece of work that compiles one kernel and runs it a thousand times, at the very most.
@@ -49,7 +48,7 @@ class Record:
 
     def __post_init__(self):
         self.begin = time.monotonic()
-        self.environment = environment(device_words(self.device)) | {"dry_run": self.dry}
+        self.environment = environment(self.device) | {"dry_run": self.dry}
         self.environment["architecture"] = f"sm{architecture(self.device)}"
         self.progress = Progress(self.folder, self.stage)
         self.ended, self.crashed, _ = self.progress.pieces()
@@ -146,14 +145,3 @@ def context_is_broken(device: torch.device) -> bool:
     except Exception:
         return True
     return False
-
-
-def device_words(device: torch.device) -> str | None:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
-
-
-def describe(error: BaseException) -> str:
-    """Type, message and the place of an error, on one line."""
-    place = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(place[-1].filename).name}:{place[-1].lineno})" if place else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}{where}"

@@ -15,8 +15,9 @@ import sys
 import torch
 
 from ard_kernels.backends import refusal
-from benchmarks.gpu import cases
-from benchmarks.gpu.cases import ADALN, ATTENTION, BACKENDS, OPS, Case
+from benchmarks import cases
+from benchmarks.cases import ADALN, ATTENTION, BACKENDS, OPS, Case
+from benchmarks.gpu import checklist
 from benchmarks.gpu.machine import find_tool, load_emulator
 from benchmarks.gpu.record import ROOT, Record
 
@@ -105,7 +106,7 @@ def sanitizer(record: Record) -> str:
     elif path is None:
         record.fail("compute-sanitizer is neither on PATH nor beside nvcc; it comes with the CUDA toolkit")
         return "not run"
-    served = {b for op in OPS for b in cases.serving(record, cases.tiny_case(op))}
+    served = {b for op in OPS for b in checklist.serving(record, cases.tiny_case(op))}
     work = [(tool, b) for tool in (["none"] if record.dry else TOOLS) for b in BACKENDS if b in served]
     for i, (tool, backend) in enumerate(work):
         if record.over:

@@ -17,13 +17,14 @@ from typing import NamedTuple
 import torch
 
 from ard_kernels import tuning
+from benchmarks import cases
 from benchmarks.candidates import candidates
-from benchmarks.gpu import cases
-from benchmarks.gpu.cases import ADALN, OPS, Case
-from benchmarks.gpu.graphs import relative
-from benchmarks.gpu.record import Record, describe
-from benchmarks.gpu.timing import make_timer
-from benchmarks.harness import interleaved
+from benchmarks.cases import ADALN, OPS, Case
+from benchmarks.gpu import checklist
+from benchmarks.gpu.record import Record
+from benchmarks.measure import relative
+from benchmarks.rows import describe
+from benchmarks.timing import interleaved, make_timer
 
 
 class Wanted(NamedTuple):
@@ -156,7 +157,7 @@ def tune(record: Record) -> str:
     best = {row["key"]: row["winner"] for row in record.rows}  # of a process that was interrupted
     torch.manual_seed(0)
     for case in tuned_cases(record.dry):
-        if "triton" not in cases.serving(record, case) or record.over:
+        if "triton" not in checklist.serving(record, case) or record.over:
             continue
 
         def run_case(case=case):

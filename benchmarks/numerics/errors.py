@@ -12,7 +12,6 @@ from ard_kernels import adaln_modulate, block_causal_attention, gate_residual_ad
 from ard_kernels.block_causal_attention.reference import block_causal_attention as attention_reference
 from ard_kernels.block_causal_attention.spec import dense_mask
 from ard_kernels.segment_adaln import reference as adaln_reference
-from benchmarks.harness import write_results
 
 B, H, S, L, D = 1, 4, 4, 128, 72
 T, C = S * L, 1152
@@ -33,7 +32,8 @@ def plain_gated(x, branch, gate, shift, scale):
     return h, plain_modulate(h, shift, scale)
 
 
-def errors(name, ours, plain, reference, shapes, dtype) -> list[dict]:
+def errors(op: str, dtype: torch.dtype) -> list[dict]:
+    ours, plain, reference, shapes = OPS[op]
     values = [torch.randn(shape).to(dtype) for shape in shapes]
     outputs, grads = [], []
     for function in (ours, plain, reference):
@@ -51,7 +51,7 @@ def errors(name, ours, plain, reference, shapes, dtype) -> list[dict]:
             norms = [(tensors[index].double() - exact[index].double()).norm().item() for tensors in (got, other)]
             rows.append(
                 {
-                    "op": name,
+                    "op": op,
                     "dtype": str(dtype).removeprefix("torch."),
                     "direction": direction,
                     "tensor": index,
@@ -62,39 +62,23 @@ def errors(name, ours, plain, reference, shapes, dtype) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    rows = []
-    x, row = (B, T, C), (B, S, C)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        rows += errors(
-            "block_causal_attention",
-            lambda *qkv: block_causal_attention(*qkv, segment_length=L),
-            plain_attention,
-            lambda *qkv: attention_reference(*qkv, [L])[0],
-            [(B, H, T, D)] * 3,
-            dtype,
-        )
-        rows += errors(
-            "adaln_modulate",
-            lambda *tensors: adaln_modulate(*tensors, segment_length=L),
-            plain_modulate,
-            lambda *tensors: adaln_reference.adaln_modulate(*tensors, [L]),
-            [x, row, row],
-            dtype,
-        )
-        rows += errors(
-            "gate_residual_adaln",
-            lambda *tensors: gate_residual_adaln(*tensors, segment_length=L),
-            plain_gated,
-            lambda *tensors: adaln_reference.gate_residual_adaln(*tensors, [L]),
-            [x, x, row, row, row],
-            dtype,
-        )
-    for r in rows:
-        print(f"{r['op']:<24}{r['dtype']:<10}{r['direction']:<9}{r['tensor']}  {r['ratio_to_plain']:.3f}")
-    write_results("numerics", rows)
-
-
-if __name__ == "__main__":
-    main()
+OPS = {
+    "block_causal_attention": (
+        lambda *qkv: block_causal_attention(*qkv, segment_length=L),
+        plain_attention,
+        lambda *qkv: attention_reference(*qkv, [L])[0],
+        [(B, H, T, D)] * 3,
+    ),
+    "adaln_modulate": (
+        lambda *tensors: adaln_modulate(*tensors, segment_length=L),
+        plain_modulate,
+        lambda *tensors: adaln_reference.adaln_modulate(*tensors, [L]),
+        [(B, T, C), (B, S, C), (B, S, C)],
+    ),
+    "gate_residual_adaln": (
+        lambda *tensors: gate_residual_adaln(*tensors, segment_length=L),
+        plain_gated,
+        lambda *tensors: adaln_reference.gate_residual_adaln(*tensors, [L]),
+        [(B, T, C)] * 2 + [(B, S, C)] * 3,
+    ),
+}

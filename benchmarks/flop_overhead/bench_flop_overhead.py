@@ -1,0 +1,94 @@
+"""What history costs: FLOPs, counted and by formula, and the time of sampling and of a training step with it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from ard.losses import trajectory_loss
+from ard.model import DiTConfig
+from ard.student import ARDStudent
+
+from ard_kernels import HistoryRouting, flops
+from benchmarks.board import Group
+from benchmarks.cases import MASKS
+from benchmarks.flop_overhead.counts import compare_models, design_table
+from benchmarks.measure import Measurement
+from benchmarks.rows import best_device, row
+from benchmarks.student.work import randomize
+from benchmarks.timing import interleaved, wall_timer
+
+DEVICE = best_device()
+ON_GPU = DEVICE.type == "cuda"
+MODEL, BATCH = ("DiT-XL/2", 8) if ON_GPU else ("DiT-S/2", 1)
+CONFIG = DiTConfig.from_name(MODEL)
+LAYERS = tuple(CONFIG.depth * i // 4 for i in range(5))  # N: none to all
+# Time may exceed the FLOPs' share by the 2 points (on a GPU: fifths of a point) that design section 6 allows.
+ALLOWED = 1.002 if ON_GPU else 1.02
+
+
+def compare(way: str, steps: int, layers: tuple[int, ...], mask: str) -> Measurement:
+    """A row for each N > 0 against N = 0."""
+    window, sink = MASKS[mask]
+    with torch.device(DEVICE):
+        student = randomize(ARDStudent(CONFIG, steps=steps, history_layers=0, window=window, sink=sink))
+        states = torch.randn(BATCH, steps, CONFIG.in_channels, *CONFIG.input_hw)
+        labels = torch.randint(CONFIG.num_classes, (BATCH,))
+
+    def run(N):
+        student.routing = HistoryRouting(CONFIG.depth, N, window=window, sink=sink)
+        with torch.autocast("cuda", torch.bfloat16, enabled=ON_GPU):
+            if way == "sampling":
+                return student.sample(states[:, 0], labels)
+            loss = trajectory_loss(student(states, labels), states)
+        return torch.autograd.grad(loss, [p for p in student.parameters() if p.requires_grad])
+
+    timings = interleaved(
+        {f"N{N}": partial(run, N) for N in layers}, 20, 1, timer=wall_timer(DEVICE), seconds=5.0
+    )  # fmt: skip
+    rows = []
+    for N in layers[1:]:
+        factor = 1 + flops.history(CONFIG, steps, N, window, sink) / flops.baseline_sampling(CONFIG, steps)
+        only = {name: timings[name] for name in (f"N{N}", "N0")}
+        shape = f"{MODEL} B{BATCH} S{steps} N{N} {mask}"
+        facts = {"S": steps, "N": N, "mask": mask, "flop_ratio": factor}
+        facts["dtype"] = "bfloat16 autocast" if ON_GPU else "float32"
+        rows.append(row("history_overhead", shape, way, only, f"N{N}", ["N0"], 1 / factor / ALLOWED, **facts))
+    return Measurement(rows, timings)
+
+
+def group(way: str, steps: int, layers: tuple[int, ...], mask: str = "M4") -> Group:
+    names = tuple(f"N{N}" for N in layers)
+    return Group(f"{way} {MODEL} S{steps} {mask}", names, partial(compare, way, steps, layers, mask))
+
+
+HALF = (0, LAYERS[2], LAYERS[4])
+GROUPS = [
+    *(group("sampling", steps, LAYERS) for steps in (2, 4, 8)),
+    *(group("sampling", 4, HALF, mask) for mask in ("M2", "M3")),
+    group("training", 4, HALF),
+]
+
+
+def test_time(group, candidate, report):
+    report(group, candidate)
+
+
+def test_design_table(room):
+    """Design section 2, to the last integer."""
+    room.facts["design_table"] = table = design_table()
+    assert all(entry["counted"] == entry["analytic"] for entry in table)
+    assert [entry["counted"] for entry in table] == [
+        237_242_843_136,
+        948_971_372_544,
+        959_843_008_512,
+        959_843_008_512,
+        999_705_673_728,
+        1_420_082_675_712,
+        1_510_679_642_112,
+    ]
+
+
+def test_counts(room):
+    room.facts["counts"], different, room.facts["counted_cases"] = compare_models()
+    assert not different

@@ -1,0 +1,82 @@
+"""How time and memory of a training step and of sampling grow with segments S and tokens per segment L.
+
+A student of two layers, both with history: what grows is attention, its mask and its cache.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from ard.losses import trajectory_loss
+from ard.model import DiTConfig
+from ard.student import ARDStudent
+
+from benchmarks.baselines.published_student import PublishedStudent
+from benchmarks.board import Group
+from benchmarks.measure import Measurement
+from benchmarks.memory import peak_bytes
+from benchmarks.rows import best_device, row
+from benchmarks.student.work import make_runs, randomize
+from benchmarks.timing import interleaved, wall_timer
+
+DEVICE = best_device()
+ON_GPU = DEVICE.type == "cuda"
+WIDTH, HEADS, BATCH = (1152, 16, 4) if ON_GPU else (144, 2, 1)
+DEPTH = 2
+POINTS = [(S, 256) for S in (1, 2, 3, 4, 6, 8)] + [(4, L) for L in (64, 1024, 4096)]  # S, L
+
+
+def make(S: int, L: int) -> tuple[ARDStudent, torch.Tensor, torch.Tensor]:
+    """A student, its states (B, S, c, h, w) and labels."""
+    config = DiTConfig(
+        input_size=2 * math.isqrt(L), hidden_size=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=10
+    )  # fmt: skip
+    with torch.device(DEVICE):
+        student = randomize(ARDStudent(config, steps=S, history_layers=DEPTH))
+        states = torch.randn(BATCH, S, config.in_channels, *config.input_hw)
+        return student, states, torch.randint(config.num_classes, (BATCH,))
+
+
+def compare(way: str, S: int, L: int) -> Measurement:
+    student, states, labels = make(S, L)
+    published = PublishedStudent(student)
+
+    def training(model):
+        def run():
+            with torch.autocast("cuda", torch.bfloat16, enabled=ON_GPU):
+                loss = trajectory_loss(model(states, labels), states)
+            return torch.autograd.grad(loss, [p for p in student.parameters() if p.requires_grad])
+
+        return run
+
+    def sampling(model):
+        def run():
+            with torch.autocast("cuda", torch.bfloat16, enabled=ON_GPU):
+                return model.sample(states[:, 0], labels)
+
+        return run
+
+    step = training if way == "training" else sampling
+    refused = {}
+    models = {"ours": student, "published_eager": published}
+    runs = make_runs({name: lambda model=model: step(model) for name, model in models.items()}, refused)
+    memory = {name: peak_bytes(run, DEVICE) for name, run in runs.items()}
+    timings = interleaved(runs, 20, 0, timer=wall_timer(DEVICE), seconds=1.5, least=3)
+    shape = f"C{WIDTH} H{HEADS} depth{DEPTH} B{BATCH} S{S} L{L}"
+    peers = [name for name in timings if name != "ours"]
+    facts = {"S": S, "L": L, "peak_bytes": memory, "refused": refused}
+    facts["dtype"] = "bfloat16 autocast" if ON_GPU else "float32"
+    return Measurement([row("growth", shape, way, timings, "ours", peers, 1.0, **facts)], timings, refused)
+
+
+GROUPS = [
+    Group(f"{way} S{S} L{L}", ("ours", "published_eager"), partial(compare, way, S, L))
+    for way in ("training", "sampling")
+    for S, L in POINTS
+]
+
+
+def test_growth(group, candidate, report):
+    report(group, candidate)

@@ -1,0 +1,24 @@
+"""The jobs of a room as groups for `pytest benchmarks`, on the device of this machine."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from benchmarks.board import Group
+from benchmarks.jobs import cpu_jobs, gpu_jobs
+from benchmarks.measure import How, Job, measure, our_backends, peer_makers
+from benchmarks.rows import best_device
+
+
+def kernel_groups(ops: tuple[str, ...]) -> list[Group]:
+    """A group for each job whose op is one of `ops`."""
+    jobs = gpu_jobs() if best_device().type == "cuda" else cpu_jobs()
+    return [as_group(job) for job in jobs if job.case.registered_op in ops]
+
+
+def as_group(job: Job) -> Group:
+    device = best_device()
+    backends = our_backends(job.case, device)
+    names = (*backends, *peer_makers(job.case, device))
+    how = How(seconds=3.0, rounds=200, warmup=3)
+    return Group(job.label, names, partial(measure, job, device, backends, how))

@@ -1,0 +1,153 @@
+"""Result rows and files: every row says what was compared, every file where and when it ran."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import traceback
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import ard_kernels
+from benchmarks.timing import Timing
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def row(
+    op: str, shape: str, direction: str, timings: dict[str, Timing], ours: str, peers: list[str], target: float, **facts
+) -> dict:
+    """One result (schema.json): ours against the fastest of `peers`; `target` is the least ratio peer / ours that
+    counts as done.
+
+    Without a peer (all refused) there is no ratio, and the target is not met. `facts` are added, or replace entries.
+    """
+    best = min(peers, key=lambda name: timings[name].median, default=None)
+    ratio = timings[best].median / timings[ours].median if best else None
+    by_round = timings[best].over(timings[ours]).summary() if best else None
+    return {
+        "op": op,
+        "shape": shape,
+        "dtype": "float32",
+        "direction": direction,
+        "milliseconds": {name: timing.summary() for name, timing in timings.items()},
+        "ours": ours,
+        "best_peer": best,
+        "ratio": ratio,
+        "ratio_by_round": by_round,
+        "target": target,
+        "met": ratio is not None and ratio >= target,
+        "refused": {},
+        **facts,
+    }
+
+
+def goal(what: str, value: float, target: float) -> dict:
+    return {"what": what, "value": value, "target": target, "met": value >= target}
+
+
+def verdict(target: dict) -> str:
+    """met, or missed with how far: value / target."""
+    met = "met" if target["met"] else f"missed: {target['value'] / target['target']:.3f} of it"
+    return f"{target['value']:.3f} {target['what']} (target {target['target']:.3f}): {met}"
+
+
+def describe(error: BaseException) -> str:
+    """Type, message and the place of an error, on one line."""
+    place = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(place[-1].filename).name}:{place[-1].lineno})" if place else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}{where}"
+
+
+def cpu_name() -> str:
+    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return match.group(1) if match else platform.processor()
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _git(*arguments: str) -> str:
+    """Output of a git command; empty where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """Output of a program; None where it is not installed or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+
+
+def environment(device: torch.device | None = None) -> dict:
+    """Where a result comes from; `device` is where it ran, default this machine's best.
+
+    A copy without its repository takes the commit from the variable ARD_COMMIT; whether it is dirty is unknown then.
+    """
+    commit = _git("rev-parse", "HEAD")
+    dirty = bool(
+        _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results", ":!docs", ":!README.md")
+    )
+    on_gpu = (device or best_device()).type == "cuda"
+    nvcc = re.search(r"release [\d.]+, V([\d.]+)", _output("nvcc", "--version") or "")
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit or os.environ.get("ARD_COMMIT", "unknown"),
+        "dirty": dirty if commit else None,
+        "device": device_name(device),
+        "driver": driver,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "nvcc": nvcc.group(1) if nvcc else None,
+        "ard_kernels": ard_kernels.__version__,
+    }
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_name(device: torch.device | None = None) -> str:
+    """In words."""
+    device = device or best_device()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def results_folder() -> Path:
+    """benchmarks/results/<device>: the GPU, or the CPU with its number of threads."""
+    device = best_device()
+    words = device_name(device) if device.type == "cuda" else f"{cpu_name()} {torch.get_num_threads()} threads"
+    return RESULTS / slug(words)
+
+
+def write_room(folder: Path, name: str, rows: list[dict], facts: dict) -> Path:
+    """folder/<name>.json, whole or not at all; the path, relative to the repository where it lies in it."""
+    path, partial = folder / f"{name}.json", folder / f"{name}.partial"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps({"environment": environment(), "rows": rows, **facts}, indent=2) + "\n")
+    os.replace(partial, path)
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path

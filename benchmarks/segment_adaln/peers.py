@@ -1,0 +1,65 @@
+"""What the adaLN family is measured against: eager PyTorch, and torch.compile of both useful forms of it.
+
+The forms differ in how a row (B, S, C) meets its L tokens: "rows" broadcasts (B, S, 1, C) over x seen as (B, S, L, C),
+"repeat" spreads the rows with repeat_interleave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import EPS
+
+
+def modulate_rows(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    y = F.layer_norm(x, x.shape[-1:], eps=EPS).unflatten(1, (shift.shape[1], -1))
+    return (y * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2).to(x.dtype)
+
+
+def gate_rows(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    S = gate.shape[1]
+    h = x.unflatten(1, (S, -1)) + gate.unsqueeze(2) * branch.unflatten(1, (S, -1))
+    return h.flatten(1, 2).to(x.dtype)
+
+
+def gated_rows(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    h = gate_rows(x, branch, gate)
+    return h, modulate_rows(h, shift, scale)
+
+
+def spread(row: Tensor, tokens: int) -> Tensor:
+    """(B, S, C) to (B, T, C)."""
+    return row.repeat_interleave(tokens // row.shape[1], 1)
+
+
+def modulate_repeat(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    T = x.shape[1]
+    return (F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + spread(scale, T)) + spread(shift, T)).to(x.dtype)
+
+
+def gate_repeat(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    return (x + spread(gate, x.shape[1]) * branch).to(x.dtype)
+
+
+def gated_repeat(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    h = gate_repeat(x, branch, gate)
+    return h, modulate_repeat(h, shift, scale)
+
+
+FORMS = {
+    "adaln_modulate": {"rows": modulate_rows, "repeat": modulate_repeat},
+    "gate_residual_adaln": {"rows": gated_rows, "repeat": gated_repeat},
+    "gate_residual": {"rows": gate_rows, "repeat": gate_repeat},
+}
+
+
+def adaln_peers(op: str, compiled: bool) -> dict[str, Callable[[], Callable]]:
+    """Makers by name; not `compiled`: Inductor is left out, for a dry run."""
+    forms = FORMS[op]
+    how = {"dynamic": False} if compiled else {"backend": "aot_eager"}
+    peers = {"eager": lambda: forms["rows"]}
+    return peers | {f"compile_{name}": lambda f=form: torch.compile(f, **how) for name, form in forms.items()}

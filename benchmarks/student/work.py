@@ -1,0 +1,194 @@
+"""The student's two jobs, a training step and sampling in S steps, beside the published design and plain forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from ard.losses import trajectory_loss
+from ard.model import DiT, DiTConfig
+from ard.student import ARDStudent
+from torch import Tensor, nn
+
+from ard_kernels import HistoryRouting
+from benchmarks.baselines.published_student import PublishedStudent
+from benchmarks.measure import Measurement, relative
+from benchmarks.memory import peak_bytes
+from benchmarks.rows import describe, goal, row
+from benchmarks.timing import interleaved, wall_timer
+
+STEPS = 4
+
+
+def randomize(module: nn.Module) -> nn.Module:
+    """Also the weights that DiT initialises to zero: a zero gate would hide work from nobody but the reader."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.02)
+    return module
+
+
+def training_step(model: nn.Module, states: Tensor, labels: Tensor, targets: Tensor) -> Callable[[], Tensor]:
+    """One step of the trainer: loss, gradients, norm clipped, AdamW; bf16 autocast on a GPU."""
+    on_gpu = states.device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
+            loss = trajectory_loss(model(states, labels), targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if on_gpu:
+            optimizer.zero_grad(set_to_none=True)  # the next candidate has the memory
+        return loss.detach()
+
+    return step
+
+
+def make_runs(makers: dict[str, Callable[[], Callable]], refused: dict[str, str]) -> dict[str, Callable[[], object]]:
+    """What each maker gives, called once; `refused` takes the reasons of the others."""
+    runs = {}
+    for name, make in makers.items():
+        try:
+            run = make()
+            run()
+            runs[name] = run
+        except Exception as error:
+            refused[name] = describe(error)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    return runs
+
+
+def compare_training(
+    name: str, config: DiTConfig, batch: int, device: torch.device, *, goals: dict[str, float],
+    compile_options: dict | None, seconds: float, rounds: int, warmup: int = 2, refused: dict[str, str] | None = None,
+) -> Measurement:  # fmt: skip
+    """A row for ours, eager or compiled, whichever is faster, against the published design, eager and compiled.
+
+    goals: least ratio by peer. compile_options: of torch.compile; None leaves the compiled candidates out, for the
+    reason that `refused` gives.
+    """
+    N = min(6, config.depth)
+    with torch.device(device):
+        ours = randomize(ARDStudent(config, steps=STEPS, history_layers=N))
+        states, targets = torch.randn(2, batch, STEPS, config.in_channels, *config.input_hw)
+        labels = torch.randint(config.num_classes, (batch,))
+    published, refused = PublishedStudent(ours), dict(refused or {})
+    models = {"ours": ours, "published_eager": published}
+    if compile_options is not None:
+        models["ours_compiled"] = torch.compile(ours, **compile_options)
+        models["published_compiled"] = torch.compile(published, **compile_options)
+    with torch.no_grad():
+        difference = relative(published(states, labels), ours(states, labels))
+    if difference > 1e-4:
+        raise RuntimeError(f"published_eager gives other predictions than ours, {difference:.1e} of the 2-norm")
+    runs = make_runs({n: lambda m=m: training_step(m, states, labels, targets) for n, m in models.items()}, refused)
+    memory = {label: peak_bytes(run, device) for label, run in runs.items()}
+    timings = interleaved(runs, rounds, warmup, timer=wall_timer(device), seconds=seconds)
+    mine = min((label for label in timings if label.startswith("ours")), key=lambda label: timings[label].median)
+    peers = [label for label in timings if label.startswith("published")]
+    targets_met = [
+        goal(f"times {peer}", timings[peer].median / timings[mine].median, goals[peer])
+        for peer in peers
+        if peer in goals
+    ]
+    if device.type == "cuda" and memory.get("published_eager"):
+        saved = 1 - memory["ours"] / memory["published_eager"]
+        targets_met.append(goal("of the eager baseline's memory saved", saved, 0.5))
+    result = row(
+        "student_training_step", f"{name} B{batch} S{STEPS} N{N}", "step", timings, mine, peers,
+        goals.get("published_compiled", 1.0), dtype="bfloat16 autocast" if device.type == "cuda" else "float32",
+        refused=refused, peak_bytes=memory, targets=targets_met,
+    )  # fmt: skip
+    return Measurement([result], timings, refused)
+
+
+def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """`run` as a CUDA graph; on the CPU itself."""
+    if device.type != "cuda":
+        return run
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def compare_sampling(
+    name: str, config: DiTConfig, batch: int, device: torch.device, *, goals: dict[str, float],
+    seconds: float, rounds: int, warmup: int = 1,
+) -> Measurement:  # fmt: skip
+    """S-step sampling with N = 6 history layers: a row for each peer of `goals` (least ratio of its time to ours).
+
+    Peers: N0, the same student without history; four_teacher_forwards; published_eager. On a GPU each is one CUDA
+    graph where it can be captured.
+    """
+    N, dtype = min(6, config.depth), torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device(device):
+        teacher = randomize(DiT(config)).to(dtype).requires_grad_(False)
+        noise = torch.randn(batch, config.in_channels, *config.input_hw, dtype=dtype)
+        labels = torch.randint(config.num_classes, (batch,))
+    student = ARDStudent.from_teacher(teacher, steps=STEPS, history_layers=N)
+    times = student.timesteps(STEPS, device)[0]
+    routings = {"N6": HistoryRouting(config.depth, N), "N0": HistoryRouting(config.depth, 0)}
+
+    def ours(label: str) -> Callable[[], Tensor]:
+        student.routing = routings[label]
+        cache = student.new_cache(batch)
+
+        def run() -> Tensor:
+            student.routing = routings[label]
+            return student.sample(noise, labels, cache=cache)
+
+        return run
+
+    @torch.no_grad()
+    def teacher_forwards() -> None:
+        for t in times:
+            teacher(noise, t[None], labels)
+
+    def published() -> Callable[[], Tensor]:
+        student.routing = routings["N6"]
+        sample, expected = PublishedStudent(student).sample, student.sample(noise, labels)
+        difference = relative(sample(noise, labels), expected)
+        if difference > (1e-4 if dtype == torch.float32 else 5e-2):
+            raise RuntimeError(f"gives other images than ours, {difference:.1e} of the 2-norm")
+
+        def run() -> Tensor:
+            student.routing = routings["N6"]
+            return sample(noise, labels)
+
+        return run
+
+    makers = {"N6": lambda: ours("N6"), "N0": lambda: ours("N0"), "four_teacher_forwards": lambda: teacher_forwards}
+    makers |= {"published_eager": published}
+    refused, eager = {}, {}
+    runs = make_runs({label: makers[label] for label in ("N6", *goals)}, refused)
+    memory = {label: peak_bytes(run, device) for label, run in runs.items()}
+    for label, run in runs.items():
+        try:
+            runs[label] = captured(run, device)
+        except Exception as error:
+            eager[label] = describe(error)
+            torch.cuda.synchronize(device)
+    timings = interleaved(runs, rounds, warmup, timer=wall_timer(device), seconds=seconds)
+    rows = []
+    for peer, target in goals.items():
+        if peer not in timings:
+            continue
+        against = goal(f"times {peer}", timings[peer].median / timings["N6"].median, target)
+        only = {label: timings[label] for label in ("N6", peer)}
+        facts = {"dtype": str(dtype).removeprefix("torch."), "not_captured": eager, "targets": [against]}
+        facts |= {"refused": refused, "peak_bytes": {label: memory[label] for label in only}}
+        shape, way = f"{name} B{batch} S{STEPS} N{N}", f"sampling against {peer}"
+        rows.append(row("student_sampling", shape, way, only, "N6", [peer], target, **facts))
+    return Measurement(rows, timings, refused)
