@@ -23,7 +23,7 @@ from benchmarks.timing import interleaved, wall_timer
 
 DEVICE = best_device()
 ON_GPU = DEVICE.type == "cuda"
-WIDTH, HEADS, BATCH = (1152, 16, 4) if ON_GPU else (144, 2, 1)
+WIDTH, HEADS, BATCH = (1152, 16, 4) if ON_GPU else (72, 1, 1)
 DEPTH = 2
 POINTS = [(S, 256) for S in (1, 2, 3, 4, 6, 8)] + [(4, L) for L in (64, 1024, 4096)]  # S, L
 
