@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 _library = torch.library.Library("ard", "DEF")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def define_op(
@@ -19,7 +21,7 @@ def define_op(
     setup_context: Callable | None = None,
     flops: Callable | None = None,
 ) -> Callable:
-    """Register `ard::<schema>` and return its callable overload.
+    """Register `ard::<schema>` and return what calls it.
 
     `kernel` runs on every device (it dispatches on its `backend` argument). `setup_context(ctx, inputs, output)` and
     `backward(ctx, *grads)` are those of an autograd.Function; an op without them has no gradient.
@@ -30,24 +32,53 @@ def define_op(
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ard::{name}", fake, lib=_library)
     packet = getattr(torch.ops.ard, name)
-    if backward is not None:
-        _library.impl(name, _autograd_kernel(packet.default, backward, setup_context), "Autograd")
     if flops is not None:
         register_flop_formula(packet)(flops)
-    return packet.default
+    op = packet.default
+    if backward is None:
+        return _directly(op, kernel, kernel)
+    with_gradient = _gradient_function(kernel, backward, setup_context).apply
+    _library.impl(name, _autograd_kernel(op, backward, setup_context), "Autograd")
+    return _directly(op, kernel, with_gradient)
 
 
-def _autograd_kernel(op: Callable, run_backward: Callable, setup_context: Callable) -> Callable:
-    """What `torch.library.register_autograd` makes, without its generic treatment of nested arguments.
+def _directly(op: Callable, kernel: Callable, with_gradient: Callable) -> Callable:
+    """`op`, called without the dispatcher where nothing can tell the difference: that costs 15 to 30 us less.
 
-    That costs 25 us per forward and backward, a quarter of the time of a small op. Gradients of gradients raise.
+    A tiny attention takes 40. What traces, counts, transforms or profiles gets the op itself.
     """
+
+    def call(*inputs):
+        if (
+            is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_function_stack()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch.autograd._profiler_enabled()
+        ):
+            return op(*inputs)
+        needs_gradient = False
+        for x in inputs:
+            if isinstance(x, torch.Tensor):
+                if type(x) not in _PLAIN or x.is_meta:
+                    return op(*inputs)
+                needs_gradient = needs_gradient or x.requires_grad
+        if needs_gradient and torch.is_grad_enabled():
+            return with_gradient(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(*inputs)
+
+    return call
+
+
+def _gradient_function(run: Callable, run_backward: Callable, setup_context: Callable) -> type:
+    """The autograd.Function that computes `run`. Gradients of gradients raise."""
 
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             with torch._C._AutoDispatchBelowAutograd():
-                output = op(*inputs)
+                output = run(*inputs)
             setup_context(ctx, inputs, output)
             return output
 
@@ -56,12 +87,22 @@ def _autograd_kernel(op: Callable, run_backward: Callable, setup_context: Callab
             if (
                 torch.is_grad_enabled()
             ):  # once_differentiable would drop the gradient in silence when grads are constants
-                raise NotImplementedError(f"{op}: gradients of gradients (create_graph=True) are not supported")
+                raise NotImplementedError("ard_kernels: gradients of gradients (create_graph=True) are not supported")
             return run_backward(ctx, *grads)
+
+    return Gradient
+
+
+def _autograd_kernel(op: Callable, run_backward: Callable, setup_context: Callable) -> Callable:
+    """What `torch.library.register_autograd` makes, without its generic treatment of nested arguments.
+
+    That costs 25 us per forward and backward, a quarter of the time of a small op.
+    """
+    with_gradient = _gradient_function(op, run_backward, setup_context).apply
 
     def kernel(*inputs):
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
-            return Gradient.apply(*inputs)
+            return with_gradient(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
 

@@ -23,7 +23,7 @@ def segment_offsets(lengths: Sequence[int], tokens: int) -> list[int]:
 
 def check_segment_length(op: str, segment_length: int | Sequence[int], name: str, tokens: int) -> list[int]:
     """The op's `lengths` list for the `tokens` tokens of tensor `name`, or a ValueError that says what was expected."""
-    if hasattr(segment_length, "tolist"):  # lengths in a tensor or array
+    if not isinstance(segment_length, int) and hasattr(segment_length, "tolist"):  # lengths in a tensor or array
         segment_length = segment_length.tolist()
     if isinstance(segment_length, (int, torch.SymInt)):
         if segment_length < 1:

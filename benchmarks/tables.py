@@ -71,3 +71,35 @@ def speed_table(rows: Sequence[dict]) -> str:
         )
         cells.append([work(row), milliseconds(times[row["ours"]]["median"]), *against, verdict(row)])
     return markdown(["work", "ours, ms", "fastest alternative", "its ms", "ratio", "target"], cells)
+
+
+def flop_table(entries: Sequence[dict]) -> str:
+    """Design section 2: counted FLOPs beside the formula's."""
+    cells = [[e["work"], f"{e['counted']:,}", f"{e['analytic']:,}", f"{e['ratio']:.4f}"] for e in entries]
+    return markdown(["DiT-XL/2, S = 4", "FLOPs counted", "by formula", "against 4 teacher forwards"], cells)
+
+
+def growth_table(rows: Sequence[dict]) -> str:
+    """Time and memory of ours, and how often they fit into the peer's."""
+    cells = []
+    for row in rows:
+        ours, peer = (row["milliseconds"][name]["median"] for name in (row["ours"], row["best_peer"]))
+        memory = [row["peak_bytes"][name] for name in (row["ours"], row["best_peer"])]
+        held = [f"{memory[0] / 1e6:.0f}", f"{memory[1] / memory[0]:.2f}x"] if all(memory) else ["not measured", ""]
+        cells.append([f"{row['direction']} S={row['S']} L={row['L']}", milliseconds(ours), f"{peer / ours:.2f}x", *held])
+    return markdown(["work", "ours, ms", "published design's time", "ours, MB", "its memory"], cells)
+
+
+def errors_table(entries: Sequence[dict]) -> str:
+    """The worst ratio of an op's tensors to plain PyTorch's error, forward / backward, by dtype."""
+    worst: dict[tuple[str, str, str], float] = {}
+    for e in entries:
+        key = (e["op"], e["dtype"], e["direction"])
+        worst[key] = max(worst.get(key, 0.0), e["ratio_to_plain"])
+    dtypes = ("float32", "bfloat16", "float16")
+    ops = dict.fromkeys(e["op"] for e in entries)
+    cells = [
+        [f"`{op}`", *(" / ".join(f"{worst[op, d, way]:.2f}" for way in ("forward", "backward")) for d in dtypes)]
+        for op in ops
+    ]
+    return markdown(["op", *(f"{d} forward / backward" for d in dtypes)], cells)

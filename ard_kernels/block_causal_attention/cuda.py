@@ -8,6 +8,7 @@ import torch
 
 from ard_kernels import extension
 from ard_kernels.block_causal_attention.tiles import heads_per_group, schedule
+from ard_kernels.block_causal_attention.torch_impl import gradients_like
 from ard_kernels.gpu_support import architecture, keep_if_captured, multiprocessors, on_device, shared_limit
 
 
@@ -62,11 +63,12 @@ def forward(q, k, v, lengths, window, sink, scale: float) -> tuple[torch.Tensor,
 
 
 @on_device
-def backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale: float, into) -> None:
+def backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale: float, into=None):
     """See torch_impl.backward. `into` must allow 16-byte stores, which the gradients that op.py allocates do."""
     B, H, T, D = q.shape
+    into = into or gradients_like(q, k, v)
     if q.numel() == 0:
-        return
+        return into
     gpu = extension.gpu(q.device)
     block = gpu.attention_backward_block()
     delta = torch.empty_like(lse)
@@ -79,3 +81,4 @@ def backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale: float, i
         tables(q, lengths, window, sink, block, by_key=True),
         B, H, T, scale, extension.dtype_code(q.dtype), D, extension.stream(q.device),
     )  # fmt: skip
+    return into

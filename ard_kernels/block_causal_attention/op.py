@@ -44,13 +44,11 @@ def _forward_fake(q, k, v, lengths, window, sink, scale, backend):
 def _backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, backend):
     if grad_out.stride(-1) != 1:  # an expanded gradient, as sum().backward() makes
         grad_out = grad_out.contiguous()
-    grads = torch_impl.out_like(q), torch_impl.out_like(k), torch_impl.out_like(v)
-    IMPLEMENTATIONS[backend].backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, grads)
-    return grads
+    return IMPLEMENTATIONS[backend].backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale)
 
 
 def _backward_fake(grad_out, q, k, v, out, lse, lengths, window, sink, scale, backend):
-    return torch_impl.out_like(q), torch_impl.out_like(k), torch_impl.out_like(v)
+    return torch_impl.gradients_like(q, k, v)
 
 
 def _setup_context(ctx, inputs, output):

@@ -22,6 +22,8 @@ from ard_kernels.segments import segment_offsets
 # pair-elements (S=4: dense wins up to L=16, loses from L=32 on).
 DENSE_PAIR_ELEMENTS_PER_CALL = 1_000_000
 
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 # What scaled_dot_product_attention calls on the CPU; called directly for its log-sum-exp and its backward.
 _FLASH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -35,6 +37,11 @@ def out_like(q_BHTD: torch.Tensor) -> torch.Tensor:
     """Empty (B, H, T, D) with (B, T, H, D) memory, the layout every backend returns: reshaping to (B, T, C) is free."""
     B, H, T, D = q_BHTD.shape
     return q_BHTD.new_empty(B, T, H, D).transpose(1, 2)
+
+
+def gradients_like(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Gradients:
+    """Memory for dq, dk, dv."""
+    return out_like(q), out_like(k), out_like(v)
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -131,12 +138,22 @@ def gather(x_BHTD: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> torch.Ten
 
 def as_output(x_BHTD: torch.Tensor) -> torch.Tensor:
     """x itself when its memory is (B, T, H, D), as the CPU kernel makes it; else a copy that is."""
-    return x_BHTD.transpose(1, 2).contiguous().transpose(1, 2)
+    x_BTHD = x_BHTD.transpose(1, 2)
+    return x_BHTD if x_BTHD.is_contiguous() else x_BTHD.contiguous().transpose(1, 2)
 
 
 def _cat_tokens(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Segments (B, H, L_s, D) -> (B, H, T, D) with (B, T, H, D) memory, in one pass."""
     return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
+
+
+def _finished(grads: Sequence[torch.Tensor], into: Gradients | None) -> Gradients:
+    """Gradients that one call made: copied to `into`, or with the memory order of an output, mostly as they are."""
+    if into is None:
+        return tuple(map(as_output, grads))
+    for grad, whole in zip(grads, into, strict=True):
+        whole.copy_(grad)
+    return into
 
 
 def forward(
@@ -178,26 +195,23 @@ def backward(
     window: int | None,
     sink: int,
     scale: float,
-    into: Sequence[torch.Tensor],
-) -> None:
-    """Write dq, dk, dv into `into`: three (B, H, T, D) tensors of any strides."""
+    into: Gradients | None = None,
+) -> Gradients:
+    """dq, dk, dv, written to `into` where given: three (B, H, T, D) tensors of any strides."""
     T = q.shape[2]
     if q.numel() == 0:
-        return
-    dq, dk, dv = into
+        return into or gradients_like(q, k, v)
     plan = _make_plan(tuple(lengths), T, window, sink)
     if plan.folded:
         length = plan.offsets[1]
         folded = (_fold(x, length) for x in (grad_out, q, k, v, out))
         grads = attend_backward(*folded, _fold(lse[..., None], length)[..., 0], scale)
-        for grad, whole in zip(grads, into, strict=True):
-            whole.copy_(_unfold(grad, q.shape[0]))
-        return
+        return _finished([_unfold(grad, q.shape[0]) for grad in grads], into)
     if plan.is_dense(q):
-        grads = attend_backward(grad_out, q, k, v, out, lse, scale, _additive_mask(q, lengths, window, sink))
-        for grad, whole in zip(grads, into, strict=True):
-            whole.copy_(grad)
-        return
+        mask = _additive_mask(q, lengths, window, sink)
+        return _finished(attend_backward(grad_out, q, k, v, out, lse, scale, mask), into)
+    into = into or gradients_like(q, k, v)
+    dq, dk, dv = into
     dq_sum = None
     for segment, (start, stop) in enumerate(plan.queries):
         keys = slice(plan.offsets[segment], plan.offsets[segment + 1])
@@ -212,3 +226,4 @@ def backward(
         dq_sum = torch.zeros_like(q, dtype=lse_dtype(q.dtype)) if dq_sum is None else dq_sum
         dq_sum[:, :, start:stop].add_(part)
     dq.copy_(dq_sum)
+    return into

@@ -24,6 +24,7 @@ import triton.language as tl
 
 from ard_kernels import tuning
 from ard_kernels.block_causal_attention.tiles import heads_per_group, schedule
+from ard_kernels.block_causal_attention.torch_impl import gradients_like
 from ard_kernels.gpu_support import keep_if_captured, on_device
 from ard_kernels.triton_parts import (
     add_dot,
@@ -315,10 +316,11 @@ def forward(
 
 
 @on_device
-def backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, into) -> None:
+def backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, into=None):
     """See torch_impl.backward."""
+    into = into or gradients_like(q, k, v)
     if q.numel() == 0:
-        return
+        return into
     dq, dk, dv = into
     delta = torch.empty_like(lse)
     launch = _Launch("attention_backward_dq", q, lengths, window, sink)
@@ -333,3 +335,4 @@ def backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, into) ->
         grad_out, q, k, v, lse, delta, dk, dv, *launch.tables, *each, *launch.sizes, scale,
         UNIT=unit, **launch.constants, **launch.config,
     )  # fmt: skip
+    return into

@@ -1,0 +1,227 @@
+"""`python -m benchmarks.report`: the result files as tables and plots.
+
+Refreshes the blocks between `<!-- report: NAME -->` and `<!-- end of report -->` in README.md and docs/performance.md,
+and writes docs/results/<device>.md with its plots. `--check` writes nothing and fails where a block differs from the
+result files. `--demo runs/demo/report.json` first takes over what `make demo` scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.rows import RESULTS, ROOT, results_folder, write_room
+from benchmarks.tables import errors_table, flop_table, growth_table, markdown, milliseconds, speed_table, words, work
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = ROOT / "docs" / "results"
+BLOCK = re.compile(r"(<!-- report: (\w+) -->\n).*?(<!-- end of report -->)", re.DOTALL)
+NOT_DEVICES = ("aot", "cuda")  # tables of what compilers made
+
+Results = dict[str, dict]  # by room
+
+
+def load_devices(folder: Path = RESULTS) -> dict[str, Results]:
+    """Result files of every device, GPUs first."""
+    found = {}
+    for device in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in NOT_DEVICES):
+        rooms = {file.stem: json.loads(file.read_text()) for file in sorted(device.glob("*.json"))}
+        rooms = {name: content for name, content in rooms.items() if "environment" in content}
+        if rooms:
+            found[device.name] = rooms
+    return dict(sorted(found.items(), key=lambda item: on_cpu(item[1])))
+
+
+def on_cpu(rooms: Results) -> bool:
+    return all(content["environment"].get("driver") is None for content in rooms.values())
+
+
+def cpu_results(devices: dict[str, Results]) -> Results:
+    """The newest results of a CPU."""
+    newest = {max(c["environment"]["date"] for c in rooms.values()): rooms for rooms in devices.values() if on_cpu(rooms)}
+    if not newest:
+        sys.exit("benchmarks.report: no results of a CPU under benchmarks/results; run make bench")
+    return newest[max(newest)]
+
+
+def timed_rows(rooms: Results, *names: str) -> list[dict]:
+    """Rows of the named rooms, of all if none is named."""
+    contents = [rooms[name] for name in names] if names else rooms.values()
+    return [row for content in contents for row in content["rows"] if "milliseconds" in row]
+
+
+def provenance(content: dict) -> str:
+    env = content["environment"]
+    where = f"{env['device']}, torch {env['torch']}" + (f", driver {env['driver']}" if env.get("driver") else "")
+    return f"{where}, {env['date']}, commit {env['commit'][:7]}{' with changes' if env['dirty'] else ''}"
+
+
+def is_headline(row: dict) -> bool:
+    """Whether a row is one of design section 6's, at the model's own sizes."""
+    if row["op"].startswith("block_causal_attention"):
+        return "D72" in row["shape"] and " M4 " in row["shape"] and "L4 " not in row["shape"]
+    return row["op"] in ("adaln_modulate", "gate_residual_adaln", "student_training_step", "student_sampling")
+
+
+def measured(devices: dict[str, Results]) -> str:
+    """One table per device."""
+    parts = []
+    for name, rooms in devices.items():
+        rows = [row for row in timed_rows(rooms) if is_headline(row)]
+        if rows:
+            first = next(content for content in rooms.values() if content["rows"])
+            parts.append(f"{provenance(first)} ([all rows, plots](docs/results/{name}.md)):\n\n{speed_table(rows)}")
+    return "\n\n".join(parts)
+
+
+def demo(devices: dict[str, Results]) -> str:
+    content = cpu_results(devices)["demo"]
+    scores, better = content["summary"]["scores"], content["summary"]["baseline_over_student"]
+    cells = []
+    for layers, score in scores.items():
+        what = "no history" if layers == "0" else f"history in {layers} of {content['depth']} layers"
+        values = [f"{score['frechet_to_teacher']['mean']:.2f}", f"{score['endpoint_mse']['mean']:.4f}"]
+        if layers in better:
+            factors = [better[layers][key]["mean"] for key in ("frechet_to_teacher", "endpoint_mse")]
+            values = [f"{value} ({factor:.1f}x less)" for value, factor in zip(values, factors, strict=True)]
+        cells.append([f"{content['steps']} steps, {what} (N={layers})", *values])
+    header = ["sampler", "Frechet distance to the teacher's images", "error to the teacher's endpoint (MSE)"]
+    env = content["environment"]
+    said = f"`make demo`, {env['device']}, {env['date']}: {content['seeds']} seeds, equal training, "
+    return f"{said}{content['samples']} held-out noises.\n\n{markdown(header, cells)}"
+
+
+def claim(devices: dict[str, Results]) -> str:
+    return flop_table(cpu_results(devices)["flop_overhead"]["design_table"])
+
+
+def counted(devices: dict[str, Results]) -> str:
+    content = cpu_results(devices)["flop_overhead"]
+    paper = next(
+        c for c in content["counts"] if (c["model"], c["S"], c["N"], c["mask"]) == ("DiT-XL/2", 4, 6, "M4")
+    )
+    said = f"{content['counted_cases']:,} cases (DiT-S, B, L, XL; S 2 to 8; N 0 to depth; M1 to M4; sampling and "
+    said += "training forward): counted = computed in every one. "
+    said += f"DiT-XL/2, S = 4, N = 6: +{paper['ratio'] - 1:.4%}.\n\n"
+    cells = [
+        [c["model"], str(c["S"]), *(f"{100 * other['ratio'] - 100:.2f} %" for other in row)]
+        for c, row in history_of_masks(content["counts"])
+    ]
+    return said + markdown(["model, N=6", "S", "M2", "M3", "M4"], cells, left=1)
+
+
+def history_of_masks(counts: list[dict]) -> list[tuple[dict, list[dict]]]:
+    """Sampling with N = 6 at S = 2, 4, 8: the M4 entry, and those of M2, M3, M4."""
+    entries = {(c["model"], c["S"], c["mask"]): c for c in counts if c["N"] == 6 and c["work"] == "sampling"}
+    found = [(c, [entries[model, S, m] for m in ("M2", "M3", "M4")]) for (model, S, mask), c in entries.items() if mask == "M4" and S in (2, 4, 8)]
+    return sorted(found, key=lambda pair: (("S", "B", "L", "XL").index(pair[0]["model"][4:-2]), pair[0]["S"]))
+
+
+def speed_of(*rooms: str) -> Callable[[dict[str, Results]], str]:
+    def table(devices: dict[str, Results]) -> str:
+        found = cpu_results(devices)
+        return f"{provenance(found[rooms[0]])}:\n\n{speed_table(timed_rows(found, *rooms))}"
+
+    return table
+
+
+BLOCKS: dict[str, Callable[[dict[str, Results]], str]] = {
+    "measured": measured,
+    "demo": demo,
+    "claim": claim,
+    "counted": counted,
+    "segment_adaln": speed_of("segment_adaln"),
+    "block_causal_attention": speed_of("block_causal_attention"),
+    "history_attention": speed_of("history_attention"),
+    "student": speed_of("student_training", "student_sampling"),
+    "overhead": speed_of("flop_overhead"),
+    "data_path": speed_of("data_path"),
+    "growth": lambda devices: growth_table(timed_rows(cpu_results(devices), "growth")),
+    "numerics": lambda devices: errors_table(cpu_results(devices)["numerics"]["errors"]),
+}
+
+
+def refreshed(text: str, devices: dict[str, Results]) -> str:
+    """`text` with its blocks made anew; a block of unknown name raises."""
+
+    def block(match: re.Match) -> str:
+        begin, name, end = match.groups()
+        if name not in BLOCKS:
+            raise KeyError(f"benchmarks.report: block {name!r}; expected one of {', '.join(BLOCKS)}")
+        return f"{begin}{BLOCKS[name](devices)}\n{end}"
+
+    return BLOCK.sub(block, text)
+
+
+def candidates_table(rows: list[dict]) -> str:
+    """Every candidate of every row, fastest first."""
+    cells = []
+    for row in rows:
+        times = sorted(row["milliseconds"].items(), key=lambda item: item[1]["median"])
+        for name, time in times:
+            mark = "**ours**" if name == row["ours"] else words(name)
+            spread = f"{milliseconds(time['p20'])} to {milliseconds(time['p80'])}"
+            cells.append([work(row) if name == times[0][0] else "", mark, milliseconds(time["median"]), spread])
+    return markdown(["work", "candidate", "median, ms", "p20 to p80"], cells, left=2)
+
+
+def page(name: str, rooms: Results, plots: dict[str, str]) -> str:
+    """docs/results/<device>.md"""
+    parts = [f"# {next(iter(rooms.values()))['environment']['device']}", "Made by `python -m benchmarks.report`."]
+    parts += [f"![{title}]({name}-{plot}.png)" for plot, title in plots.items()]
+    for room, content in rooms.items():
+        rows = timed_rows({room: content})
+        if not rows:
+            continue
+        parts += [f"## {room}", f"{provenance(content)}.", candidates_table(rows)]
+        refused = {(peer, why) for row in rows for peer, why in row["refused"].items()}
+        parts += [f"- not timed: {words(peer)}: {why[:200]}" for peer, why in sorted(refused)]
+    return "\n\n".join(parts) + "\n"
+
+
+def take_demo(path: Path) -> None:
+    """Write what the README shows of a demo's report.json into this device's results."""
+    report = json.loads(path.read_text())
+    if report["quick"]:
+        sys.exit(f"benchmarks.report: {path} is of `ard demo --quick`; expected the whole demo")
+    settings = report["settings"]
+    facts = {
+        "summary": report["summary"],
+        "seeds": len(settings["students"]["seeds"]),
+        "samples": settings["evaluation"]["count"],
+        "depth": settings["teacher"]["depth"],
+        "steps": len(settings["trajectories"]["keep"]) + 1,
+    }
+    print(f"wrote {write_room(results_folder(), 'demo', [], facts)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a document is out of date")
+    parser.add_argument("--demo", type=Path, help="report.json of a demo to take over")
+    options = parser.parse_args(arguments)
+    if options.demo:
+        take_demo(options.demo)
+    devices = load_devices()
+    documents = {path: refreshed(path.read_text(), devices) for path in DOCUMENTS}
+    if options.check:
+        stale = [path.name for path, text in documents.items() if text != path.read_text()]
+        print(f"out of date: {', '.join(stale)}" if stale else "the documents agree with the result files")
+        return 1 if stale else 0
+    from benchmarks.plots import draw
+
+    PAGES.mkdir(exist_ok=True)
+    for name, rooms in devices.items():
+        documents[PAGES / f"{name}.md"] = page(name, rooms, draw(name, rooms, PAGES))
+    for path, text in documents.items():
+        path.write_text(text)
+        print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
