@@ -46,7 +46,7 @@ def load(path: Path) -> dict[tuple, dict]:
 
 
 def relative_noise(row: dict) -> float:
-    """Twice the standard error of the median: p80 - p20 is 1.68 standard deviations, a median's error 1.25 / sqrt(n)."""
+    """Twice the standard error of the median, 1.25 deviations / sqrt(n); p80 - p20 is 1.68 deviations."""
     spread = row["ratio_by_round"]
     deviation = (spread["p80"] - spread["p20"]) / 1.68
     return 2 * 1.25 * deviation / math.sqrt(spread["rounds"]) / spread["median"]

@@ -42,7 +42,9 @@ def on_cpu(rooms: Results) -> bool:
 
 def cpu_results(devices: dict[str, Results]) -> Results:
     """The newest results of a CPU."""
-    newest = {max(c["environment"]["date"] for c in rooms.values()): rooms for rooms in devices.values() if on_cpu(rooms)}
+    newest = {
+        max(c["environment"]["date"] for c in rooms.values()): rooms for rooms in devices.values() if on_cpu(rooms)
+    }
     if not newest:
         sys.exit("benchmarks.report: no results of a CPU under benchmarks/results; run make bench")
     return newest[max(newest)]
@@ -100,25 +102,24 @@ def claim(devices: dict[str, Results]) -> str:
 
 
 def counted(devices: dict[str, Results]) -> str:
+    """How many cases were counted, and what N = 6 adds by model, steps and mask."""
     content = cpu_results(devices)["flop_overhead"]
-    paper = next(
-        c for c in content["counts"] if (c["model"], c["S"], c["N"], c["mask"]) == ("DiT-XL/2", 4, 6, "M4")
-    )
-    said = f"{content['counted_cases']:,} cases (DiT-S, B, L, XL; S 2 to 8; N 0 to depth; M1 to M4; sampling and "
-    said += "training forward): counted = computed in every one. "
-    said += f"DiT-XL/2, S = 4, N = 6: +{paper['ratio'] - 1:.4%}.\n\n"
+    added = {
+        (c["model"], c["S"], c["mask"]): 100 * c["ratio"] - 100
+        for c in content["counts"]
+        if c["N"] == 6 and c["work"] == "sampling"
+    }
+    models = dict.fromkeys(model for model, _, _ in added)
     cells = [
-        [c["model"], str(c["S"]), *(f"{100 * other['ratio'] - 100:.2f} %" for other in row)]
-        for c, row in history_of_masks(content["counts"])
+        [model, str(S), *(f"{added[model, S, mask]:.4f} %" for mask in ("M2", "M3", "M4"))]
+        for model in models
+        for S in (2, 4, 8)
     ]
-    return said + markdown(["model, N=6", "S", "M2", "M3", "M4"], cells, left=1)
-
-
-def history_of_masks(counts: list[dict]) -> list[tuple[dict, list[dict]]]:
-    """Sampling with N = 6 at S = 2, 4, 8: the M4 entry, and those of M2, M3, M4."""
-    entries = {(c["model"], c["S"], c["mask"]): c for c in counts if c["N"] == 6 and c["work"] == "sampling"}
-    found = [(c, [entries[model, S, m] for m in ("M2", "M3", "M4")]) for (model, S, mask), c in entries.items() if mask == "M4" and S in (2, 4, 8)]
-    return sorted(found, key=lambda pair: (("S", "B", "L", "XL").index(pair[0]["model"][4:-2]), pair[0]["S"]))
+    said = (
+        f"{content['counted_cases']:,} cases (DiT-S, B, L, XL; S 2 to 8; N 0 to depth; M1 to M4; sampling and training"
+    )
+    said += " forward): counted = by formula in every one. FLOPs that N = 6 adds:\n\n"
+    return said + markdown(["model", "S", "M2", "M3", "M4"], cells)
 
 
 def speed_of(*rooms: str) -> Callable[[dict[str, Results]], str]:
@@ -194,7 +195,7 @@ def take_demo(path: Path) -> None:
         "seeds": len(settings["students"]["seeds"]),
         "samples": settings["evaluation"]["count"],
         "depth": settings["teacher"]["depth"],
-        "steps": len(settings["trajectories"]["keep"]) + 1,
+        "steps": len(settings["trajectories"]["keep"]),
     }
     print(f"wrote {write_room(results_folder(), 'demo', [], facts)}")
 

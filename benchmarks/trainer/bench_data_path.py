@@ -72,10 +72,11 @@ def measure() -> Measurement:
 
         timings = interleaved({name: batches(reader) for name, reader in readers.items()}, 100, 3, seconds=4.0)
     rate = BATCH / timings["ours"].median * 1e3
+    met = rate >= SAMPLES_PER_SECOND
     result = row(
         "data_path", f"B{BATCH} S{STEPS} 4x32x32", "batch", timings, "ours", ["numpy_memmap", "torch_load_per_sample"],
-        1.0, dtype="float16", rate=rate, unit="samples/s",
-        targets=[{"what": "samples/s", "value": rate, "target": SAMPLES_PER_SECOND, "met": rate >= SAMPLES_PER_SECOND}],
+        1.0, dtype="float16", rate=rate, unit="samples/s", met=met,
+        targets=[{"what": "samples/s", "value": rate, "target": SAMPLES_PER_SECOND, "met": met}],
     )  # fmt: skip
     return Measurement([result], timings)
 
