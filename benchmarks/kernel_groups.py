@@ -20,5 +20,5 @@ def as_group(job: Job) -> Group:
     device = best_device()
     backends = our_backends(job.case, device)
     names = (*backends, *peer_makers(job.case, device))
-    how = How(seconds=2.5, rounds=200, warmup=3)
+    how = How(seconds=2.0, rounds=200, warmup=3)
     return Group(job.label, names, partial(measure, job, device, backends, how))

@@ -80,45 +80,36 @@ def attend_backward(grad_out, q, k, v, out, lse, scale: float, mask=None) -> tup
 
 
 class Plan(NamedTuple):
-    """The index algebra of one mask over T tokens; computed once, since tiny shapes would notice."""
+    """How to run one shape; made once, since tiny ones would notice."""
 
     offsets: list[int]
     keys: list[list[tuple[int, int]]]  # per query segment
     queries: list[tuple[int, int]]  # per key segment
-    wasted: int  # (query, key) pairs that one dense call computes for nothing
     folded: bool  # block-diagonal over equal segments: one call on a batch of segments
-
-    def is_dense(self, q_BHTD: torch.Tensor) -> bool:
-        B, H, _, D = q_BHTD.shape
-        return self.wasted * B * H * D <= (len(self.queries) - 1) * DENSE_PAIR_ELEMENTS_PER_CALL
+    mask: torch.Tensor | None  # (T, T) of 0 and -inf, where one masked call is cheapest: T is a few hundred at the most
 
 
-@lru_cache(maxsize=256)
-def _make_plan(lengths: tuple[int, ...], tokens: int, window: int | None, sink: int) -> Plan:
-    offsets = segment_offsets(lengths, tokens)
+@lru_cache(maxsize=128)
+def _make_plan(
+    shape_BHTD: torch.Size, dtype: torch.dtype, device: torch.device, lengths: tuple[int, ...], window: int | None,
+    sink: int,
+) -> Plan:  # fmt: skip
+    B, H, T, D = shape_BHTD
+    offsets = segment_offsets(lengths, T)
     segments = range(len(offsets) - 1)
+    folded = len(segments) == 1 or (window == 1 and sink == 0 and len(lengths) == 1)
+    wasted = T * T - useful_pairs(lengths, T, window, sink)
+    mask = None
+    if not folded and wasted * B * H * D <= (len(segments) - 1) * DENSE_PAIR_ELEMENTS_PER_CALL:
+        seen = dense_mask(lengths, T, window, sink, device)
+        mask = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
     return Plan(
         offsets,
         [key_ranges(offsets, segment, window, sink) for segment in segments],
         [query_range(offsets, segment, window, sink) for segment in segments],
-        tokens * tokens - useful_pairs(lengths, tokens, window, sink),
-        len(segments) == 1 or (window == 1 and sink == 0 and len(lengths) == 1),
+        folded,
+        mask,
     )
-
-
-_masks: dict[tuple, torch.Tensor] = {}
-
-
-def _additive_mask(q_BHTD, lengths, window, sink) -> torch.Tensor:
-    """(T, T) of 0 and -inf for the tiny-T path; T is a few hundred at the most there, so a small cache is enough."""
-    T = q_BHTD.shape[2]
-    key = (tuple(lengths), T, window, sink, q_BHTD.dtype, q_BHTD.device)
-    if key not in _masks:
-        if len(_masks) >= 64:
-            _masks.clear()
-        mask = dense_mask(lengths, T, window, sink, q_BHTD.device)
-        _masks[key] = torch.zeros_like(mask, dtype=q_BHTD.dtype).masked_fill_(~mask, float("-inf"))
-    return _masks[key]
 
 
 def _fold(x_BHTD: torch.Tensor, length: int) -> torch.Tensor:
@@ -169,12 +160,12 @@ def forward(
     B, H, T, _ = q.shape
     if q.numel() == 0:
         return out_like(q), q.new_empty(B, H, T, dtype=lse_dtype(q.dtype))
-    plan = _make_plan(tuple(lengths), T, window, sink)
+    plan = _make_plan(q.shape, q.dtype, q.device, tuple(lengths), window, sink)
     if plan.folded:
         out, lse = attend(*(_fold(x, plan.offsets[1]) for x in (q, k, v)), scale)
         return as_output(_unfold(out, B)), _unfold(lse[..., None], B)[..., 0].contiguous()
-    if plan.is_dense(q):
-        out, lse = attend(q, k, v, scale, _additive_mask(q, lengths, window, sink))
+    if plan.mask is not None:
+        out, lse = attend(q, k, v, scale, plan.mask)
         return as_output(out), lse.contiguous()
     parts = []
     for segment, ranges in enumerate(plan.keys):
@@ -201,15 +192,14 @@ def backward(
     T = q.shape[2]
     if q.numel() == 0:
         return into or gradients_like(q, k, v)
-    plan = _make_plan(tuple(lengths), T, window, sink)
+    plan = _make_plan(q.shape, q.dtype, q.device, tuple(lengths), window, sink)
     if plan.folded:
         length = plan.offsets[1]
         folded = (_fold(x, length) for x in (grad_out, q, k, v, out))
         grads = attend_backward(*folded, _fold(lse[..., None], length)[..., 0], scale)
         return _finished([_unfold(grad, q.shape[0]) for grad in grads], into)
-    if plan.is_dense(q):
-        mask = _additive_mask(q, lengths, window, sink)
-        return _finished(attend_backward(grad_out, q, k, v, out, lse, scale, mask), into)
+    if plan.mask is not None:
+        return _finished(attend_backward(grad_out, q, k, v, out, lse, scale, plan.mask), into)
     into = into or gradients_like(q, k, v)
     dq, dk, dv = into
     dq_sum = None

@@ -64,7 +64,9 @@ def group(way: str, steps: int, layers: tuple[int, ...], mask: str = "M4") -> Gr
 
 HALF = (0, LAYERS[2], LAYERS[4])
 GROUPS = [
-    *(group("sampling", steps, LAYERS) for steps in (2, 4, 8)),
+    group("sampling", 2, LAYERS),
+    group("sampling", 4, LAYERS),
+    group("sampling", 8, HALF),
     *(group("sampling", 4, HALF, mask) for mask in ("M2", "M3")),
     group("training", 4, HALF),
 ]

@@ -63,7 +63,7 @@ def compare(way: str, S: int, L: int) -> Measurement:
     models = {"ours": student, "published_eager": published}
     runs = make_runs({name: lambda model=model: step(model) for name, model in models.items()}, refused)
     memory = {name: peak_bytes(run, DEVICE) for name, run in runs.items()}
-    timings = interleaved(runs, 20, 0, timer=wall_timer(DEVICE), seconds=1.5, least=3)
+    timings = interleaved(runs, 20, 0, timer=wall_timer(DEVICE), seconds=1.5, least=2)
     shape = f"C{WIDTH} H{HEADS} depth{DEPTH} B{BATCH} S{S} L{L}"
     peers = [name for name in timings if name != "ours"]
     facts = {"S": S, "L": L, "peak_bytes": memory, "refused": refused}

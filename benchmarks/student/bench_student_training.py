@@ -23,7 +23,7 @@ GROUPS = [
         NAMES,
         partial(
             compare_training, MODEL, DiTConfig.from_name(MODEL), BATCH, DEVICE, goals=GOALS,
-            compile_options={"dynamic": False}, seconds=SECONDS, rounds=20, warmup=2,
+            compile_options={"dynamic": False}, seconds=SECONDS, rounds=20, warmup=1,
             compile_ours=COMPILE_OURS,
         ),
     )
