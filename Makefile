@@ -82,6 +82,7 @@ gpu-check:
 
 bench-gpu:
 	$(PYTHON) -m benchmarks.gpu --only benchmark
+	$(PYTHON) -m benchmarks.report
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info ard_kernels/_C*.so

@@ -20,7 +20,7 @@ def draw(name: str, rooms: dict[str, dict], folder: Path) -> dict[str, str]:
     """Write folder/<name>-<plot>.png; {plot: title} of those there is data for."""
     rows = [row for content in rooms.values() for row in content["rows"] if "milliseconds" in row]
     data = {
-        "speed": [r for r in rows if r["op"] not in ("growth", "history_overhead") and r["best_peer"]],
+        "speed": [r for r in rows if r["op"] not in ("growth", "history_overhead", "data_path") and r["best_peer"]],
         "roofline": [r for r in rows if r.get("ceiling") and r.get("intensity")],
         "growth": [r for r in rows if r["op"] == "growth"],
         "overhead": [r for r in rows if r["op"] == "history_overhead"],
@@ -35,15 +35,15 @@ def draw(name: str, rooms: dict[str, dict], folder: Path) -> dict[str, str]:
     for plot, found in data.items():
         if found:
             figure = globals()[f"draw_{plot}"](found)
-            figure.savefig(folder / f"{name}-{plot}.png", dpi=90)
+            figure.savefig(folder / f"{name}-{plot}.png", dpi=72, pil_kwargs={"optimize": True})
             plt.close(figure)
             made[plot] = titles[plot]
     return made
 
 
 def label(row: dict) -> str:
-    shape = row["shape"].removeprefix(row["op"]).replace("float32", "").replace("packed", "").split()
-    return f"{row['op']} {' '.join(shape)}, {row['direction']}"
+    shape = row["shape"].removeprefix(row["op"]).replace(row["dtype"], "").replace("packed", "")
+    return f"{row['op']} {' '.join(shape.split(', rows')[0].split())}, {row['direction']}"
 
 
 def draw_speed(rows: Sequence[dict]) -> plt.Figure:
@@ -111,6 +111,8 @@ def draw_growth(rows: Sequence[dict]) -> plt.Figure:
             axes.set_xticks([r[key] for r in points], [str(r[key]) for r in points])
             axes.set_xlabel(f"{'segments S' if key == 'S' else 'tokens per segment L'} ({other} = {fixed})")
             axes.set_ylabel(f"{what}, {unit}")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
     grid[0][0].legend(fontsize=7)
     grid[0][0].set_title(rows[0]["shape"].split(" S")[0], fontsize=9)
     return figure

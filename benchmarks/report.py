@@ -15,7 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.rows import RESULTS, ROOT, results_folder, write_room
-from benchmarks.tables import errors_table, flop_table, growth_table, markdown, milliseconds, speed_table, words, work
+from benchmarks.tables import (
+    errors_table,
+    floor_table,
+    flop_table,
+    growth_table,
+    markdown,
+    milliseconds,
+    speed_table,
+    words,
+    work,
+)
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 PAGES = ROOT / "docs" / "results"
@@ -141,6 +151,9 @@ BLOCKS: dict[str, Callable[[dict[str, Results]], str]] = {
     "student": speed_of("student_training", "student_sampling"),
     "overhead": speed_of("flop_overhead"),
     "data_path": speed_of("data_path"),
+    "floors": lambda devices: floor_table(
+        timed_rows(cpu_results(devices), "segment_adaln", "block_causal_attention", "history_attention")
+    ),
     "growth": lambda devices: growth_table(timed_rows(cpu_results(devices), "growth")),
     "numerics": lambda devices: errors_table(cpu_results(devices)["numerics"]["errors"]),
 }

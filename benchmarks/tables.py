@@ -68,6 +68,10 @@ def verdict(row: dict) -> str:
     return f"{row['target']:.2f}x, {word}"
 
 
+def speed_ratio(row: dict) -> str:
+    return f"{row['ratio']:.3f}x {words(row['best_peer'])}" if row["best_peer"] else "no alternative ran"
+
+
 def speed_table(rows: Sequence[dict]) -> str:
     """Ours against the fastest alternative of the same run."""
     cells = []
@@ -78,6 +82,20 @@ def speed_table(rows: Sequence[dict]) -> str:
         )
         cells.append([work(row), milliseconds(times[row["ours"]]["median"]), *against, verdict(row)])
     return markdown(["work", "ours, ms", "fastest alternative", "its ms", "ratio", "target"], cells)
+
+
+def floor_table(rows: Sequence[dict]) -> str:
+    """The time that useful work takes at the ceiling measured beside it, and the ratio a kernel at it would have."""
+    cells = []
+    for row in rows:
+        if row.get("fraction_of_measured_ceiling"):
+            ours, peer = (row["milliseconds"][name]["median"] for name in (row["ours"], row["best_peer"]))
+            floor = ours * row["fraction_of_measured_ceiling"]
+            kind = "copy" if row["unit"] == "GB/s" else "matmul"
+            share = f"{100 * row['fraction_of_measured_ceiling']:.0f} %"
+            cells.append([work(row), kind, milliseconds(floor), milliseconds(ours), share, f"{peer / floor:.2f}x"])
+    header = ["work", "ceiling", "floor, ms", "ours, ms", "ours of it", "ratio at the floor"]
+    return markdown(header, cells)
 
 
 def flop_table(entries: Sequence[dict]) -> str:

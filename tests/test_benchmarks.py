@@ -158,7 +158,7 @@ def test_a_run_writes_its_file_and_a_table(tmp_path):
     text, content = run_planted(tmp_path, False)
     assert "2 passed, 1 skipped" in text, text
     assert "absent: ModuleNotFoundError: no such peer" in text, "a refused peer is named with its reason"
-    assert "2,080.0000" in text, "pytest-benchmark shows the times that were measured: 2.08 ms, the median of nine"
+    assert "2.0800" in text, "pytest-benchmark shows the times that were measured: 2.08 ms, the median of nine"
     assert "1.50x | 1.20x, met" in text
     jsonschema.validate(content, SCHEMA)
     (result,) = content["rows"]

@@ -48,13 +48,22 @@ def compare(way: str, steps: int, layers: tuple[int, ...], mask: str) -> Measure
     )  # fmt: skip
     rows = []
     for N in layers[1:]:
-        factor = 1 + flops.history(CONFIG, steps, N, window, sink) / flops.baseline_sampling(CONFIG, steps)
+        factor = flop_ratio(way, steps, N, window, sink)
         only = {name: timings[name] for name in (f"N{N}", "N0")}
         shape = f"{MODEL} B{BATCH} S{steps} N{N} {mask}"
         facts = {"S": steps, "N": N, "mask": mask, "flop_ratio": factor}
         facts["dtype"] = "bfloat16 autocast" if ON_GPU else "float32"
         rows.append(row("history_overhead", shape, way, only, f"N{N}", ["N0"], 1 / factor / ALLOWED, **facts))
     return Measurement(rows, timings)
+
+
+def flop_ratio(way: str, steps: int, N: int, window: int | None, sink: int) -> float:
+    """FLOPs with history over those without; with the backward a linear costs 3 forwards, attention 3.5."""
+    added, baseline = flops.history(CONFIG, steps, N, window, sink), flops.baseline_sampling(CONFIG, steps)
+    if way == "sampling":
+        return 1 + added / baseline
+    attention = CONFIG.depth * steps * flops.attention(CONFIG.tokens, CONFIG.tokens, CONFIG.hidden_size)
+    return 1 + 3.5 * added / (3 * (baseline - attention) + 3.5 * attention)
 
 
 def group(way: str, steps: int, layers: tuple[int, ...], mask: str = "M4") -> Group:

@@ -46,19 +46,20 @@ BUILD_SECONDS = 300.0
 STAGES = (
     Stage("environment", "machine.environment", 0.03, False, "versions, sizes, copy bandwidth and bf16 matmul rate"),
     Stage("build", "machine.build", 0.05, True, "the C++ extension with its CUDA kernels, in place", BUILD_SECONDS),
-    Stage("correctness", "correctness.correctness", 0.20, True, "values and gradients against fp64, memory poisoned"),
+    Stage("correctness", "correctness.correctness", 0.18, True, "values and gradients against fp64, memory poisoned"),
     Stage("determinism", "correctness.determinism", 0.05, True, "1000 repeats of every op are bit-equal"),
     Stage("graphs", "graphs.graphs", 0.08, True, "CUDA graphs and a compiled layer equal eager"),
     Stage("tune", "tune.tune", 0.12, False, "the fastest configuration of every Triton kernel"),
-    Stage("sanitizer", "sanitize.sanitizer", 0.14, True, "compute-sanitizer on tiny shapes of every op"),
+    Stage("sanitizer", "sanitize.sanitizer", 0.13, True, "compute-sanitizer on tiny shapes of every op"),
     Stage(
         "correctness_tuned", "correctness.correctness", 0.04, True, "correctness again, with the tuned configurations"
     ),
-    Stage("kernels", "kernels.kernels", 0.21, False, "kernels against their peers"),
+    Stage("kernels", "kernels.kernels", 0.19, False, "kernels against their peers"),
     Stage("student", "student.student", 0.08, False, "a training step and 4-step sampling of DiT-XL/2"),
+    Stage("growth", "growth.growth", 0.05, False, "time and memory over segments and tokens; the time of history"),
 )
 NAMES = tuple(stage.name for stage in STAGES)
-GROUPS = {"benchmark": ("environment", "kernels", "student")}
+GROUPS = {"benchmark": ("environment", "kernels", "student", "growth")}
 # A stage only looks at its time between two pieces of work: this much later it is ended from outside.
 GRACE = 90.0
 MARKS = {"passed": "passed", "failed": "FAILED", "cut": "cut, its time was over", "crashed": "CRASHED"}
