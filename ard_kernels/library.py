@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C import _len_torch_function_stack as function_modes
+from torch._C._functorch import peek_interpreter_stack as transforms
+from torch.autograd import _profiler_enabled as profiler_enabled
 from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
@@ -49,17 +54,11 @@ def _directly(op: Callable, kernel: Callable, with_gradient: Callable) -> Callab
     """
 
     def call(*inputs):
-        if (
-            is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._len_torch_function_stack()
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or torch.autograd._profiler_enabled()
-        ):
+        if is_compiling() or dispatch_modes() or function_modes() or transforms() is not None or profiler_enabled():
             return op(*inputs)
         needs_gradient = False
         for x in inputs:
-            if isinstance(x, torch.Tensor):
+            if isinstance(x, Tensor):
                 if type(x) not in _PLAIN or x.is_meta:
                     return op(*inputs)
                 needs_gradient = needs_gradient or x.requires_grad

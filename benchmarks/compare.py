@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.rows import row_key
 from benchmarks.tables import markdown, work
 
 ALLOWED = 0.05
@@ -42,7 +43,7 @@ def load(path: Path) -> dict[tuple, dict]:
     if not path.exists() or not files:
         sys.exit(f"benchmarks.compare: {path} has no results; expected a folder of result files, or one")
     rows = [row for file in files for row in json.loads(file.read_text()).get("rows", []) if "milliseconds" in row]
-    return {(row["op"], row["shape"], row["dtype"], row["direction"], row.get("backend", "")): row for row in rows}
+    return {row_key(row): row for row in rows}
 
 
 def relative_noise(row: dict) -> float:

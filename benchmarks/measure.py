@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from torch._functorch import config as functorch_config
 
 from ard_kernels import history_attention
 from ard_kernels.backends import resolve
@@ -125,6 +126,7 @@ def prepare(job: Job, function: Callable, sets: list, grad_outputs) -> Callable[
         return rotating(forward, sets)
     if job.direction == "forward+backward":
         return rotating(lambda *inputs: torch.autograd.grad(as_tuple(function(*inputs)), inputs, grad_outputs), sets)
+    functorch_config.donated_buffer = False  # a compiled graph is run backward many times
     graphs = [(as_tuple(function(*inputs)), inputs) for inputs in sets]
     return rotating(lambda ys, xs: torch.autograd.grad(ys, xs, grad_outputs, retain_graph=True), graphs)
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.rows import RESULTS, ROOT, results_folder, write_room
+from benchmarks.rows import RESULTS, ROOT, results_folder, row_key, write_room
 from benchmarks.tables import (
     errors_table,
     floor_table,
@@ -61,9 +61,10 @@ def cpu_results(devices: dict[str, Results]) -> Results:
 
 
 def timed_rows(rooms: Results, *names: str) -> list[dict]:
-    """Rows of the named rooms, of all if none is named."""
+    """Rows of the named rooms, of all if none is named; one of each, where a GPU's stages measured what a room did."""
     contents = [rooms[name] for name in names] if names else rooms.values()
-    return [row for content in contents for row in content["rows"] if "milliseconds" in row]
+    rows = [row for content in contents for row in content["rows"] if "milliseconds" in row]
+    return list({row_key(row): row for row in rows}.values())
 
 
 def provenance(content: dict) -> str:

@@ -49,6 +49,11 @@ def row(
     }
 
 
+def row_key(row: dict) -> tuple[str, ...]:
+    """What a row measures."""
+    return row["op"], row["shape"], row["dtype"], row["direction"], row.get("backend", "")
+
+
 def goal(what: str, value: float, target: float) -> dict:
     return {"what": what, "value": value, "target": target, "met": value >= target}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.cases import BACKENDS
+
 # What a reader sees instead of a candidate's name.
 WORDS = {
     "N0": "the same student, N=0",
@@ -54,7 +56,8 @@ def milliseconds(value: float) -> str:
 
 def work(row: dict) -> str:
     shape = row["shape"].removeprefix(row["op"]).strip()
-    return f"`{row['op']}` {shape}, {row['direction']}"
+    backend = f", {row['backend']}" if row.get("backend") in BACKENDS else ""  # a GPU has a row for each of ours
+    return f"`{row['op']}` {shape}, {row['direction']}{backend}"
 
 
 def verdict(row: dict) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import torch
-from torch._functorch import config as functorch_config
 
 from benchmarks.cases import BACKENDS
 from benchmarks.gpu import checklist
@@ -52,7 +51,6 @@ def measured_ceilings(record: Record) -> dict[str, float]:
 
 def kernels(record: Record) -> str:
     """The rows of every job until the time is over; then which of our backends is the fastest, by shape class."""
-    functorch_config.donated_buffer = False  # a compiled graph is run backward many times
     ceilings, work = measured_ceilings(record), gpu_jobs(record.dry)
     for job in work:
         if record.over:
