@@ -83,7 +83,7 @@ def slug(text: str) -> str:
 def _git(*arguments: str) -> str:
     """Output of a git command; empty where there is no git or no repository."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return ""
     return done.stdout.strip()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ard_kernels
-from benchmarks import compare, report
+from benchmarks import compare, report, rows
 from benchmarks.flop_overhead.counts import design_table
 from benchmarks.jobs import adaln_job, attention_job, cpu_jobs, gpu_jobs, history_job
 from benchmarks.measure import How, measure, our_backends, peer_makers
@@ -111,6 +111,19 @@ def test_design_table_to_the_last_integer():
     assert counted["student sampling, N=6"] - counted["student, N=0 (4 forwards)"] == 10_871_635_968
     assert counted["published design, sampling, N=6"] == 1_420_082_675_712
     assert counted["published design, training forward"] == 1_510_679_642_112
+
+
+def test_written_results_do_not_make_a_commit_dirty(monkeypatch, tmp_path):
+    for name in ("benchmarks/results/cpu.json", "benchmarks/measure.py", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    who = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "all"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    for name, dirty in (("benchmarks/results/cpu.json", False), ("README.md", False), ("benchmarks/measure.py", True)):
+        (tmp_path / name).write_text("after")
+        assert environment()["dirty"] is dirty, name
 
 
 def test_peak_memory_is_that_of_the_call():
