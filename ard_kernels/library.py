@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state as jit_trace
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch._C import _len_torch_function_stack as function_modes
 from torch._C._functorch import peek_interpreter_stack as transforms
@@ -54,12 +55,19 @@ def _directly(op: Callable, kernel: Callable, with_gradient: Callable) -> Callab
     """
 
     def call(*inputs):
-        if is_compiling() or dispatch_modes() or function_modes() or transforms() is not None or profiler_enabled():
+        if (
+            is_compiling()
+            or dispatch_modes()
+            or function_modes()
+            or transforms() is not None
+            or jit_trace() is not None
+            or profiler_enabled()
+        ):
             return op(*inputs)
         needs_gradient = False
         for x in inputs:
             if isinstance(x, Tensor):
-                if type(x) not in _PLAIN or x.is_meta:
+                if type(x) not in _PLAIN or x.is_meta or x.is_neg():
                     return op(*inputs)
                 needs_gradient = needs_gradient or x.requires_grad
         if needs_gradient and torch.is_grad_enabled():

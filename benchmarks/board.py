@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from benchmarks.measure import Measurement
 from benchmarks.rows import describe, write_room
 
@@ -25,6 +27,7 @@ class Room:
 
     groups: dict[Group, Measurement | str] = field(default_factory=dict)
     facts: dict[str, object] = field(default_factory=dict)
+    device: torch.device | None = None  # where it ran; None: this machine's best
     incomplete: str = ""  # why its file is not written
 
     @property
@@ -59,5 +62,5 @@ class Board:
             if room.incomplete:
                 lines.append(f"{name}: {room.incomplete}, its results file stays as it was")
             else:
-                lines.append(f"wrote {write_room(self.folder, name, room.rows, room.facts)}")
+                lines.append(f"wrote {write_room(self.folder, name, room.rows, room.facts, room.device)}")
         return lines

@@ -1,8 +1,9 @@
 """`python -m benchmarks.compare OLD NEW`: which comparisons got slower between two results (folders or files).
 
 Machines are shared, so what counts is not seconds but the ratio of a peer's time to ours in the same run: the peer that
-was fastest in OLD. A row has regressed when its ratio fell by more than 5 % and the noise of both runs. The noise of a
-run is twice the standard error of the median of its round-by-round ratios. The exit status is 1 if a row regressed.
+was fastest in OLD. A row has regressed when its ratio fell by more than 5 % and the noise of both runs, each run's that
+of its ratio to its own fastest peer (`rows.relative_noise`). The exit status is 1 if a row regressed; rows that
+only one of the two has are counted below the table.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.rows import row_key
+from benchmarks.rows import is_comparison, relative_noise, row_key
 from benchmarks.tables import markdown, work
 
 ALLOWED = 0.05
@@ -42,15 +43,8 @@ def load(path: Path) -> dict[tuple, dict]:
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not path.exists() or not files:
         sys.exit(f"benchmarks.compare: {path} has no results; expected a folder of result files, or one")
-    rows = [row for file in files for row in json.loads(file.read_text()).get("rows", []) if "milliseconds" in row]
+    rows = [row for file in files for row in json.loads(file.read_text()).get("rows", []) if is_comparison(row)]
     return {row_key(row): row for row in rows}
-
-
-def relative_noise(row: dict) -> float:
-    """Twice the standard error of the median, 1.25 deviations / sqrt(n); p80 - p20 is 1.68 deviations."""
-    spread = row["ratio_by_round"]
-    deviation = (spread["p80"] - spread["p20"]) / 1.68
-    return 2 * 1.25 * deviation / math.sqrt(spread["rounds"]) / spread["median"]
 
 
 def change(old: dict, new: dict) -> Change | None:

@@ -2,7 +2,8 @@
 
 A bench_*.py file lists its comparisons in GROUPS and has one test per candidate. The first of a group times all its
 candidates, in turns; each test then hands its own times to pytest-benchmark. A candidate that this machine refuses is
-skipped with the reason, one that gives other results than the rest fails. A room's file is written when all of it ran.
+skipped with the reason, so is a peer that gives other results than the rest; one of ours that does fails. A room's file
+is written when all of it ran.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=clock.read))
-        config.stash[BOARD].room(item.path)
+        config.stash[BOARD].room(item.path).device = getattr(item.module, "DEVICE", None)
 
 
 def pytest_deselected(items):

@@ -54,7 +54,10 @@ class Job:
 
 @dataclass
 class Measurement:
-    """What a comparison gave: result rows, times, and why a candidate has none: refused, or other results."""
+    """What a comparison gave: result rows, times, and why a candidate has none.
+
+    refused: it cannot run here, or is a peer with other results than the rest; wrong: it is ours and has those.
+    """
 
     rows: list[dict]
     timings: dict[str, Timing]
@@ -204,14 +207,14 @@ def measure(
     sets, grad_outputs = make_sets(job, device)
     peers = peer_makers(case, device, how.compiled)
     runs, results, refused = {}, {}, dict(skip or {})
-    for name, make in (our_makers(case, backends, device) | peers).items():
+    for place, (name, make) in enumerate((our_makers(case, backends, device) | peers).items()):
         if name in refused:
             continue
         try:
             with piece(name):
                 run = prepare(job, make(), sets, grad_outputs)
                 results[name] = [x.clone() for x in run()]
-                for _ in range(len(sets) - 1):  # each call leaves off at the first input set
+                for _ in range(len(sets) - 1 + place):  # in a round each candidate takes another input set
                     run()
                 runs[name] = run
         except Exception as error:
@@ -219,10 +222,12 @@ def measure(
             results.pop(name, None)
     # fp32 sums in another order differ by more ulps than 16-bit outputs that were rounded once
     limit = (64 if case.dtype == torch.float32 else 4) * torch.finfo(case.dtype).eps
-    wrong = odd_ones_out(results, limit) if results else {}
+    different = odd_ones_out(results, limit) if results else {}
     results.clear()
-    for name in wrong:
+    for name in different:
         del runs[name]
+    wrong = {name: why for name, why in different.items() if name in backends}
+    refused |= {name: why for name, why in different.items() if name in peers}
     ours = [name for name in backends if name in runs]
     if not ours:
         return Measurement([], {}, refused, wrong)

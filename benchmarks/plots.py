@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +19,9 @@ OP_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 def draw(name: str, rooms: dict[str, dict], folder: Path) -> dict[str, str]:
     """Write folder/<name>-<plot>.png; {plot: title} of those there is data for."""
-    rows = [row for content in rooms.values() for row in content["rows"] if "milliseconds" in row]
+    rows = [row for content in rooms.values() for row in content["rows"] if row.get("best_peer")]
     data = {
-        "speed": [r for r in rows if r["op"] not in ("growth", "history_overhead", "data_path") and r["best_peer"]],
+        "speed": [r for r in rows if r["op"] not in ("growth", "history_overhead", "data_path")],
         "roofline": [r for r in rows if r.get("ceiling") and r.get("intensity")],
         "growth": [r for r in rows if r["op"] == "growth"],
         "overhead": [r for r in rows if r["op"] == "history_overhead"],
@@ -94,21 +95,29 @@ def draw_roofline(rows: Sequence[dict]) -> plt.Figure:
     return figure
 
 
+def growth_value(row: dict, candidate: str, what: str) -> float:
+    """Milliseconds, or megabytes at the peak; NaN where it was not measured."""
+    if what == "time":
+        return row["milliseconds"][candidate]["median"]
+    return (row["peak_bytes"][candidate] or math.nan) / 1e6
+
+
 def draw_growth(rows: Sequence[dict]) -> plt.Figure:
     figure, grid = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
     for axes_row, (what, unit) in zip(grid, (("time", "ms"), ("peak memory", "MB")), strict=True):
         for axes, (key, other, fixed) in zip(axes_row, (("S", "L", 256), ("L", "S", 4)), strict=True):
+            some = sorted((r for r in rows if r[other] == fixed), key=lambda r: r[key])
+            if all(math.isnan(growth_value(r, "ours", what)) for r in some):
+                axes.set_axis_off()
+                continue
             for way, style in (("training", "-o"), ("sampling", "--s")):
-                points = sorted((r for r in rows if r["direction"] == way and r[other] == fixed), key=lambda r: r[key])
+                points = [r for r in some if r["direction"] == way]
                 for name, color in (("ours", OURS), ("published_eager", BEST)):
-                    values = [
-                        r["milliseconds"][name]["median"] if what == "time" else (r["peak_bytes"][name] or 0) / 1e6
-                        for r in points
-                    ]
+                    values = [growth_value(r, name, what) for r in points]
                     axes.plot([r[key] for r in points], values, style, color=color, label=f"{words(name)}, {way}")
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
-            axes.set_xticks([r[key] for r in points], [str(r[key]) for r in points])
+            axes.set_xticks([r[key] for r in some], [str(r[key]) for r in some])
             axes.set_xlabel(f"{'segments S' if key == 'S' else 'tokens per segment L'} ({other} = {fixed})")
             axes.set_ylabel(f"{what}, {unit}")
             axes.yaxis.set_major_formatter("{x:g}")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.rows import RESULTS, ROOT, results_folder, row_key, write_room
+from benchmarks.rows import RESULTS, ROOT, is_comparison, results_folder, row_key, write_room
 from benchmarks.tables import (
     errors_table,
     floor_table,
@@ -63,14 +63,17 @@ def cpu_results(devices: dict[str, Results]) -> Results:
 def timed_rows(rooms: Results, *names: str) -> list[dict]:
     """Rows of the named rooms, of all if none is named; one of each, where a GPU's stages measured what a room did."""
     contents = [rooms[name] for name in names] if names else rooms.values()
-    rows = [row for content in contents for row in content["rows"] if "milliseconds" in row]
+    rows = [row for content in contents for row in content["rows"] if is_comparison(row)]
     return list({row_key(row): row for row in rows}.values())
 
 
-def provenance(content: dict) -> str:
-    env = content["environment"]
-    where = f"{env['device']}, torch {env['torch']}" + (f", driver {env['driver']}" if env.get("driver") else "")
-    return f"{where}, {env['date']}, commit {env['commit'][:7]}{' with changes' if env['dirty'] else ''}"
+def provenance(*contents: dict) -> str:
+    """Where, when and from which commit: each that differs."""
+    said = []
+    for env in (content["environment"] for content in contents):
+        where = f"{env['device']}, torch {env['torch']}" + (f", driver {env['driver']}" if env.get("driver") else "")
+        said.append(f"{where}, {env['date']}, commit {env['commit'][:7]}{' with changes' if env['dirty'] else ''}")
+    return "; ".join(dict.fromkeys(said))
 
 
 def is_headline(row: dict) -> bool:
@@ -86,8 +89,8 @@ def measured(devices: dict[str, Results]) -> str:
     for name, rooms in devices.items():
         rows = [row for row in timed_rows(rooms) if is_headline(row)]
         if rows:
-            first = next(content for content in rooms.values() if content["rows"])
-            parts.append(f"{provenance(first)} ([all rows, plots](docs/results/{name}.md)):\n\n{speed_table(rows)}")
+            used = [content for content in rooms.values() if any(row in rows for row in content["rows"])]
+            parts.append(f"{provenance(*used)} ([all rows, plots](docs/results/{name}.md)):\n\n{speed_table(rows)}")
     return "\n\n".join(parts)
 
 
@@ -126,17 +129,16 @@ def counted(devices: dict[str, Results]) -> str:
         for model in models
         for S in (2, 4, 8)
     ]
-    said = (
-        f"{content['counted_cases']:,} cases (DiT-S, B, L, XL; S 2 to 8; N 0 to depth; M1 to M4; sampling and training"
-    )
-    said += " forward): counted = by formula in every one. FLOPs that N = 6 adds:\n\n"
+    said = f"{content['counted_cases']:,} cases (DiT-S, B, L, XL; S 2 to 8; N 0 to depth; M1 to M4; sampling and "
+    said += "training forward): counted = by formula in every one. N = 0 and depth were counted whole, the others by "
+    said += "block. FLOPs that N = 6 adds:\n\n"
     return said + markdown(["model", "S", "M2", "M3", "M4"], cells)
 
 
 def speed_of(*rooms: str) -> Callable[[dict[str, Results]], str]:
     def table(devices: dict[str, Results]) -> str:
         found = cpu_results(devices)
-        return f"{provenance(found[rooms[0]])}:\n\n{speed_table(timed_rows(found, *rooms))}"
+        return f"{provenance(*(found[room] for room in rooms))}:\n\n{speed_table(timed_rows(found, *rooms))}"
 
     return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -47,6 +48,18 @@ def row(
         "refused": {},
         **facts,
     }
+
+
+def is_comparison(row: dict) -> bool:
+    """Whether a row of a result file was made by `row`; GPU stages that check or tune write others."""
+    return "best_peer" in row
+
+
+def relative_noise(row: dict) -> float:
+    """Twice the standard error of the median of the ratios by round: 1.25 deviations / sqrt(n); p80 - p20 is 1.68."""
+    spread = row["ratio_by_round"]
+    deviation = (spread["p80"] - spread["p20"]) / 1.68
+    return 2 * 1.25 * deviation / math.sqrt(spread["rounds"]) / spread["median"]
 
 
 def row_key(row: dict) -> tuple[str, ...]:
@@ -115,7 +128,10 @@ def environment(device: torch.device | None = None) -> dict:
     )
     on_gpu = (device or best_device()).type == "cuda"
     nvcc = re.search(r"release [\d.]+, V([\d.]+)", _output("nvcc", "--version") or "")
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None
+    driver = None
+    if on_gpu:
+        asked = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = asked or f"for CUDA {torch._C._cuda_getDriverVersion()}"
     return {
         "date": date.today().isoformat(),
         "commit": commit or os.environ.get("ARD_COMMIT", "unknown"),
@@ -149,10 +165,10 @@ def results_folder() -> Path:
     return RESULTS / slug(words)
 
 
-def write_room(folder: Path, name: str, rows: list[dict], facts: dict) -> Path:
+def write_room(folder: Path, name: str, rows: list[dict], facts: dict, device: torch.device | None = None) -> Path:
     """folder/<name>.json, whole or not at all; the path, relative to the repository where it lies in it."""
     path, partial = folder / f"{name}.json", folder / f"{name}.partial"
     folder.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps({"environment": environment(), "rows": rows, **facts}, indent=2) + "\n")
+    partial.write_text(json.dumps({"environment": environment(device), "rows": rows, **facts}, indent=2) + "\n")
     os.replace(partial, path)
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.cases import BACKENDS
+from benchmarks.rows import relative_noise
 
 # What a reader sees instead of a candidate's name.
 WORDS = {
@@ -61,14 +62,19 @@ def work(row: dict) -> str:
 
 
 def verdict(row: dict) -> str:
-    """The target, and whether it is met; "within noise" where a fifth of the rounds reached a missed ratio."""
-    other = [goal for goal in row.get("targets", []) if not goal["what"].startswith("times")]
-    if other and len(other) == len(row["targets"]):
-        return f"{other[0]['target']:g} {other[0]['what']}, {'met' if other[0]['met'] else 'missed'}"
+    """The target of the ratio and whether it is met ("within noise": missed by less than the noise), then other goals.
+
+    A row whose goals have no ratio among them shows those alone.
+    """
+    goals = row.get("targets", [])
+    others = [goal for goal in goals if not goal["what"].startswith("times")]
+    words = [f"{goal['target']:g} {goal['what']}, {'met' if goal['met'] else 'missed'}" for goal in others]
+    if others and len(others) == len(goals):
+        return "; ".join(words)
     word = "met" if row["met"] else "missed"
-    if not row["met"] and row["ratio_by_round"] and row["ratio_by_round"]["p80"] >= row["target"]:
+    if not row["met"] and row["ratio"] and row["ratio"] * (1 + relative_noise(row)) >= row["target"]:
         word = "within noise"
-    return f"{row['target']:.2f}x, {word}"
+    return "; ".join([f"{row['target']:.2f}x, {word}", *words])
 
 
 def speed_ratio(row: dict) -> str:
@@ -91,7 +97,7 @@ def floor_table(rows: Sequence[dict]) -> str:
     """The time that useful work takes at the ceiling measured beside it, and the ratio a kernel at it would have."""
     cells = []
     for row in rows:
-        if row.get("fraction_of_measured_ceiling"):
+        if row.get("fraction_of_measured_ceiling") and row["best_peer"]:
             ours, peer = (row["milliseconds"][name]["median"] for name in (row["ours"], row["best_peer"]))
             floor = ours * row["fraction_of_measured_ceiling"]
             kind = "copy" if row["unit"] == "GB/s" else "matmul"
@@ -111,6 +117,8 @@ def growth_table(rows: Sequence[dict]) -> str:
     """Time and memory of ours, and how often they fit into the peer's."""
     cells = []
     for row in rows:
+        if row["best_peer"] is None:
+            continue
         ours, peer = (row["milliseconds"][name]["median"] for name in (row["ours"], row["best_peer"]))
         memory = [row["peak_bytes"][name] for name in (row["ours"], row["best_peer"])]
         held = [f"{memory[0] / 1e6:.0f}", f"{memory[1] / memory[0]:.2f}x"] if all(memory) else ["not measured", ""]

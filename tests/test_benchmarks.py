@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import ard_kernels
-from benchmarks import compare, report, rows
+from benchmarks import compare, plots, report, rows
 from benchmarks.flop_overhead.counts import design_table
 from benchmarks.jobs import adaln_job, attention_job, cpu_jobs, gpu_jobs, history_job
 from benchmarks.measure import How, measure, our_backends, peer_makers
 from benchmarks.memory import peak_bytes
-from benchmarks.rows import environment, row
-from benchmarks.tables import speed_table
+from benchmarks.rows import environment, goal, row
+from benchmarks.tables import growth_table, speed_table
 from benchmarks.timing import Timing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,10 +36,12 @@ def tiny_measurement(job):
 
 
 def committed_results():
+    """Those of comparisons: the stages of a GPU that check or tune have rows of their own."""
     return [
         pytest.param(device, room, id=f"{device}-{room}")
         for device, rooms in report.load_devices().items()
-        for room in rooms
+        for room, content in rooms.items()
+        if content.get("stage", "kernels") in ("kernels", "student", "scaling")
     ]
 
 
@@ -213,3 +215,24 @@ def test_compare_says_what_it_cannot_compare(tmp_path, capsys):
     assert "only in NEW: 1 rows, first op another" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="has no results"):
         compare.main([str(tmp_path / "missing"), str(tmp_path / "new.json")])
+
+
+def test_a_report_without_a_peer_or_with_a_missed_goal(tmp_path):
+    """What a GPU may leave: a baseline out of memory, a ratio met while the rate is missed."""
+    timings = {"ours": Timing((2.0, 2.1, 2.2)), "peer": Timing((3.0, 3.1, 3.2))}
+    alone = {"ours": timings["ours"]}
+    grown = row(
+        "growth", "C72 S4 L64", "training", alone, "ours", [], 1.0, S=4, L=64, refused={"published_eager": "memory"}
+    )
+    goals = [goal("times the fastest peer", 1.5, 1.3), goal("useful TFLOP/s", 400.0, 450.0)]
+    slow = row("block_causal_attention", "B1 D72 M4 ", "forward", timings, "ours", ["peer"], 1.3, targets=goals)
+    rooms = {"scaling": {"environment": environment(), "rows": [grown, slow, {"milliseconds": {"config": 1.0}}]}}
+    assert "1.30x, met; 450 useful TFLOP/s, missed" in report.measured({"gpu": rooms})
+    assert "published design, eager: memory" in report.page("gpu", rooms, plots.draw("gpu", rooms, tmp_path))
+    assert "growth" not in growth_table([grown]).splitlines()[-1]
+
+
+def test_within_noise_is_less_than_the_noise():
+    for spread, word in ((0.4, "within noise"), (0.001, "missed")):
+        (noisy,) = results_with(0.99, spread)["rows"]
+        assert word in speed_table([noisy])

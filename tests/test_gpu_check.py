@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import torch
 
-from benchmarks import cases, measure, report
+from benchmarks import cases, compare, measure, plots, report
 from benchmarks.gpu import checklist, machine
 from benchmarks.gpu.record import BROKEN_CONTEXT, Record
 from benchmarks.timing import EventTimer
@@ -30,7 +30,7 @@ STAGES = (
     "correctness_tuned",
     "kernels",
     "student",
-    "growth",
+    "scaling",
 )
 BACKENDS = ("cuda", "triton")
 OPS = ("block_causal_attention", "history_attention", "adaln_modulate", "gate_residual_adaln", "gate_residual")
@@ -121,13 +121,16 @@ def test_dry_run_takes_every_path(tmp_path):
     assert all(set(times) == {*BACKENDS} for times in found["kernels"]["shape_classes"].values() if times)
     for word in ("TFLOP/s", "GB/s", "times the", "met", " ms,"):
         assert word not in done.stdout, "no speed of the interpreter is printed"
-    timed = {name: found[name] for name in ("kernels", "student", "growth")}
+    timed = {name: found[name] for name in ("kernels", "student", "scaling")}
     schema = json.loads((ROOT / "benchmarks" / "schema.json").read_text())
     for content in timed.values():
         jsonschema.validate(content, schema)
-    page = report.page("gpu", timed, {})
+    whole = {name: content for name, content in found.items() if "environment" in content}
+    plots.draw("gpu", whole, tmp_path)
+    assert compare.main([str(tmp_path), str(tmp_path)]) == 0, "stages that tune or check are no comparisons"
+    page = report.page("gpu", whole, {})
     assert "| **ours**" in page and "not timed: flash attn loop" in page
-    assert "student_training_step" in report.measured({"gpu": timed})
+    assert "student_training_step" in report.measured({"gpu": whole})
 
 
 def test_wrong_results_fail(tmp_path):

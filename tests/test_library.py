@@ -1,5 +1,7 @@
 """Ops are called without the dispatcher in plain eager code only: whatever watches, counts or traces sees the op."""
 
+import traceback
+
 import pytest
 import torch
 from torch.profiler import profile
@@ -8,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ard_kernels
 from ard_kernels import library
+from ard_kernels.block_causal_attention import op
 
 L = 4
 
@@ -59,14 +62,48 @@ def test_direct_and_dispatched_are_bit_equal(requires_grad):
     assert torch.equal(direct, dispatched)
     if requires_grad:
         grads = torch.autograd.grad(direct.sum(), tensors)
-        for got, expected in zip(grads, torch.autograd.grad(dispatched.sum(), tensors), strict=True):
-            assert torch.equal(got, expected)
+        with Seen() as seen:
+            expected = torch.autograd.grad(dispatched.sum(), tensors)
+        assert "ard.block_causal_attention_backward.default" in seen.names
+        for got, other in zip(grads, expected, strict=True):
+            assert torch.equal(got, other)
+
+
+def test_public_ops_are_called_directly(monkeypatch):
+    """The kernel's caller is `call` of library.py, and no op of the dispatcher."""
+    frames = []
+    forward = op.IMPLEMENTATIONS["torch"].forward
+
+    def noting(*args):
+        frames.extend(frame.name for frame in traceback.extract_stack())
+        return forward(*args)
+
+    monkeypatch.setattr(op.IMPLEMENTATIONS["torch"], "forward", noting)
+    with torch.no_grad():
+        attention(*inputs())
+    directly = frames[frames.index("attention") :]
+    assert directly == ["attention", "block_causal_attention", "call", "_forward", "noting"]
+    frames.clear()
+    with Seen(), torch.no_grad():
+        attention(*inputs())
+    assert "__torch_dispatch__" in frames
+
+
+def test_a_jit_trace_records_the_op():
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda q, k, v: attention(q, k, v), inputs(), check_trace=False)
+    assert "ard::block_causal_attention" in str(traced.graph)
+
+
+def test_a_negated_view_is_resolved():
+    q, k, v = inputs()
+    assert torch.equal(attention(torch._neg_view(q), k, v), attention(-q, k, v))
 
 
 def test_plain_calls_do_not_reach_the_dispatcher():
     called = []
-    op = library.define_op("test_direct(Tensor x) -> Tensor", lambda x: x + 1, lambda x: torch.empty_like(x))
-    recorded = library._directly(lambda *args: called.append("op") or op(*args), lambda x: x + 1, lambda x: x + 1)
+    defined = library.define_op("test_direct(Tensor x) -> Tensor", lambda x: x + 1, lambda x: torch.empty_like(x))
+    recorded = library._directly(lambda *args: called.append("op") or defined(*args), lambda x: x + 1, lambda x: x + 1)
     assert torch.equal(recorded(torch.zeros(3)), torch.ones(3)) and not called
     assert recorded(torch.zeros(3, device="meta")).is_meta and called == ["op"]
 

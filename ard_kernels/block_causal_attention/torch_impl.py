@@ -21,6 +21,7 @@ from ard_kernels.segments import segment_offsets
 # Zen 5, fp32, H 16, D 72: a call costs ~30 us, a pair of one head ~0.03 ns per element of D, so a call is worth ~1e6
 # pair-elements (S=4: dense wins up to L=16, loses from L=32 on).
 DENSE_PAIR_ELEMENTS_PER_CALL = 1_000_000
+MOST_DENSE_TOKENS = 1024  # a mask of 4 MiB in fp32; many tiny segments would ask for more
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -86,10 +87,16 @@ class Plan(NamedTuple):
     keys: list[list[tuple[int, int]]]  # per query segment
     queries: list[tuple[int, int]]  # per key segment
     folded: bool  # block-diagonal over equal segments: one call on a batch of segments
-    mask: torch.Tensor | None  # (T, T) of 0 and -inf, where one masked call is cheapest: T is a few hundred at the most
+    mask: torch.Tensor | None  # (T, T) of 0 and -inf, where one masked call is cheapest
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=16)
+def _additive_mask(tokens, dtype, device, lengths, window, sink) -> torch.Tensor:
+    seen = dense_mask(lengths, tokens, window, sink, device)
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
+
+
+@lru_cache(maxsize=64)
 def _make_plan(
     shape_BHTD: torch.Size, dtype: torch.dtype, device: torch.device, lengths: tuple[int, ...], window: int | None,
     sink: int,
@@ -100,9 +107,9 @@ def _make_plan(
     folded = len(segments) == 1 or (window == 1 and sink == 0 and len(lengths) == 1)
     wasted = T * T - useful_pairs(lengths, T, window, sink)
     mask = None
-    if not folded and wasted * B * H * D <= (len(segments) - 1) * DENSE_PAIR_ELEMENTS_PER_CALL:
-        seen = dense_mask(lengths, T, window, sink, device)
-        mask = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
+    cheap = wasted * B * H * D <= (len(segments) - 1) * DENSE_PAIR_ELEMENTS_PER_CALL
+    if not folded and cheap and T <= MOST_DENSE_TOKENS:
+        mask = _additive_mask(T, dtype, device, lengths, window, sink)
     return Plan(
         offsets,
         [key_ranges(offsets, segment, window, sink) for segment in segments],

@@ -56,10 +56,10 @@ STAGES = (
     ),
     Stage("kernels", "kernels.kernels", 0.19, False, "kernels against their peers"),
     Stage("student", "student.student", 0.08, False, "a training step and 4-step sampling of DiT-XL/2"),
-    Stage("growth", "growth.growth", 0.05, False, "time and memory over segments and tokens; the time of history"),
+    Stage("scaling", "scaling.scaling", 0.05, False, "time and memory over segments and tokens; the time of history"),
 )
 NAMES = tuple(stage.name for stage in STAGES)
-GROUPS = {"benchmark": ("environment", "kernels", "student", "growth")}
+GROUPS = {"benchmark": ("environment", "kernels", "student", "scaling")}
 # A stage only looks at its time between two pieces of work: this much later it is ended from outside.
 GRACE = 90.0
 MARKS = {"passed": "passed", "failed": "FAILED", "cut": "cut, its time was over", "crashed": "CRASHED"}

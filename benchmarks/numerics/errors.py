@@ -12,13 +12,14 @@ from ard_kernels import adaln_modulate, block_causal_attention, gate_residual_ad
 from ard_kernels.block_causal_attention.reference import block_causal_attention as attention_reference
 from ard_kernels.block_causal_attention.spec import dense_mask
 from ard_kernels.segment_adaln import reference as adaln_reference
+from benchmarks.rows import best_device
 
 B, H, S, L, D = 1, 4, 4, 128, 72
 T, C = S * L, 1152
 
 
 def plain_attention(q, k, v):
-    mask = dense_mask([L], T, None, 0)
+    mask = dense_mask([L], T, None, 0, q.device)
     return (q @ k.transpose(-1, -2) * D**-0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
 
@@ -34,7 +35,8 @@ def plain_gated(x, branch, gate, shift, scale):
 
 def errors(op: str, dtype: torch.dtype) -> list[dict]:
     ours, plain, reference, shapes = OPS[op]
-    values = [torch.randn(shape).to(dtype) for shape in shapes]
+    device = best_device()
+    values = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     outputs, grads = [], []
     for function in (ours, plain, reference):
         # The reference's inputs are fp64, or autograd would round its gradients.
@@ -42,7 +44,7 @@ def errors(op: str, dtype: torch.dtype) -> list[dict]:
         ys = function(*inputs)
         ys = ys if isinstance(ys, tuple) else (ys,)
         torch.manual_seed(1)
-        weights = [torch.randn(y.shape).to(dtype) for y in ys]
+        weights = [torch.randn(y.shape, device=device).to(dtype) for y in ys]
         outputs.append(ys)
         grads.append(torch.autograd.grad(ys, inputs, [w.to(y.dtype) for w, y in zip(weights, ys, strict=True)]))
     rows = []

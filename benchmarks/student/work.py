@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from ard.losses import trajectory_loss
@@ -98,8 +99,8 @@ def compare_training(
             continue
         targets_met = [goal(f"times {peer}", timings[peer].median / timings[mine].median, target)]
         if device.type == "cuda" and peer == "published_eager":
-            saved = 1 - memory["ours"] / memory[peer]
-            targets_met.append(goal("of the eager baseline's memory saved", saved, 0.5))
+            saved = 1 - memory[mine] / memory[peer]
+            targets_met.append(goal("of the eager baseline's memory above weights and optimizer saved", saved, 0.5))
         only = {label: timings[label] for label in timings if label == peer or label.startswith("ours")}
         facts = {"dtype": "bfloat16 autocast" if device.type == "cuda" else "float32", "targets": targets_met}
         facts |= {"refused": refused, "peak_bytes": {label: memory[label] for label in only}}
@@ -121,7 +122,12 @@ def captured(run: Callable[[], object], device: torch.device) -> Callable[[], ob
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+    return partial(replay, graph, run)
+
+
+def replay(graph: torch.cuda.CUDAGraph, owner: Callable[[], object]) -> None:
+    """`owner` is kept alive: the graph reads memory, such as a cache, that belongs to it."""
+    graph.replay()
 
 
 def compare_sampling(
@@ -155,7 +161,7 @@ def compare_sampling(
     @torch.no_grad()
     def teacher_forwards() -> None:
         for t in times:
-            teacher(noise, t[None], labels)
+            teacher(noise, t.expand(batch), labels)
 
     def published() -> Callable[[], Tensor]:
         student.routing = routings["N6"]

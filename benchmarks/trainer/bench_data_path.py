@@ -19,6 +19,7 @@ from benchmarks.measure import Measurement
 from benchmarks.rows import row
 from benchmarks.timing import interleaved
 
+DEVICE = torch.device("cpu")
 COUNT, BATCH, IMAGE, STEPS = 2048, 64, (4, 32, 32), 4
 SAMPLES_PER_SECOND = 2000.0  # of each core, design of the trainer
 

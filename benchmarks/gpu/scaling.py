@@ -11,7 +11,7 @@ from benchmarks.growth import bench_growth
 from benchmarks.tables import speed_ratio
 
 
-def growth(record: Record) -> str:
+def scaling(record: Record) -> str:
     overhead, points = bench_flop_overhead.GROUPS, bench_growth.GROUPS
     for group in points[:1] if record.dry else [*overhead, *points]:
         if not record.over:
