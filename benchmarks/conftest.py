@@ -110,11 +110,12 @@ def report(request, room):
 
 
 def pytest_sessionfinish(session):
-    board = session.config.stash[BOARD]
+    board, ran = session.config.stash[BOARD], {(item.path, item.originalname) for item in session.items}
     for item in session.items:
-        groups = getattr(item.module, "GROUPS", [])
-        if set(board.room(item.path).groups) != set(groups):
-            board.room(item.path).incomplete = board.room(item.path).incomplete or "not all of it was run"
+        room, groups = board.room(item.path), getattr(item.module, "GROUPS", [])
+        tests = {(item.path, name) for name in vars(item.module) if name.startswith("test_")}
+        if set(room.groups) != set(groups) or not tests <= ran:
+            room.incomplete = room.incomplete or "not all of it was run"
 
 
 @pytest.hookimpl(trylast=True)  # at the very end

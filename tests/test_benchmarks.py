@@ -153,6 +153,9 @@ GROUPS = [Group("group", ("ours", "fast", "absent", *(["odd"] if WRONG else []))
 
 def test_speed(group, candidate, report):
     report(group, candidate)
+
+def test_facts(room):
+    room.facts["counted"] = 7
 """
 
 
@@ -161,7 +164,7 @@ def run_planted(tmp_path, wrong, *arguments):
     (tmp_path / "bench_planted.py").write_text(f"WRONG = {wrong}\n{PLANTED}")
     out = tmp_path / "out"
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.conftest", "--rootdir", str(tmp_path), "-rs"]
-    command += ["-c", str(ROOT / "pyproject.toml"), "--results", str(out), str(tmp_path), *arguments]
+    command += ["-c", str(ROOT / "pyproject.toml"), "--results", str(out), *(arguments or [str(tmp_path)])]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "COLUMNS": "200"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -171,18 +174,21 @@ def run_planted(tmp_path, wrong, *arguments):
 
 def test_a_run_writes_its_file_and_a_table(tmp_path):
     text, content = run_planted(tmp_path, False)
-    assert "2 passed, 1 skipped" in text, text
+    assert "3 passed, 1 skipped" in text, text
     assert "absent: ModuleNotFoundError: no such peer" in text, "a refused peer is named with its reason"
     assert "2.0800" in text, "pytest-benchmark shows the times that were measured: 2.08 ms, the median of nine"
     assert "1.50x | 1.20x, met" in text
     jsonschema.validate(content, SCHEMA)
+    assert content["counted"] == 7
     (result,) = content["rows"]
     assert result["ratio"] == pytest.approx(1.5) and result["milliseconds"]["ours"]["rounds"] == 9
 
 
 def test_a_run_of_a_part_or_with_a_wrong_candidate_writes_nothing(tmp_path):
-    text, content = run_planted(tmp_path, False, "-k", "fast")
+    text, content = run_planted(tmp_path, False, "-k", "fast", str(tmp_path))
     assert content is None and "not all of it was selected" in text
+    text, content = run_planted(tmp_path, False, f"{tmp_path / 'bench_planted.py'}::test_speed")
+    assert content is None and "not all of it was run" in text
     text, content = run_planted(tmp_path, True)
     assert content is None and "1 failed" in text and "a test of it failed" in text
 
