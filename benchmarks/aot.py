@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from ard_kernels.history import triton_impl as history
 from ard_kernels.history.splits import workspace_elements
 from ard_kernels.segment_adaln import triton_impl as adaln
 from benchmarks.candidates import candidates, keys
+from benchmarks.markdown import table
 
 TABLES = Path(__file__).parent / "results" / "aot"
 # Bytes of shared memory a block may have and a multiprocessor holds (CUDA programming guide, compute capabilities).
@@ -331,16 +332,6 @@ def _differences(arch: int, rows: list[Row]) -> list[str]:
     return found + [f"sm{arch}: {name} is in the table only" for name in committed]
 
 
-def print_table(arch: int, rows: list[Row]) -> None:
-    """The rows as text, aligned."""
-    names = [field.name for field in fields(Row)]
-    lines = [names] + [[str(value) for value in asdict(row).values()] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    print(f"\nsm_{arch}")
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the tables")
@@ -361,7 +352,7 @@ def main() -> None:
     failures = []
     for arch in options.arch:
         rows = [row for at, part, _ in results if at == arch for row in part]
-        print_table(arch, rows)
+        print(f"\nsm_{arch}\n{table([field.name for field in fields(Row)], map(astuple, rows))}")
         failures += [problem for at, _, found in results if at == arch for problem in found]
         if options.update:
             _write_table(arch, rows)

@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.markdown import markdown
 from benchmarks.rows import is_comparison, relative_noise, row_key
-from benchmarks.tables import markdown, work
+from benchmarks.tables import work
 
 ALLOWED = 0.05
 

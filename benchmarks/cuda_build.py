@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -310,16 +310,9 @@ def differences(arch: str, rows: list[Row], version: str) -> list[str]:
     return found + [f"sm_{arch} {' '.join(name)} is in the table only" for name in committed]
 
 
-def print_table(title: str, names: list[str], lines: list[list]) -> None:
-    """Lines of cells as text, aligned."""
-    cells = [names] + [[str(cell) for cell in line] for line in lines]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    print(f"\n{title}")
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
 def main() -> None:
+    from benchmarks.markdown import table  # not where nvcc's launcher would import it: it runs outside the package
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the tables")
     options = parser.parse_args()
@@ -334,11 +327,11 @@ def main() -> None:
         failures += object_problems(source, path, notes[source])
     failures += repeated_kernels({source: note["report"] for source, note in notes.items()})
     lines = [[source, note["seconds"], note["peak_bytes"] >> 20] for source, note in notes.items()]
-    print_table(f"nvcc {version}", ["source", "seconds", "peak_MB"], lines)
+    print(f"\nnvcc {version}\n{table(['source', 'seconds', 'peak_MB'], lines)}")
     for arch, results in jobs.items():
         rows = [row for job in results for row in job.result()[0]]
         kernels += len(rows)
-        print_table(f"sm_{arch}", [field.name for field in fields(Row)], [list(asdict(row).values()) for row in rows])
+        print(f"\nsm_{arch}\n{table([field.name for field in fields(Row)], map(astuple, rows))}")
         failures += [problem for job in results for problem in job.result()[1]]
         if options.update:
             write_table(arch, rows, version)

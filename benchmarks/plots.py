@@ -20,25 +20,28 @@ OP_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 def draw(name: str, rooms: dict[str, dict], folder: Path) -> dict[str, str]:
     """Write folder/<name>-<plot>.png; {plot: title} of those there is data for."""
     rows = [row for content in rooms.values() for row in content["rows"] if row.get("best_peer")]
-    data = {
-        "speed": [r for r in rows if r["op"] not in ("growth", "history_overhead", "data_path")],
-        "roofline": [r for r in rows if r.get("ceiling") and r.get("intensity")],
-        "growth": [r for r in rows if r["op"] == "growth"],
-        "overhead": [r for r in rows if r["op"] == "history_overhead"],
-    }
-    titles = {
-        "speed": "Time of the alternatives over ours",
-        "roofline": "Useful rate against the measured ceilings",
-        "growth": "Time and memory over segments and tokens",
-        "overhead": "Overhead of history: FLOPs and time",
-    }
+    apart = ("growth", "history_overhead", "data_path")
+    plots = {
+        "speed": (draw_speed, "Time of the alternatives over ours", [r for r in rows if r["op"] not in apart]),
+        "roofline": (
+            draw_roofline,
+            "Useful rate against the measured ceilings",
+            [r for r in rows if r.get("ceiling") and r.get("intensity")],
+        ),
+        "growth": (
+            draw_growth, "Time and memory over segments and tokens", [r for r in rows if r["op"] == "growth"]
+        ),
+        "overhead": (
+            draw_overhead, "Overhead of history: FLOPs and time", [r for r in rows if r["op"] == "history_overhead"]
+        ),
+    }  # fmt: skip
     made = {}
-    for plot, found in data.items():
+    for plot, (function, title, found) in plots.items():
         if found:
-            figure = globals()[f"draw_{plot}"](found)
+            figure = function(found)
             figure.savefig(folder / f"{name}-{plot}.png", dpi=72, pil_kwargs={"optimize": True})
             plt.close(figure)
-            made[plot] = titles[plot]
+            made[plot] = title
     return made
 
 

@@ -14,13 +14,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.markdown import markdown
 from benchmarks.rows import RESULTS, ROOT, is_comparison, results_folder, row_key, write_room
 from benchmarks.tables import (
     errors_table,
     floor_table,
     flop_table,
     growth_table,
-    markdown,
     milliseconds,
     speed_table,
     words,

@@ -43,9 +43,8 @@ def compare(way: str, steps: int, layers: tuple[int, ...], mask: str) -> Measure
             loss = trajectory_loss(student(states, labels), states)
         return torch.autograd.grad(loss, [p for p in student.parameters() if p.requires_grad])
 
-    timings = interleaved(
-        {f"N{N}": partial(run, N) for N in layers}, 20, 1, timer=wall_timer(DEVICE), seconds=5.0
-    )  # fmt: skip
+    runs = {f"N{N}": partial(run, N) for N in layers}
+    timings = interleaved(runs, 20, 1, timer=wall_timer(DEVICE), seconds=5.0)
     rows = []
     for N in layers[1:]:
         factor = flop_ratio(way, steps, N, window, sink)

@@ -30,9 +30,8 @@ POINTS = [(S, 256) for S in (1, 2, 3, 4, 6, 8)] + [(4, L) for L in (64, 1024, 40
 
 def make(S: int, L: int) -> tuple[ARDStudent, torch.Tensor, torch.Tensor]:
     """A student, its states (B, S, c, h, w) and labels."""
-    config = DiTConfig(
-        input_size=2 * math.isqrt(L), hidden_size=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=10
-    )  # fmt: skip
+    size = 2 * math.isqrt(L)
+    config = DiTConfig(input_size=size, hidden_size=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=10)
     with torch.device(DEVICE):
         student = randomize(ARDStudent(config, steps=S, history_layers=DEPTH))
         states = torch.randn(BATCH, S, config.in_channels, *config.input_hw)
