@@ -5,39 +5,115 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+_TEMPORARY = ".tmp"  # what temporary names begin with; those that safetensors makes for itself do too
+
+
+class DamagedFile(ValueError):
+    """A file is not what was written: bytes differ from their sha256, or the file is cut off or missing."""
+
 
 @contextmanager
-def atomic_path(path: Path):
+def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; on success flushes it to disk and renames it to ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{_TEMPORARY}-{path.name}.{os.getpid()}")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        _flush(temporary)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value) -> None:
-    """Writes JSON atomically; NaN and infinity are refused, since they are not JSON."""
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a new temporary folder beside ``path``; on success flushes its files and renames it to ``path``.
+
+    ``path`` must not exist. The files are flushed before the rename, so a folder with the final name is whole.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists; expected a new folder")
+    temporary = path.with_name(f"{_TEMPORARY}-{path.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            _flush(file)
+        _flush(temporary)
+        os.rename(temporary, path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder so that no kill leaves a part of it under its name."""
+    doomed = path.with_name(f"{_TEMPORARY}-{path.name}.{os.getpid()}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Removes what killed writers have left in ``folder``; no other writer may be at work there."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically; NaN and infinity are refused, since they are not JSON."""
+    write_text(path, _json_text(value))
+
+
+def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
+    """`write_json` with the sha256 of the content as its last entry; `read_sealed_json` finds any changed byte."""
+    write_json(path, {**value, "sha256": _seal(value)})
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """The content that `write_sealed_json` wrote. Raises DamagedFile if a single bit of the file differs."""
+    try:
+        text = path.read_bytes().decode()
+        value = json.loads(text)
+        seal = value.pop("sha256")
+        intact = seal == _seal(value) and text == _json_text({**value, "sha256": seal})
+    except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise DamagedFile(f"{path}: cannot be read ({type(error).__name__}); expected sealed JSON") from error
+    if not intact:
+        raise DamagedFile(f"{path}: its content differs from its sha256")
+    return value
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_json_text(value).encode()).hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     """Writes a safetensors file atomically and returns its sha256."""
     with atomic_path(path) as temporary:
         save_file(
@@ -47,8 +123,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
+        digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -1,0 +1,176 @@
+"""Image files -> images, and images <-> latents with a `diffusers.AutoencoderKL` from a local folder.
+
+Shape suffixes: N images, c channels (3 of an image, 4 of the published latents), h and w height and width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ard.exchange import model_folder, read_json, weight_files
+from ard.files import file_sha256
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+
+
+class LatentCodec:
+    """The autoencoder of latent diffusion: latents are scaling_factor * z, z ~ N(mean(image), std(image)^2).
+
+    path: a saved `AutoencoderKL` (config.json and safetensors), or a saved pipeline, whose `vae` is taken. Nothing is
+        fetched: a name that is not a local folder is refused.
+    device, dtype: where the weights stand, and in what the results come.
+    Attributes: scaling_factor, latent_channels, downsampling (image pixels per latent pixel along a side), and
+    fingerprint, the sha256 hex digest over config.json and the weight files, to store beside latents made with it.
+    Raises ImportError without diffusers; ValueError for another model, and for files that do not give all its weights.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError as error:
+            raise ImportError("LatentCodec needs diffusers: pip install 'ard-kernels[diffusers]'") from error
+        folder = model_folder(path, "vae")
+        content = read_json(folder / "config.json")
+        if content.get("_class_name") != "AutoencoderKL":
+            raise ValueError(f"LatentCodec: {folder} holds a {content.get('_class_name')}; expected an AutoencoderKL")
+        if content.get("shift_factor") is not None:
+            raise ValueError(f"LatentCodec: shift_factor is {content['shift_factor']}; expected none, a scale only")
+        self.fingerprint = _fingerprint([folder / "config.json", *weight_files(folder)])
+        try:
+            model, loading = AutoencoderKL.from_pretrained(
+                folder,
+                torch_dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"LatentCodec: the weights in {folder} do not load ({error})") from error
+        # diffusers leaves weights that the file lacks at random values, with a warning only.
+        if wrong := {kind: names for kind, names in loading.items() if names}:
+            raise ValueError(f"LatentCodec: the weights in {folder} do not fit its config: {wrong}")
+        self.model = model.to(device).requires_grad_(False)  # diffusers gives it in eval mode
+        self.device, self.dtype = torch.device(device), dtype
+        self.scaling_factor: float = model.config.scaling_factor
+        self.latent_channels: int = model.config.latent_channels
+        self.downsampling: int = 2 ** (len(model.config.block_out_channels) - 1)
+
+    def latent_shape(self, images_Nchw: Tensor) -> tuple[int, int, int, int]:
+        """Shape of `encode(images)`, and of its noise."""
+        N, _, h, w = images_Nchw.shape
+        return N, self.latent_channels, h // self.downsampling, w // self.downsampling
+
+    @torch.no_grad()
+    def encode(self, images_Nchw: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents (N, latent_channels, h / downsampling, w / downsampling), scaled.
+
+        images_Nchw: floating point in [-1, 1], sides multiples of `downsampling`.
+        noise: standard normal of the latents' shape, for the posterior's sample mean + std * noise; None for its mean.
+        """
+        channels, factor = self.model.config.in_channels, self.downsampling
+        shape = tuple(images_Nchw.shape)
+        if len(shape) != 4 or shape[1] != channels or shape[2] % factor or shape[3] % factor or 0 in shape:
+            raise ValueError(
+                f"LatentCodec.encode: images have shape {shape}; expected (N, {channels}, h, w) with sides that are "
+                f"multiples of {factor}"
+            )
+        if not images_Nchw.is_floating_point() or not images_Nchw.abs().max() <= 1:
+            raise ValueError(
+                f"LatentCodec.encode: images are {images_Nchw.dtype} from {images_Nchw.min()} to {images_Nchw.max()}; "
+                "expected floating point within [-1, 1]"
+            )
+        if noise is not None and tuple(noise.shape) != self.latent_shape(images_Nchw):
+            raise ValueError(
+                f"LatentCodec.encode: noise has shape {tuple(noise.shape)}; expected {self.latent_shape(images_Nchw)}"
+            )
+        posterior = self.model.encode(images_Nchw.to(self.device, self.dtype)).latent_dist
+        z = posterior.mean
+        if noise is not None:
+            z = z + posterior.std * noise.to(self.device, self.dtype)
+        return z * self.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents_Nchw: Tensor) -> Tensor:
+        """Images (N, c, h * downsampling, w * downsampling), clamped to [-1, 1], of scaled latents (N, c, h, w)."""
+        shape = tuple(latents_Nchw.shape)
+        if len(shape) != 4 or shape[1] != self.latent_channels or 0 in shape:
+            raise ValueError(
+                f"LatentCodec.decode: latents have shape {shape}; expected (N, {self.latent_channels}, h, w)"
+            )
+        z = latents_Nchw.to(self.device, self.dtype) / self.scaling_factor
+        return self.model.decode(z).sample.clamp(-1, 1)
+
+
+def image_files(folder: str | os.PathLike) -> list[tuple[Path, int]]:
+    """(path, label) of every image, sorted: ImageNet's layout, label = index of the class folder in sorted order.
+
+    A folder without subfolders is one class, label 0. Class folders are searched to any depth; an empty one keeps its
+    label; names that begin with a dot do not count. Images are known by suffix: png, jpg, jpeg, webp, bmp, in any case.
+    Raises ValueError if there are none, or if images stand beside class folders.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"image_files: {folder} is not a folder; expected a folder of images or of class folders")
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    flat = [(path, 0) for path in sorted(folder.iterdir()) if _is_image(path)]
+    if classes and flat:
+        raise ValueError(
+            f"image_files: {folder} has both images ({flat[0][0].name}, ...) and folders ({classes[0].name}, ...); "
+            "expected either"
+        )
+    files = flat or [
+        (path, label) for label, name in enumerate(classes) for path in sorted(name.rglob("*")) if _is_image(path)
+    ]
+    if not files:
+        raise ValueError(f"image_files: {folder} holds no images; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    return files
+
+
+def load_image(path: str | os.PathLike, size: int) -> Tensor:
+    """An image file as float32 (3, size, size) in [-1, 1], any alpha dropped.
+
+    Resized and cropped as ADM and DiT prepare ImageNet (Dhariwal and Nichol, 2021): halved by box means while the short
+    side is at least 2 * size, then bicubic to short side = size, then the centre.
+    Raises ValueError for a file that is no whole image, or one of more than 8 bits per channel.
+    """
+    if size < 1:
+        raise ValueError(f"load_image: size is {size}; expected at least 1")
+    with open(path, "rb") as file:
+        try:
+            image = Image.open(file)
+            image.load()
+        except (OSError, SyntaxError) as error:  # Pillow raises the latter for broken PNG chunks
+            raise ValueError(f"load_image: {path} is not a whole image ({error})") from error
+    if image.mode not in _EIGHT_BIT_MODES:
+        raise ValueError(f"load_image: {path} has mode {image.mode}; expected 8 bits per channel")
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    pixels_hwc = np.array(image.crop((left, top, left + size, top + size)), dtype=np.float32)
+    return torch.from_numpy(pixels_hwc / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _fingerprint(files: list[Path]) -> str:
+    lines = [f"{path.name} {file_sha256(path)}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
