@@ -6,7 +6,15 @@ import math
 
 import pytest
 import torch
-from ard.metrics import FeatureStatistics, class_consistency, endpoint_mse, feature_statistics, frechet_distance
+from ard.metrics import (
+    FeatureAccumulator,
+    FeatureStatistics,
+    class_consistency,
+    endpoint_mse,
+    feature_statistics,
+    frechet_distance,
+    precision_recall,
+)
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -104,3 +112,124 @@ def test_class_consistency():
     assert class_consistency(logits, torch.tensor([0, 1, 1, 1])) == 0.75
     with pytest.raises(ValueError, match=r"labels have shape \(3,\); expected \(4,\)"):
         class_consistency(logits, torch.tensor([0, 1, 1]))
+
+
+def badly_centred(rows: int = 500, features: int = 6) -> torch.Tensor:
+    """Mean 1e6, deviation 1: a sum of squares loses 12 of its 16 digits."""
+    return 1e6 + torch.randn(rows, features, dtype=torch.float64)
+
+
+def assert_same_statistics(actual: FeatureStatistics, expected: FeatureStatistics):
+    assert actual.count == expected.count
+    torch.testing.assert_close(actual.mean_F, expected.mean_F, rtol=1e-14, atol=0)
+    scale = float(expected.covariance_FF.abs().max())
+    torch.testing.assert_close(actual.covariance_FF, expected.covariance_FF, rtol=0, atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 256, 500])
+def test_accumulated_statistics_are_those_of_all_rows(batch_size):
+    features = badly_centred()
+    accumulator = FeatureAccumulator()
+    for batch in features.split(batch_size):
+        accumulator.update(batch)
+    assert_same_statistics(accumulator.statistics(), feature_statistics(features))
+
+
+def test_merged_accumulators_are_one():
+    features = badly_centred()
+    features[:100] += 50.0  # the parts have means of their own
+    parts = [FeatureAccumulator() for _ in range(3)]
+    for part, rows in zip(parts, features.split([100, 399, 1]), strict=True):
+        part.update(rows)
+    whole = FeatureAccumulator()
+    whole.merge(FeatureAccumulator())
+    for part in parts:
+        whole.merge(part)
+    assert_same_statistics(whole.statistics(), feature_statistics(features))
+    assert_same_statistics(parts[0].statistics(), feature_statistics(features[:100]))
+
+
+def test_accumulated_statistics_do_not_change_later():
+    accumulator = FeatureAccumulator()
+    accumulator.update(torch.tensor([[0.0], [2.0]]))
+    early = accumulator.statistics()
+    accumulator.update(torch.tensor([[100.0]]))
+    assert early.mean_F.tolist() == [1.0] and early.covariance_FF.tolist() == [[2.0]] and early.count == 2
+
+
+def test_accumulator_refuses_bad_features_and_keeps_what_it_has():
+    accumulator = FeatureAccumulator()
+    with pytest.raises(ValueError, match=r"0 rows were added; expected at least 2"):
+        accumulator.statistics()
+    accumulator.update(torch.tensor([[0.0, 1.0], [2.0, 1.0]], dtype=torch.bfloat16))
+    for features, message in (
+        (torch.zeros(2), r"shape \(2,\); expected \(N, F\), N >= 1"),
+        (torch.zeros(0, 2), r"shape \(0, 2\); expected \(N, F\), N >= 1"),
+        (torch.zeros(1, 3), r"got 3 features; expected 2, as in the earlier batches"),
+        (torch.full((1, 2), math.inf), r"hold NaN or infinity"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            accumulator.update(features)
+    assert accumulator.statistics().mean_F.tolist() == [1.0, 1.0] and accumulator.count == 2
+
+
+def precision_recall_by_loops(generated, reference, k):
+    """The definition in pure Python."""
+
+    def radii(points):
+        return [
+            sorted(math.dist(point, other) for j, other in enumerate(points) if j != i)[k - 1]
+            for i, point in enumerate(points)
+        ]
+
+    def share_inside(points, centres):
+        balls = list(zip(centres, radii(centres), strict=True))
+        return sum(any(math.dist(point, c) <= r for c, r in balls) for point in points) / len(points)
+
+    return share_inside(generated, reference), share_inside(reference, generated)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("whole_numbers", [False, True], ids=["random", "ties"])
+def test_precision_and_recall_are_their_definition_at_any_chunk(k, whole_numbers):
+    generated, reference = torch.randn(23, 2, dtype=torch.float64), 0.6 + 1.2 * torch.randn(31, 2, dtype=torch.float64)
+    if whole_numbers:  # equal points, and points on a ball's surface
+        generated, reference = (2 * generated).round(), (2 * reference).round()
+    expected = precision_recall_by_loops(generated.tolist(), reference.tolist(), k)
+    assert all(0.0 < score < 1.0 for score in expected)
+    for chunk in (1, 5, 23, 1024):
+        assert precision_recall(generated, reference, k=k, chunk=chunk) == pytest.approx(expected, rel=1e-12)
+
+
+def test_precision_and_recall_far_from_the_origin():
+    # |a|^2 + |b|^2 - 2ab would lose these distances; the differences are exact.
+    generated, reference = (2 * torch.randn(20, 2).double()).round(), (2 * torch.randn(30, 2).double()).round()
+    expected = precision_recall_by_loops(generated.tolist(), reference.tolist(), 1)
+    assert precision_recall(generated + 2.0**27, reference + 2.0**27, k=1) == pytest.approx(expected, rel=1e-12)
+
+
+def test_precision_and_recall_of_identical_and_of_disjoint_sets():
+    features = torch.randn(40, 5)
+    features[:10] = features[0]  # ten equal points have radius 0
+    assert precision_recall(features, features[torch.randperm(40)], chunk=7) == (1.0, 1.0)
+    assert precision_recall(features, features + 1000.0) == (0.0, 0.0)
+
+
+def test_a_collapsed_sampler_has_precision_and_no_recall():
+    reference = torch.randn(200, 3)
+    collapsed = reference[0] + 1e-3 * torch.randn(50, 3)
+    precision, recall = precision_recall(collapsed, reference)
+    assert precision == 1.0 and recall <= 1 / 200
+
+
+def test_precision_recall_refuses_bad_sets():
+    good = torch.randn(8, 2)
+    for generated, reference, k, message in (
+        (good[:3], good, 3, r"generated has shape \(3, 2\); expected more than k=3 rows of 2 features"),
+        (good, good[:3], 3, r"reference has shape \(3, 2\); expected more than k=3 rows"),
+        (good, torch.zeros(8, 3), 3, r"reference has shape \(8, 3\); expected more than k=3 rows of 2 features"),
+        (good, good * math.nan, 3, r"reference holds NaN or infinity"),
+        (good, good, 0, r"k=0, chunk=1024; expected both >= 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            precision_recall(generated, reference, k=k)
