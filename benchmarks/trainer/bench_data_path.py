@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from ard.store import StoreSpec, TrajectoryStore, batch_indices, generate_store
+from ard.store import StoreSpec, TrajectoryStore, generate_store
+from ard.streams import batch_indices
 
 from benchmarks.board import Group
 from benchmarks.measure import Measurement
@@ -27,7 +28,7 @@ SAMPLES_PER_SECOND = 2000.0  # of each core, design of the trainer
 def make_store(folder: Path) -> TrajectoryStore:
     spec = StoreSpec(
         count=COUNT, shard_size=512, seed=0, image_shape=IMAGE, num_classes=1000, sampling_steps=25,
-        keep=(15, 10, 5, 0), cfg_scale=1.5, cfg_channels=3,
+        keep=(15, 10, 5, 0), cfg_scale=1.5, cfg_channels=3, dtype="float16",
     )  # fmt: skip
 
     def batch(noise, labels):

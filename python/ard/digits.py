@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-from ard.store import batch_indices
+from ard.streams import batch_indices
 
 NUM_CLASSES = 10
 IMAGE_SHAPE = (1, 8, 8)

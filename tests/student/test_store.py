@@ -1,39 +1,28 @@
-"""The trajectory store: deterministic content, crash-safe writing, mapped reads, and the training order."""
+"""Sharded stores: deterministic content, mapped reads, found damage, and the order in which training visits samples."""
 
 from __future__ import annotations
 
-import json
+import itertools
+import shutil
+from collections import namedtuple
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
-from ard.files import atomic_path, write_json
-from ard.store import (
-    MANIFEST_NAME,
-    StoreSpec,
-    TrajectoryStore,
-    batch_indices,
-    generate_store,
-    noise_at,
-    random_stream,
-)
+from ard.files import DamagedFile, read_sealed_json, write_sealed_json
+from ard.shards import MANIFEST_NAME
+from ard.store import LatentSpec, LatentStore, TrajectoryStore, generate_store, write_latents
+from ard.streams import STREAMS, batch_indices, noise_at, random_stream
+from fault_runs import SPEC as INDEXED
+from fault_runs import damages, rewrite, snapshot, trajectories
 
-SPEC = StoreSpec(
-    count=23,
-    shard_size=8,
-    seed=3,
-    image_shape=(1, 4, 4),
-    num_classes=10,
-    sampling_steps=25,
-    keep=(15, 10, 0),
-    cfg_scale=1.5,
-    cfg_channels=1,
-)
+SPEC = replace(INDEXED, num_classes=10)
+SHARD_NAMES = [f"shard-{shard:05d}.safetensors" for shard in range(3)]
 
 
 class FakeTeacher:
-    """Trajectories that are a function of the noise row alone; counts the rows it makes."""
+    """`trajectories`; counts the rows it makes, and is interrupted when it has made ``fail_after``."""
 
     def __init__(self, fail_after: int | None = None):
         self.rows, self.fail_after = 0, fail_after
@@ -42,8 +31,7 @@ class FakeTeacher:
         self.rows += len(labels)
         if self.fail_after is not None and self.rows > self.fail_after:
             raise KeyboardInterrupt
-        scales = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1, 1)
-        return SimpleNamespace(noise=noise, x0=noise[:, None] * scales, ode=noise[:, None] + scales, labels=labels)
+        return trajectories(noise, labels)
 
 
 def test_noise_depends_on_seed_and_index_only():
@@ -52,6 +40,8 @@ def test_noise_depends_on_seed_and_index_only():
     assert torch.equal(together[[4, 1]], noise_at(5, [4, 1], (2, 3)))
     assert not torch.equal(together, noise_at(6, range(10), (2, 3)))
     assert together.dtype == torch.float32
+    streams = [random_stream(5, stream).standard_normal() for stream in STREAMS]
+    assert len(set(streams)) == len(streams)
 
 
 def test_noise_is_standard_normal_and_rows_differ():
@@ -83,12 +73,7 @@ def test_store_holds_the_same_values_for_any_batch_and_shard_size(tmp_path):
     other = generate_store(tmp_path / "other", replace(SPEC, shard_size=100), FakeTeacher(), batch_size=64)
     for name in ("noise", "x0", "ode", "labels"):
         assert torch.equal(one.read(name, torch.arange(23)), other.read(name, torch.arange(23)))
-    assert sorted(path.name for path in one.folder.iterdir()) == [
-        MANIFEST_NAME,
-        "shard-00000.safetensors",
-        "shard-00001.safetensors",
-        "shard-00002.safetensors",
-    ]
+    assert sorted(path.name for path in one.folder.iterdir()) == [MANIFEST_NAME, *SHARD_NAMES]
 
 
 def test_reads_keep_the_asked_order_across_shards(tmp_path):
@@ -112,7 +97,7 @@ def test_pairs_are_noise_then_states_against_next_states(tmp_path, state):
 def test_killed_generation_resumes_with_the_missing_shards(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         generate_store(tmp_path / "killed", SPEC, FakeTeacher(fail_after=12), batch_size=4)
-    with pytest.raises(ValueError, match=r"lacks 2 of 3 shards, first shard-00001"):
+    with pytest.raises(ValueError, match=r"2 of 3 shards of trajectories are missing, first shard-00001"):
         TrajectoryStore(tmp_path / "killed")
     teacher, finished = FakeTeacher(), []
     resumed = generate_store(tmp_path / "killed", SPEC, teacher, batch_size=4, on_progress=finished.append)
@@ -135,40 +120,170 @@ def test_another_spec_is_refused(tmp_path):
         generate_store(tmp_path, replace(SPEC, cfg_scale=2.0), FakeTeacher())
 
 
-def test_verify_names_the_damaged_shard(tmp_path):
-    store = generate_store(tmp_path, SPEC, FakeTeacher())
-    store.verify()
-    path = tmp_path / "shard-00001.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+def test_another_kind_of_store_is_refused(tmp_path):
+    generate_store(tmp_path, SPEC, FakeTeacher())
+    with pytest.raises(ValueError, match=r"says format='ard-trajectories', version=2; expected 'ard-latents', 2"):
+        LatentStore(tmp_path)
+
+
+def test_only_the_states_asked_for_are_kept(tmp_path):
+    store = generate_store(tmp_path, replace(SPEC, store=("x0",)), FakeTeacher())
+    assert sorted(store.names) == ["labels", "noise", "x0"]
+    assert store.pairs(torch.tensor([1]), "x0")[1].shape == (1, 3, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"state is 'ode'; expected one of \('x0',\)"):
+        store.pairs(torch.tensor([1]), "ode")
+    with pytest.raises(ValueError, match=r"store=\['x1'\]; expected one or both of"):
+        replace(SPEC, store=("x1",))
+    with pytest.raises(ValueError, match=r"store=\[\]; expected one or both of"):
+        replace(SPEC, store=())
+
+
+def test_half_precision_rounds_once_and_halves_the_files(tmp_path):
+    half = generate_store(tmp_path / "half", replace(SPEC, dtype="float16"), FakeTeacher())
+    full = generate_store(tmp_path / "full", SPEC, FakeTeacher())
+    for name in ("noise", "x0", "ode"):
+        assert torch.equal(half.read(name, torch.arange(23)), full.read(name, torch.arange(23)).half())
+    for store in (half, full):
+        tensors = sum(store.read(name, torch.arange(23)).nbytes for name in store.names)
+        assert tensors == 23 * store.spec.row_bytes
+
+
+@pytest.mark.parametrize("dtype, value", [("float16", 7e4), ("float32", float("nan")), ("float32", float("inf"))])
+def test_states_that_are_not_finite_are_refused_naming_the_range(tmp_path, dtype, value):
+    def broken(noise, labels):
+        batch = trajectories(noise, labels)
+        batch.x0[labels == 9] = value
+        return batch
+
+    with pytest.raises(ValueError, match=rf"x0 of the trajectories 8 to 11 are not finite as {dtype}"):
+        generate_store(tmp_path, replace(SPEC, dtype=dtype), broken, batch_size=4)
+    assert not (tmp_path / SHARD_NAMES[1]).exists()
+    assert generate_store(tmp_path, replace(SPEC, dtype=dtype), FakeTeacher()).shards.keys() == set(SHARD_NAMES)
+
+
+def test_too_little_space_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    needed = 23 * SPEC.row_bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
+    teacher = FakeTeacher()
+    with pytest.raises(OSError, match=r"GiB are still to be written; expected at most the .* GiB that are free"):
+        generate_store(tmp_path / "store", SPEC, teacher)
+    assert teacher.rows == 0 and list((tmp_path / "store").iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed))
+    generate_store(tmp_path / "store", SPEC, FakeTeacher())
+    (tmp_path / "store" / SHARD_NAMES[2]).unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 7 * SPEC.row_bytes))
+    generate_store(tmp_path / "store", SPEC, FakeTeacher())  # the last shard alone
+
+
+def test_shards_of_an_unknown_spec_are_made_again(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        generate_store(tmp_path, SPEC, FakeTeacher(fail_after=12), batch_size=4)
+    (tmp_path / MANIFEST_NAME).unlink()
+    store = generate_store(tmp_path, replace(SPEC, seed=8), FakeTeacher())
+    assert torch.equal(store.read("noise", torch.arange(23)), noise_at(8, range(23), (1, 4, 4)))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished store; not to be changed."""
+    return generate_store(tmp_path_factory.mktemp("store"), SPEC, FakeTeacher()).folder
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, *SHARD_NAMES])
+def test_every_flipped_bit_and_cut_is_found(finished, tmp_path, name):
+    shutil.copytree(finished, tmp_path / "store")
+    path, content = tmp_path / "store" / name, (finished / name).read_bytes()
+    for damaged in damages(content):
+        rewrite(path, damaged)
+        with pytest.raises(DamagedFile, match=name):
+            TrajectoryStore(path.parent).verify()
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"sha256 differs from the manifest for shard-00001.safetensors"):
-        store.verify()
+    TrajectoryStore(path.parent).verify()
 
 
-def test_bad_reads_and_foreign_folders_are_refused(tmp_path):
-    store = generate_store(tmp_path, SPEC, FakeTeacher())
+@pytest.mark.parametrize("name", [MANIFEST_NAME, *SHARD_NAMES])
+def test_a_missing_file_is_named(finished, tmp_path, name):
+    shutil.copytree(finished, tmp_path / "store")
+    (tmp_path / "store" / name).unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=name):
+        TrajectoryStore(tmp_path / "store")
+
+
+def test_all_damaged_shards_are_named_and_made_again_when_removed(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "store")
+    broken = [tmp_path / "store" / SHARD_NAMES[shard] for shard in (0, 2)]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(DamagedFile, match=r"sha256 differs from the manifest for .*00000.safetensors, .*00002"):
+        TrajectoryStore(tmp_path / "store").verify()
+    broken[0].unlink()
+    broken[1].write_bytes(b"cut")
+    teacher = FakeTeacher()
+    generate_store(tmp_path / "store", SPEC, teacher).verify()
+    assert teacher.rows == 8 + 7 and snapshot(tmp_path / "store") == snapshot(finished)
+
+
+def test_damaged_header_is_found_by_reading_or_changes_no_value(finished, tmp_path):
+    def values(folder: Path) -> list[torch.Tensor]:
+        store = TrajectoryStore(folder)
+        return [store.read(name, torch.arange(23)) for name in store.names]
+
+    shutil.copytree(finished, tmp_path / "store")
+    path, expected = tmp_path / "store" / SHARD_NAMES[1], values(finished)
+    content = path.read_bytes()
+    header, found = 8 + int.from_bytes(content[:8], "little"), 0
+    for damaged in itertools.islice(damages(content), header):
+        rewrite(path, damaged)
+        try:
+            assert all(torch.equal(*pair) for pair in zip(values(path.parent), expected, strict=True))
+        except DamagedFile:
+            found += 1
+    assert found > header / 2
+
+
+def test_damaged_json_of_a_shard_means_that_the_shard_is_made_again(finished, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        generate_store(tmp_path, SPEC, FakeTeacher(fail_after=20), batch_size=4)
+    path = tmp_path / "shard-00000.json"
+    path.write_bytes(path.read_bytes()[:-2])
+    teacher = FakeTeacher()
+    generate_store(tmp_path, SPEC, teacher)
+    assert teacher.rows == 8 + 7 and snapshot(tmp_path) == snapshot(finished)
+
+
+def test_bad_reads_and_foreign_folders_are_refused(finished, tmp_path):
+    store = TrajectoryStore(finished)
     with pytest.raises(IndexError, match=r"span \[0, 23\]; expected within \[0, 22\]"):
         store.read("x0", torch.tensor([0, 23]))
-    with pytest.raises(ValueError, match=r"name is 'x1'; expected one of"):
+    with pytest.raises(ValueError, match=r"asked for 'x1'; expected one of"):
         store.read("x1", torch.tensor([0]))
-    with pytest.raises(ValueError, match=r"state is 'noise'; expected 'x0' or 'ode'"):
+    with pytest.raises(ValueError, match=r"state is 'noise'; expected one of"):
         store.pairs(torch.tensor([0]), "noise")
-    with pytest.raises(FileNotFoundError, match=r"expected a trajectory store"):
+    with pytest.raises(FileNotFoundError, match=r"expected a folder of trajectories"):
         TrajectoryStore(tmp_path / "nowhere")
-    manifest = json.loads((tmp_path / MANIFEST_NAME).read_text())
-    write_json(tmp_path / MANIFEST_NAME, {**manifest, "version": 99})
-    with pytest.raises(ValueError, match=r"version=99; expected 'ard-trajectories', 1"):
+    manifest = read_sealed_json(finished / MANIFEST_NAME)
+    write_sealed_json(tmp_path / MANIFEST_NAME, {**manifest, "version": 99})
+    with pytest.raises(ValueError, match=r"version=99; expected 'ard-trajectories', 2"):
         TrajectoryStore(tmp_path)
 
 
-def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
-    path = tmp_path / "value.json"
-    write_json(path, {"value": 1})
-    with pytest.raises(ValueError):
-        write_json(path, {"value": float("nan")})
-    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert json.loads(path.read_text()) == {"value": 1}
-    assert list(tmp_path.iterdir()) == [path]
+def test_latents_are_stored_in_order_and_resumed(tmp_path):
+    spec = LatentSpec(10, 4, (2, 3, 3), 5, source="test", encoder="none")
+    latents, labels, made = torch.randn(10, 2, 3, 3), torch.arange(10) % 5, []
+
+    def encode(indices: range) -> tuple[torch.Tensor, torch.Tensor]:
+        made.extend(indices)
+        if made == list(range(6)):
+            raise KeyboardInterrupt
+        return latents[indices.start : indices.stop], labels[indices.start : indices.stop]
+
+    with pytest.raises(KeyboardInterrupt):
+        write_latents(tmp_path, spec, encode, batch_size=1)
+    made.clear()
+    store = write_latents(tmp_path, spec, encode, batch_size=8)
+    assert made == list(range(4, 10)) and store.spec == spec
+    order = torch.randperm(10)
+    assert torch.equal(store.read("latents", order), latents[order])
+    assert torch.equal(store.read("labels", order), labels[order])
+    store.verify()

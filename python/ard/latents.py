@@ -1,0 +1,78 @@
+"""Real images as latents: an image folder encoded once through a VAE, into the store that the GAN fine-tune reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ard import digits
+from ard.gan import LatentsInMemory, RealLatents, StoredLatents
+from ard.model import DiTConfig
+from ard.parallel import Process
+from ard.store import LatentSpec, LatentStore, write_latents
+from ard.streams import noise_at
+from ard.vae import LatentCodec, image_files, load_image
+
+DIGITS = "digits"
+
+
+def encode_folder(
+    images: Path,
+    codec: LatentCodec,
+    folder: Path,
+    *,
+    size: int,
+    num_classes: int,
+    seed: int = 0,
+    dtype: str = "float16",
+    shard_size: int = 4000,
+    batch_size: int = 64,
+    process: Process | None = None,
+    on_progress: Callable[[int], Any] | None = None,
+) -> LatentStore:
+    """Encodes every image, scaled and cropped to ``size``, and writes a store of latents; continues after a kill.
+
+    images: <class folder>/<image>, labels by the folders' sorted order, as in ImageNet. Each latent is one draw of
+    the posterior, a function of (seed, index).
+    """
+    files = image_files(images)
+    labels = torch.tensor([label for _, label in files])
+    if int(labels.max()) >= num_classes:
+        raise ValueError(f"{images} has {int(labels.max()) + 1} class folders; expected at most {num_classes}")
+    listed = "\n".join(f"{path.relative_to(images)} {path.stat().st_size} {label}" for path, label in files)
+    shape = codec.latent_shape(torch.empty(1, 3, size, size))[1:]
+    spec = LatentSpec(
+        count=len(files),
+        shard_size=shard_size,
+        image_shape=shape,
+        num_classes=num_classes,
+        source=hashlib.sha256(f"{size}\n{listed}".encode()).hexdigest(),
+        encoder=codec.fingerprint,
+        seed=seed,
+        dtype=dtype,
+    )
+
+    def encode(indices: range) -> tuple[Tensor, Tensor]:
+        pictures = torch.stack([load_image(files[index][0], size) for index in indices])
+        return codec.encode(pictures, noise_at(seed, indices, shape, "posterior")), labels[list(indices)]
+
+    return write_latents(folder, spec, encode, batch_size=batch_size, process=process, on_progress=on_progress)
+
+
+def open_real(source: str, config: DiTConfig) -> RealLatents:
+    """Real latents by name: "digits", or the folder of a store of latents of the model's shape."""
+    if source == DIGITS:
+        data = digits.load()
+        real, shape = LatentsInMemory(data.train_images, data.train_labels), digits.IMAGE_SHAPE
+    else:
+        store = LatentStore(Path(source))
+        real, shape = StoredLatents(store), store.spec.image_shape
+    expected = (config.in_channels, *config.input_hw)
+    if tuple(shape) != expected:
+        raise ValueError(f"{source} holds latents of shape {tuple(shape)}; expected the model's {expected}")
+    return real

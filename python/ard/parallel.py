@@ -1,0 +1,121 @@
+"""Processes started by torchrun, one per GPU (NCCL), or on the CPU (gloo); and how a model is spread over them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+STRATEGIES = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among its equals; without torchrun the only one. Collectives are no-ops for one process."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This rank's rows: contiguous, in rank order, sizes differing by one at most."""
+        return rows.tensor_split(self.world_size)[self.rank]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over ranks, on every rank."""
+        if self.world_size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """All ranks' rows (n_r, ...) concatenated in rank order, on every rank."""
+        if self.world_size == 1:
+            return rows
+        sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+        longest = max(int(size) for size in sizes)
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+
+
+@contextmanager
+def started(device: str | None = None) -> Iterator[Process]:
+    """The process of torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK), its group open inside the context.
+
+    device: "cpu" or "cuda"; the GPU of the local rank where there is one, by default.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda":
+        torch.cuda.set_device(local_rank)
+    place = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+    if "RANK" not in os.environ:
+        yield Process(device=place)
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    try:
+        yield Process(dist.get_rank(), dist.get_world_size(), place)
+    finally:
+        dist.destroy_process_group()
+
+
+def spread(model: nn.Module, process: Process, strategy: str) -> nn.Module:
+    """``model`` ready for training on all ranks; forward must go through the module that is returned.
+
+    ddp: every rank holds all weights, gradients are averaged. fsdp: FSDP2, one group per block and one for the rest;
+    weights, gradients, optimizer state and EMA are sharded (parameters become DTensors, in place).
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: got {strategy!r}; expected one of {STRATEGIES}")
+    if process.world_size == 1:
+        return model
+    if strategy == "ddp":
+        on_gpu = [process.device.index] if process.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=on_gpu, gradient_as_bucket_view=True)
+    # A block's outputs are views of its rows; nothing here works in place on them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(process.device.type, (process.world_size,))
+    for block in getattr(model, "blocks", ()):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one, on every rank (a collective); other tensors as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor, sharing its memory; other tensors as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def assign(tensor: Tensor, value: Tensor) -> None:
+    """Copies the whole ``value``, the same on all ranks, into a tensor that may be sharded."""
+    if isinstance(tensor, DTensor):
+        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+    local(tensor).copy_(local(value))

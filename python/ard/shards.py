@@ -1,0 +1,241 @@
+"""Rows of named tensors in sharded safetensors, written by any number of processes, each of which may be killed.
+
+A store is one folder:
+
+    manifest.json              its kind, what was asked for (the spec) and, once complete, every shard with its sha256
+    shard-00000.safetensors    the rows [0, shard_size) of every tensor
+    shard-00000.json           the shard's sha256, until the manifest takes it over
+    shard-00001.safetensors    ...
+
+Every file is written to a temporary name, flushed to disk and renamed; a shard counts once its JSON is there. The
+ranks take turns over the shards that are missing, so a killed generation that is started again, with any number of
+processes, writes what is missing and nothing twice. The JSON files hold their own sha256: no changed bit goes unseen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ard.files import DamagedFile, file_sha256, read_sealed_json, remove_temporary, write_sealed_json, write_tensors
+from ard.parallel import Process
+
+FORMAT_VERSION = 2
+MANIFEST_NAME = "manifest.json"
+
+
+def shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.safetensors"
+
+
+def write_shards(
+    folder: Path,
+    kind: str,
+    spec: Any,
+    make_rows: Callable[[range], dict[str, Tensor]],
+    *,
+    batch_size: int,
+    row_bytes: int,
+    process: Process | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> None:
+    """Writes the missing shards of a store; returns when all ranks have written theirs and the manifest is complete.
+
+    folder: made if absent; if it holds a store, its kind and spec must be these.
+    spec: a dataclass of JSON values with count and shard_size.
+    make_rows: range of global indices, at most ``batch_size`` -> rows of every tensor.
+    row_bytes: bytes of one row of all tensors, for the check of free space.
+    on_progress: called with the number of rows just finished by all ranks, counted on this one.
+    """
+    process = process or Process()
+    if process.is_main:
+        _prepare(folder, kind, spec, row_bytes)
+    process.barrier()
+    missing = _missing(folder, kind, spec)
+    process.barrier()  # all ranks have listed the same shards; now they may write
+    report = on_progress or (lambda count: None)
+    report(spec.count - _row_count(spec, missing))
+    for shard in missing[process.rank :: process.world_size]:
+        parts, indices = [], _rows(spec, shard)
+        for first in range(indices.start, indices.stop, batch_size):
+            rows = range(first, min(first + batch_size, indices.stop))
+            parts.append(make_rows(rows))
+            report(len(rows) * process.world_size)
+        path = folder / shard_name(shard)
+        sha256 = write_tensors(path, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        entry = {"first": indices.start, "count": len(indices), "bytes": path.stat().st_size, "content_sha256": sha256}
+        write_sealed_json(path.with_suffix(".json"), entry)
+    process.barrier()
+    if process.is_main:
+        _complete(folder, kind)
+    process.barrier()
+
+
+def shard_count(spec: Any) -> int:
+    return math.ceil(spec.count / spec.shard_size)
+
+
+def _rows(spec: Any, shard: int) -> range:
+    """Global indices of a shard."""
+    return range(shard * spec.shard_size, min((shard + 1) * spec.shard_size, spec.count))
+
+
+def _row_count(spec: Any, shards: Iterable[int]) -> int:
+    return sum(len(_rows(spec, shard)) for shard in shards)
+
+
+def _prepare(folder: Path, kind: str, spec: Any, row_bytes: int) -> None:
+    """Makes the folder ready to be written to, or raises before anything is written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_temporary(folder)
+    if (folder / MANIFEST_NAME).exists():
+        _require_spec(folder, kind, spec)
+        return _require_space(folder, _row_count(spec, _missing(folder, kind, spec)) * row_bytes)
+    _require_space(folder, spec.count * row_bytes)
+    for path in folder.glob("shard-*.json"):
+        path.unlink()  # of which spec its shard was, only the manifest could tell
+    manifest = {"format": f"ard-{kind}", "version": FORMAT_VERSION, "spec": dataclasses.asdict(spec), "shards": {}}
+    write_sealed_json(folder / MANIFEST_NAME, manifest)
+
+
+def _require_spec(folder: Path, kind: str, spec: Any) -> None:
+    stored = _read_manifest(folder, kind)["spec"]
+    for name, value in dataclasses.asdict(spec).items():
+        expected = list(value) if isinstance(value, tuple) else value
+        if stored.get(name) != expected:
+            raise ValueError(f"{folder} holds {kind} with {name}={stored.get(name)!r}; expected {expected!r}")
+
+
+def _finished(folder: Path, manifest: dict) -> dict[str, dict]:
+    """Entries of the shards that are whole: in the manifest, or with a JSON of their own."""
+    entries = dict(manifest["shards"])
+    for path in folder.glob("shard-*.json"):
+        try:
+            entries[path.with_suffix(".safetensors").name] = read_sealed_json(path)
+        except DamagedFile:
+            path.unlink(missing_ok=True)  # cannot be trusted: its shard is made again
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if (folder / name).exists() and (folder / name).stat().st_size == entry["bytes"]
+    }
+
+
+def _missing(folder: Path, kind: str, spec: Any) -> list[int]:
+    """The shards that are not whole."""
+    done = _finished(folder, _read_manifest(folder, kind))
+    return [shard for shard in range(shard_count(spec)) if shard_name(shard) not in done]
+
+
+def _complete(folder: Path, kind: str) -> None:
+    manifest = _read_manifest(folder, kind)
+    shards = _finished(folder, manifest)
+    write_sealed_json(folder / MANIFEST_NAME, {**manifest, "shards": dict(sorted(shards.items()))})
+    for path in folder.glob("shard-*.json"):
+        path.unlink()
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(f"{folder}: {needed / 2**30:.1f} GiB are still to be written; expected at most the "
+                      f"{free / 2**30:.1f} GiB that are free")  # fmt: skip
+
+
+def _read_manifest(folder: Path, kind: str) -> dict:
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} has no {MANIFEST_NAME}; expected a folder of {kind}")
+    manifest = read_sealed_json(path)
+    if manifest.get("format") != f"ard-{kind}" or manifest.get("version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} says format={manifest.get('format')!r}, version={manifest.get('version')!r}; "
+            f"expected 'ard-{kind}', {FORMAT_VERSION}"
+        )
+    return manifest
+
+
+class ShardedStore:
+    """A complete store, opened for reading. Tensors are memory-mapped: only the rows that are read enter memory."""
+
+    def __init__(self, folder: Path, kind: str):
+        self.folder, self.kind = Path(folder), kind
+        manifest = _read_manifest(self.folder, kind)
+        self.spec_values: dict[str, Any] = manifest["spec"]
+        self.shards: dict[str, dict] = manifest["shards"]
+        self._count, self._shard_size = self.spec_values["count"], self.spec_values["shard_size"]
+        names = [shard_name(shard) for shard in range(math.ceil(self._count / self._shard_size))]
+        missing = [name for name in names if name not in self.shards or not (self.folder / name).exists()]
+        if missing:
+            written = [name for name in missing if (self.folder / name).with_suffix(".json").exists()]
+            lacking = [name for name in missing if name not in written or not (self.folder / name).exists()]
+            raise ValueError(
+                f"{self.folder} is unfinished: {len(lacking)} of {len(names)} shards of {kind} are missing, first "
+                f"{(lacking or missing)[0]}; run the generation again to finish it"
+            )
+        self._maps: dict[tuple[int, str], Tensor] = {}
+        self.names = self._names()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def verify(self, on_progress: Callable[[int], None] | None = None) -> None:
+        """Raises DamagedFile naming every shard whose content differs from the manifest's sha256."""
+        broken = []
+        for name, entry in self.shards.items():
+            if file_sha256(self.folder / name) != entry["content_sha256"]:
+                broken.append(name)
+            if on_progress:
+                on_progress(entry["count"])
+        if broken:
+            raise DamagedFile(f"{self.folder}: sha256 differs from the manifest for {', '.join(broken)}")
+
+    def read(self, name: str, indices: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rows ``indices`` (n,) of tensor ``name``, copied to memory in the order asked.
+
+        out: tensor to copy them to, of any strides.
+        """
+        if name not in self.names:
+            raise ValueError(f"{self.folder}: asked for {name!r}; expected one of the stored {self.names}")
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= len(self)):
+            raise IndexError(
+                f"{self.folder}: indices span [{int(indices.min())}, {int(indices.max())}]; "
+                f"expected within [0, {len(self) - 1}]"
+            )
+        shards = indices // self._shard_size
+        first = self._map(0, name)
+        rows = torch.empty((len(indices), *first.shape[1:]), dtype=first.dtype) if out is None else out
+        for shard in shards.unique().tolist():
+            # NumPy copies whole rows; an indexed copy of PyTorch goes by elements and takes four times as long.
+            here = (shards == shard).numpy()
+            rows.numpy()[here] = self._map(shard, name).numpy()[indices.numpy()[here] - shard * self._shard_size]
+        return rows
+
+    def _names(self) -> tuple[str, ...]:
+        with self._open(0) as file:
+            return tuple(file.keys())
+
+    @contextmanager
+    def _open(self, shard: int) -> Iterator[Any]:
+        try:
+            with safe_open(self.folder / shard_name(shard), framework="pt", device="cpu") as file:
+                yield file
+        except SafetensorError as error:
+            raise DamagedFile(f"{self.folder / shard_name(shard)}: {error}; `verify` names every such file") from error
+
+    def _map(self, shard: int, name: str) -> Tensor:
+        # safetensors maps the file for CPU tensors: get_tensor reads no data, indexing it reads the touched pages.
+        if (shard, name) not in self._maps:
+            with self._open(shard) as file:
+                self._maps[shard, name] = file.get_tensor(name)
+        return self._maps[shard, name]
