@@ -1,6 +1,16 @@
 """`python -m ard` is the `ard` command."""
 
-from ard.cli import main
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        from ard.cli import app
+    except ImportError as error:
+        raise SystemExit(
+            f"ard: {error}; the command line needs its extras: pip install 'ard-kernels[train]'"
+        ) from error
+    app()
+
 
 if __name__ == "__main__":
     main()

@@ -6,21 +6,12 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.table import Table
-except ImportError as error:
-    raise SystemExit(f"ard: {error}; the command line needs its extras: pip install 'ard-kernels[train]'") from error
+import typer
+from rich.console import Console
+from rich.table import Table
 
-app = typer.Typer(
-    help="AutoRegressive Distillation of diffusion transformers.", no_args_is_help=True, pretty_exceptions_enable=False
-)
-
-
-@app.callback()
-def _commands() -> None:
-    """AutoRegressive Distillation of diffusion transformers."""
+from ard import cli_sample, cli_train  # noqa: F401  (they add their commands)
+from ard.cli_base import app
 
 
 @app.command()
@@ -78,8 +69,3 @@ def demo(
     from ard.demo import run_demo
 
     typer.echo(f"Report: {run_demo(out=out, quick=quick)}")
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    app()

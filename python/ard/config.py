@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 Config = TypeVar("Config")
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -64,8 +66,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (kind,) = [argument for argument in arguments if argument is not type(None)]
-        return _convert(kind, value, where)
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        listed = isinstance(value, (list, tuple))  # int | tuple[int, int]: a list is meant for the tuple
+        chosen = next((kind for kind in kinds if (typing.get_origin(kind) is tuple) == listed), kinds[0])
+        return _convert(chosen, value, where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"config: {where} is {value!r}; expected a list")
@@ -74,8 +78,13 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         kinds = arguments if arguments[-1] is not Ellipsis else (arguments[0],) * len(value)
         entries = zip(kinds, value, strict=True)
         return tuple(_convert(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(entries))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 takes 1e-3, without a point, for text
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)  # YAML 1.1 reads 1e-4 as a string, for want of a dot and a sign
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"config: {where} is {value!r}; expected {kind.__name__}")
     return value

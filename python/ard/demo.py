@@ -1,10 +1,10 @@
 """`ard demo`: the whole method on real digits, from a teacher to scored students, in one folder.
 
-    classifier -> teacher -> trajectories -> students with and without history -> samples from held-out noise -> report
+    classifier -> teacher -> trajectories -> students with and without history -> GAN fine-tune -> samples -> report
 
 The students of one seed start from the same weights (the teacher's) and see the same batches in the same order for the
 same number of steps; they differ in the number of layers that read the history, and in nothing else. Zero layers is
-plain step distillation.
+plain step distillation. The one with most history is then fine-tuned against the real digits.
 """
 
 from __future__ import annotations
@@ -13,72 +13,27 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from importlib.resources import files
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ard import digits, report
-from ard.config import build, merge, read_yaml
+from ard import digits, report, stages
+from ard.config import build, merge
 from ard.digits import ClassifierConfig, DigitClassifier
 from ard.files import write_json
+from ard.gan import LatentsInMemory
 from ard.metrics import FeatureStatistics, class_consistency, endpoint_mse, feature_statistics, frechet_distance
-from ard.model import DiT, DiTConfig
-from ard.store import StoreSpec, TrajectoryStore, generate_store, noise_at
+from ard.model import DiT
+from ard.recipe import PreviewConfig, Recipe, plain, read_values
+from ard.sources import open_source
+from ard.store import TrajectoryStore
+from ard.streams import noise_at
 from ard.student import ARDStudent
-from ard.train import Fitted, TrainConfig, fit, save_checkpoint, student_step_loss, teacher_step_loss
-from ard.trajectories import generate
+from ard.train import Fitted
 from ard_kernels import flops
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    patch_size: int
-    hidden_size: int
-    depth: int
-    num_heads: int
-    label_dropout: float  # share of labels replaced by the null label
-    train: TrainConfig
-
-    def model(self) -> DiTConfig:
-        channels, side, _ = digits.IMAGE_SHAPE
-        return DiTConfig(
-            input_size=side,
-            patch_size=self.patch_size,
-            in_channels=channels,
-            hidden_size=self.hidden_size,
-            depth=self.depth,
-            num_heads=self.num_heads,
-            num_classes=digits.NUM_CLASSES,
-            learn_sigma=False,
-        )
-
-
-@dataclass(frozen=True)
-class TrajectoriesConfig:
-    count: int
-    shard_size: int
-    batch_size: int
-    seed: int  # of the noise
-    sampling_steps: int  # teacher steps
-    keep: tuple[int, ...]  # respaced indices of the student's targets
-    cfg_scale: float
-
-
-@dataclass(frozen=True)
-class StudentsConfig:
-    history_layers: tuple[int, ...]  # one student each; the first, 0, is the baseline
-    seeds: tuple[int, ...]  # of the data order; replaces train.seed
-    state: str  # "x0" or "ode"
-    train: TrainConfig
-
-    def __post_init__(self):
-        if len(self.history_layers) < 2 or self.history_layers[0] != 0:
-            raise ValueError(f"students.history_layers is {list(self.history_layers)}; expected 0 first, then others")
-        if not self.seeds:
-            raise ValueError("students.seeds is empty; expected at least one seed")
 
 
 @dataclass(frozen=True)
@@ -91,23 +46,40 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class ComparisonConfig:
     classifier: ClassifierConfig
-    teacher: TeacherConfig
-    trajectories: TrajectoriesConfig
-    students: StudentsConfig
+    history_layers: tuple[int, ...]  # one student each; the first, 0, is the baseline, the last is fine-tuned
+    seeds: tuple[int, ...]  # of the data order; replace those of the recipe's training
     evaluation: EvaluationConfig
 
     def __post_init__(self):
-        if self.evaluation.seed == self.trajectories.seed:
-            raise ValueError(f"evaluation.seed is {self.evaluation.seed}, as trajectories.seed; expected another one")
+        if len(self.history_layers) < 2 or self.history_layers[0] != 0:
+            raise ValueError(f"demo.history_layers is {list(self.history_layers)}; expected 0 first, then others")
+        if not self.seeds:
+            raise ValueError("demo.seeds is empty; expected at least one seed")
 
 
-def load_config(quick: bool = False) -> DemoConfig:
-    """The settings of configs/digits.yaml, with its ``quick`` section laid over them if asked."""
-    values = read_yaml(files("ard") / "configs" / "digits.yaml")
-    changes = values.pop("quick")
-    return build(DemoConfig, merge(values, changes) if quick else values)
+@dataclass(frozen=True)
+class DemoConfig:
+    recipe: Recipe
+    demo: ComparisonConfig
+
+    def __post_init__(self):
+        if self.demo.evaluation.seed == self.recipe.trajectories.seed:
+            raise ValueError(
+                f"demo.evaluation.seed is {self.demo.evaluation.seed}, as trajectories.seed; expected another one"
+            )
+        if self.recipe.gan is None:
+            raise ValueError("gan is missing; expected the settings of the fine-tune")
+
+
+def load_config(quick: bool = False, changes: dict[str, Any] | None = None) -> DemoConfig:
+    """The settings of configs/digits.yaml, under its ``quick`` section if asked, under ``changes``."""
+    values = read_values("digits")
+    shorter = values["demo"].pop("quick")
+    values = merge(merge(values, shorter if quick else {}), changes or {})
+    comparison = build(ComparisonConfig, values.pop("demo"), "demo")
+    return DemoConfig(replace(build(Recipe, values), preview=PreviewConfig(every=0)), comparison)
 
 
 @dataclass
@@ -125,63 +97,71 @@ class Stopwatch:
         self.progress.update(task, completed=total)
         self.seconds[name] = time.perf_counter() - start
 
+    @contextmanager
+    def training(self, name: str, total: int):
+        """Yields a function of the updates done."""
+        with self.stage(name, total) as advance:
+            yield lambda step: advance()
+
+
+@dataclass
+class Sampler:
+    """One row of the report: a student of one seed."""
+
+    name: str
+    history_layers: int
+    seed: int
+    student: ARDStudent
+    log: list[dict]
+
 
 def run_demo(out: Path, quick: bool = False, config: DemoConfig | None = None) -> Path:
     """Runs every stage and returns the path of report.md.
 
-    out: folder for report.json, report.md, grid.png, losses.png, the checkpoints, the trajectory store and the logs;
-        made if absent. A trajectory store left there by the same teacher and settings is reused.
+    out: folder for report.json, report.md, grid.png, losses.png, the runs and the trajectory store; made if absent.
+        A trajectory store left there by the same teacher and settings is reused, training starts anew.
     config: instead of ``load_config(quick)``.
     """
     config, out = config or load_config(quick), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as progress:
-        watch = Stopwatch(progress)
-        data = digits.load()
+        watch, data = Stopwatch(progress), digits.load()
         with watch.stage("classifier", 1):
-            classifier, accuracy = digits.train_classifier(data, config.classifier)
-        teacher, teacher_sha256, teacher_log = train_teacher(data, config, out, watch)
-        store = make_trajectories(teacher, teacher_sha256, config, out, watch)
-        students, student_logs = {}, {}
-        for seed in config.students.seeds:
-            for layers in config.students.history_layers:
-                students[layers, seed], student_logs[layers, seed] = distill(
-                    teacher, store, layers, seed, config, out, watch
-                )
+            classifier, accuracy = digits.train_classifier(data, config.demo.classifier)
+        teacher, teacher_sha256, teacher_log = make_teacher(data, config.recipe, out, watch)
+        store = make_trajectories(teacher, teacher_sha256, config.recipe, out, watch)
+        samplers = []
+        for seed in config.demo.seeds:
+            samplers += make_students(teacher, store, data, seed, config, out, watch)
         judge = Judge(teacher, classifier, data, config, watch)
-        teacher_scores, rows = judge.teacher_scores(), []
-        for (layers, seed), student in students.items():
-            rows.append({"history_layers": layers, "seed": seed, **judge.student_scores(student, layers, seed)})
-        costs = measure_costs(teacher, students, config, watch)
+        teacher_scores = judge.scores(judge.teacher_images)
+        rows = [judge.row(sampler) for sampler in samplers]
+        costs = measure_costs(teacher, samplers, config, watch)
     result = {
         "quick": quick,
-        "settings": asdict(config),
+        "settings": {**plain(config.recipe), "demo": plain(config.demo)},
         "environment": report.environment(),
         "seconds_per_stage": watch.seconds,
         "classifier_held_out_accuracy": accuracy,
         "teacher": {"parameters": sum(p.numel() for p in teacher.parameters()), **teacher_scores},
         "students": rows,
-        "summary": summarize(rows, config.students.history_layers),
+        "summary": summarize(rows),
         "costs_per_image": costs,
     }
     write_json(out / "report.json", result)
-    report.write_losses(out / "losses.png", teacher_log, student_logs)
+    report.write_losses(out / "losses.png", teacher_log, {(s.name, s.seed): s.log for s in samplers})
     report.write_grid(out / "grid.png", judge.teacher_images, judge.student_images, judge.labels)
     return report.write_markdown(out / "report.md", result)
 
 
-def train_teacher(data: digits.Digits, config: DemoConfig, out: Path, watch: Stopwatch) -> tuple[DiT, str, list[dict]]:
+def make_teacher(data: digits.Digits, recipe: Recipe, out: Path, watch: Stopwatch) -> tuple[DiT, str, list[dict]]:
     """The averaged teacher in eval mode, the sha256 of its weights' file, and its log."""
-    settings = config.teacher
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.train.seed)
-        teacher = DiT(settings.model())
-    step_loss = teacher_step_loss(teacher, data.train_images, data.train_labels, settings.train, settings.label_dropout)
-    with watch.stage("teacher", settings.train.steps) as advance:
-        fitted = fit(teacher, step_loss, settings.train, log_path=out / "teacher.jsonl", on_step=advance)
-    sha256 = save_checkpoint(out / "teacher", teacher, fitted, settings.train, {"model": asdict(teacher.config)})
-    return averaged(teacher, fitted), sha256["ema.safetensors"], fitted.log
+    with watch.training("teacher", recipe.teacher.train.steps) as on_step:
+        teacher, fitted = stages.train_teacher(
+            recipe, data.train_images, data.train_labels, out / "teacher", data="digits", resume=False, on_step=on_step
+        )
+    return averaged(teacher, fitted), open_source(out / "teacher").sha256, fitted.log
 
 
 def averaged(model: torch.nn.Module, fitted: Fitted) -> torch.nn.Module:
@@ -189,62 +169,51 @@ def averaged(model: torch.nn.Module, fitted: Fitted) -> torch.nn.Module:
 
 
 def make_trajectories(
-    teacher: DiT, teacher_sha256: str, config: DemoConfig, out: Path, watch: Stopwatch
+    teacher: DiT, teacher_sha256: str, recipe: Recipe, out: Path, watch: Stopwatch
 ) -> TrajectoryStore:
     """Generates, or finishes, the store of this teacher and these settings, and checks its hashes."""
-    settings = config.trajectories
-    spec = StoreSpec(
-        count=settings.count,
-        shard_size=settings.shard_size,
-        seed=settings.seed,
-        image_shape=digits.IMAGE_SHAPE,
-        num_classes=digits.NUM_CLASSES,
-        sampling_steps=settings.sampling_steps,
-        keep=settings.keep,
-        cfg_scale=settings.cfg_scale,
-        cfg_channels=digits.IMAGE_SHAPE[0],
-        teacher_sha256=teacher_sha256,
-    )
-    with watch.stage("trajectories", settings.count) as advance:
-        store = generate_store(
-            out / "trajectories" / spec.fingerprint(),
-            spec,
-            sampler(teacher, config, settings.keep),
-            batch_size=settings.batch_size,
-            on_progress=advance,
-        )
+    folder = out / "trajectories" / stages.store_spec(recipe, teacher_sha256).fingerprint()
+    with watch.stage("trajectories", recipe.trajectories.count) as advance:
+        store = stages.make_trajectories(recipe, teacher, teacher_sha256, folder, on_progress=advance)
         store.verify()
     return store
 
 
-def sampler(teacher: DiT, config: DemoConfig, keep: tuple[int, ...]) -> Callable:
-    """(noise, labels) -> the teacher's trajectories at ``keep``."""
-    settings = config.trajectories
-    return lambda noise, labels: generate(
-        teacher,
-        noise,
-        labels,
-        sampling_steps=settings.sampling_steps,
-        keep=keep,
-        cfg_scale=settings.cfg_scale,
-        cfg_channels=digits.IMAGE_SHAPE[0],
-    )
-
-
-def distill(
-    teacher: DiT, store: TrajectoryStore, layers: int, seed: int, config: DemoConfig, out: Path, watch: Stopwatch
-) -> tuple[ARDStudent, list[dict]]:
-    """The averaged student in eval mode, and its log."""
-    settings = replace(config.students.train, seed=seed)
-    student = ARDStudent.from_teacher(teacher, steps=len(store.spec.keep), history_layers=layers).requires_grad_(True)
-    student.pos_embed.requires_grad_(False)
-    name = f"student-n{layers}-seed{seed}"
-    step_loss = student_step_loss(student, store, settings, config.students.state)
-    with watch.stage(f"student N={layers} seed {seed}", settings.steps) as advance:
-        fitted = fit(student, step_loss, settings, log_path=out / f"{name}.jsonl", on_step=advance)
-    facts = {"model": asdict(student.config), "history_layers": layers, "state": config.students.state}
-    save_checkpoint(out / name, student, fitted, settings, facts)
-    return averaged(student, fitted), fitted.log
+def make_students(
+    teacher: DiT,
+    store: TrajectoryStore,
+    data: digits.Digits,
+    seed: int,
+    config: DemoConfig,
+    out: Path,
+    watch: Stopwatch,
+) -> list[Sampler]:
+    """The averaged students of one seed, in eval mode: one per history_layers, and the last one fine-tuned."""
+    recipe, samplers = config.recipe, []
+    recipe = replace(recipe, distill=replace(recipe.distill, seed=seed))
+    recipe = replace(recipe, gan=replace(recipe.gan, train=replace(recipe.gan.train, seed=seed)))
+    for layers in config.demo.history_layers:
+        recipe = replace(recipe, student=replace(recipe.student, history_layers=layers))
+        name, folder = f"N={layers}", out / f"student-n{layers}-seed{seed}"
+        with watch.training(f"student {name} seed {seed}", recipe.distill.steps) as on_step:
+            student, fitted = stages.distill(recipe, teacher, store, folder, resume=False, on_step=on_step)
+        samplers.append(Sampler(name, layers, seed, averaged(student, fitted), fitted.log))
+    start = ARDStudent.from_teacher(teacher, steps=recipe.steps, history_layers=layers)
+    start.load_state_dict(student.state_dict())
+    name, real = f"{name} + GAN", LatentsInMemory(data.train_images, data.train_labels)
+    with watch.training(f"student {name} seed {seed}", recipe.gan.train.steps) as on_step:
+        tuned, fitted = stages.finetune(
+            recipe,
+            start,
+            open_source(folder).sha256,
+            teacher,
+            store,
+            real,
+            out / f"student-n{layers}-gan-seed{seed}",
+            resume=False,
+            on_step=on_step,
+        )
+    return [*samplers, Sampler(name, layers, seed, averaged(tuned, fitted), fitted.log)]
 
 
 class Judge:
@@ -253,15 +222,15 @@ class Judge:
     def __init__(
         self, teacher: DiT, classifier: DigitClassifier, data: digits.Digits, config: DemoConfig, watch: Stopwatch
     ):
-        settings = config.evaluation
+        settings = config.demo.evaluation
         self.classifier, self.watch, self.batch_size = classifier, watch, settings.batch_size
         self.noise = noise_at(settings.seed, range(settings.count), digits.IMAGE_SHAPE)
         self.labels = torch.arange(settings.count) % digits.NUM_CLASSES
         self.real = self.statistics(torch.cat([data.train_images, data.held_out_images]))
-        sample = sampler(teacher, config, (0,))
+        sample = stages.sampler(teacher, config.recipe.trajectories, (0,), torch.device("cpu"))
         self.teacher_images = self.sample("score teacher", lambda noise, labels: sample(noise, labels).x0[:, -1])
         self.teacher = self.statistics(self.teacher_images)
-        self.student_images: dict[tuple[int, int], torch.Tensor] = {}
+        self.student_images: dict[tuple[str, int], torch.Tensor] = {}
 
     def statistics(self, images: torch.Tensor) -> FeatureStatistics:
         return feature_statistics(self.classifier.features(images))
@@ -282,62 +251,66 @@ class Judge:
             "class_consistency": class_consistency(self.classifier(images), self.labels),
         }
 
-    def teacher_scores(self) -> dict[str, float]:
-        return self.scores(self.teacher_images)
-
-    def student_scores(self, student: ARDStudent, layers: int, seed: int) -> dict[str, float]:
+    def row(self, sampler: Sampler) -> dict[str, Any]:
         images = self.sample(
-            f"score N={layers} seed {seed}", lambda noise, labels: student.sample(noise, labels)[:, -1]
+            f"score {sampler.name} seed {sampler.seed}",
+            lambda noise, labels: sampler.student.sample(noise, labels)[:, -1],
         )
-        self.student_images[layers, seed] = images
+        self.student_images[sampler.name, sampler.seed] = images
         return {
+            "sampler": sampler.name,
+            "history_layers": sampler.history_layers,
+            "seed": sampler.seed,
             "frechet_to_teacher": frechet_distance(self.statistics(images), self.teacher),
             "endpoint_mse": endpoint_mse(images, self.teacher_images),
             **self.scores(images),
         }
 
 
-def summarize(rows: list[dict], history_layers: tuple[int, ...]) -> dict:
-    """Per N: mean, min, max of each score over seeds. Per N > 0: the baseline's score over its own, seed by seed."""
+def summarize(rows: list[dict]) -> dict:
+    """Per sampler: mean, min, max of each score over seeds; and, seed by seed, how many times smaller it is.
+
+    A student with history is compared with the first one, a fine-tuned one with the one it started from.
+    """
     metrics = ("frechet_to_teacher", "endpoint_mse", "frechet_to_real", "class_consistency")
-    by_layers = {n: [row for row in rows if row["history_layers"] == n] for n in history_layers}
+    by_name: dict[str, list[dict]] = {}
+    for row in rows:
+        by_name.setdefault(row["sampler"], []).append(row)
 
     def spread(values: list[float]) -> dict[str, float]:
         return {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
 
-    return {
-        "scores": {
-            str(n): {metric: spread([row[metric] for row in by_layers[n]]) for metric in metrics}
-            for n in history_layers
-        },
-        "baseline_over_student": {
-            str(n): {
-                metric: spread(
-                    [base[metric] / row[metric] for base, row in zip(by_layers[0], by_layers[n], strict=True)]
-                )
-                for metric in metrics[:2]
-            }
-            for n in history_layers[1:]
-        },
+    first, ratios = next(iter(by_name)), {}
+    for name, own in by_name.items():
+        other = name.removesuffix(" + GAN") if name.endswith(" + GAN") else first
+        if name != other:
+            pairs = list(zip(by_name[other], own, strict=True))
+            better = {metric: spread([base[metric] / row[metric] for base, row in pairs]) for metric in metrics[:3]}
+            ratios[name] = {"over": other, **better}
+    scores = {
+        name: {metric: spread([row[metric] for row in own]) for metric in metrics} for name, own in by_name.items()
     }
+    return {"scores": scores, "times_smaller": ratios}
 
 
-def measure_costs(teacher: DiT, students: dict, config: DemoConfig, watch: Stopwatch) -> list[dict]:
+def measure_costs(teacher: DiT, samplers: list[Sampler], config: DemoConfig, watch: Stopwatch) -> list[dict]:
     """FLOPs (analytic) and seconds per image of each sampler: median over repeats, the samplers taking turns."""
-    settings, steps, seed = config.evaluation, len(config.trajectories.keep), config.students.seeds[0]
+    settings, trajectories = config.demo.evaluation, config.recipe.trajectories
     noise = noise_at(settings.seed, range(settings.timing_batch_size), digits.IMAGE_SHAPE)
     labels = torch.arange(settings.timing_batch_size) % digits.NUM_CLASSES
-    teacher_forwards = config.trajectories.sampling_steps * (1 if config.trajectories.cfg_scale == 1.0 else 2)
-    runs = [("teacher", None, sampler(teacher, config, (0,)), teacher_forwards * flops.teacher_forward(teacher.config))]
-    for n in config.students.history_layers:
-        cost = flops.student_sampling(teacher.config, steps, n)
-        runs.append((f"student N={n}", n, students[n, seed].sample, cost))
+    forwards = trajectories.sampling_steps * (1 if trajectories.cfg_scale == 1.0 else 2)
+    sample = stages.sampler(teacher, trajectories, (0,), torch.device("cpu"))
+    runs = [("teacher", None, sample, forwards * flops.teacher_forward(teacher.config))]
+    for sampler in samplers[: len(config.demo.history_layers)]:  # a fine-tune changes no cost
+        n = sampler.history_layers
+        cost = flops.student_sampling(teacher.config, config.recipe.steps, n)
+        runs.append((f"student N={n}", n, sampler.student.sample, cost))
     times = {name: [] for name, *_ in runs}
     with watch.stage("timing", settings.timing_repeats) as advance:
         for _ in range(settings.timing_repeats):
-            for name, _, sample, _ in runs:
+            for name, _, run, _ in runs:
                 start = time.perf_counter()
-                sample(noise, labels)
+                run(noise, labels)
                 times[name].append(time.perf_counter() - start)
             advance()
     return [

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ard.parallel import assign, local
 
 
 class Ema:
     """``average <- d * average + (1 - d) * value`` with ``d = min(decay, (1 + step) / (10 + step))``.
 
     The warm-up keeps the first averages close to the weights, which matters when a run is shorter than 1 / (1 - decay).
-    Buffers are copied, not averaged.
+    Buffers are copied, not averaged. Averages of sharded parameters are sharded alike.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -23,8 +27,8 @@ class Ema:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages = [self.state[name] for name in self._parameters]
-        torch._foreach_lerp_(averages, list(model.parameters()), 1.0 - decay)
+        averages = [local(self.state[name]) for name in self._parameters]
+        torch._foreach_lerp_(averages, [local(value) for value in model.parameters()], 1.0 - decay)
         parameters = set(self._parameters)
         for name, value in model.state_dict().items():
             if name not in parameters:
@@ -34,3 +38,8 @@ class Ema:
         """Loads the average into ``model`` and returns it."""
         model.load_state_dict(self.state)
         return model
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over whole tensors of all names, the same on all ranks."""
+        for name, value in self.state.items():
+            assign(value, state[name])

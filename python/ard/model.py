@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ard_kernels import adaln_modulate, block_causal_attention_packed, gate_residual_adaln
 
@@ -208,6 +210,7 @@ class DiTBlock(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
+        self.recompute = False  # keep the inputs only, and run again in backward (activation checkpointing)
         self.attn = Attention(config)
         self.mlp = Mlp(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
@@ -223,6 +226,20 @@ class DiTBlock(nn.Module):
         rows_BSR: Tensor | None = None,
     ) -> tuple[Tensor, Pending]:
         """Give either the conditioning `c_BSC` or its rows `rows_BSR = adaLN_modulation(c_BSC)`."""
+        inputs = (x_BTC, pending, attend, segment_length, c_BSC, rows_BSR)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._residuals, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self._residuals(*inputs)
+
+    def _residuals(
+        self,
+        x_BTC: Tensor,
+        pending: Pending | None,
+        attend: Attend,
+        segment_length: int,
+        c_BSC: Tensor | None,
+        rows_BSR: Tensor | None,
+    ) -> tuple[Tensor, Pending]:
         rows_BSR = self.adaLN_modulation(c_BSC) if rows_BSR is None else rows_BSR
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows_BSR.chunk(6, dim=-1)
         if pending is None:
@@ -268,7 +285,7 @@ class DiTTrunk(nn.Module):
     def transform(
         self,
         x_BTC: Tensor,
-        attend: Callable[[int, Tensor], Tensor],
+        attend: Callable[[int], Attend],
         final_layers: Sequence[FinalLayer],
         *,
         c_BSC: Tensor | None = None,
@@ -277,17 +294,14 @@ class DiTTrunk(nn.Module):
     ) -> Tensor:
         """All blocks, then final layer s on segment s: (B, T, C) -> (B, S, L, P).
 
-        `attend(layer, qkv)` mixes tokens. Modulation comes from `c_BSC`, or from the rows that
-        `adaLN_modulation` and `final_rows` have computed beforehand.
+        `attend(layer)` is how that layer mixes tokens. In training it holds the mask and not the layer's number: equal
+        values share one compiled graph. Modulation comes from `c_BSC`, or from the rows that `adaLN_modulation` and
+        `final_rows` have computed beforehand.
         """
         L, pending = self.config.tokens, None
         for layer, block in enumerate(self.blocks):
             rows_BSR = None if block_rows is None else block_rows[layer]
-
-            def attend_in_layer(qkv: Tensor, layer: int = layer) -> Tensor:
-                return attend(layer, qkv)
-
-            x_BTC, pending = block(x_BTC, pending, attend_in_layer, segment_length=L, c_BSC=c_BSC, rows_BSR=rows_BSR)
+            x_BTC, pending = block(x_BTC, pending, attend(layer), segment_length=L, c_BSC=c_BSC, rows_BSR=rows_BSR)
         if final_rows_BSR is None:
             final_rows_BSR = self.final_rows(c_BSC, final_layers)
         shift_BSC, scale_BSC = final_rows_BSR.chunk(2, dim=-1)
@@ -373,8 +387,8 @@ class DiT(DiTTrunk):
         if force_drop is not None:
             labels_B = labels_B.masked_fill(force_drop, self.config.num_classes)
 
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            return block_causal_attention_packed(qkv, segment_length=self.config.tokens)
+        def attend(layer: int) -> Attend:
+            return partial(block_causal_attention_packed, segment_length=self.config.tokens)
 
         c_BSC = self.condition(t_B[:, None], labels_B)
         tokens_BSLP = self.transform(self.embed(x_Bchw[:, None]), attend, [self.final_layer], c_BSC=c_BSC)

@@ -72,19 +72,30 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _headline(result: dict) -> str:
-    seeds, depth = len(result["settings"]["students"]["seeds"]), result["settings"]["teacher"]["depth"]
+    seeds, depth = len(result["settings"]["demo"]["seeds"]), result["settings"]["model"]["depth"]
+    over = f"mean over {seeds} seed{'s' * (seeds > 1)}, with the range"
     parts = []
-    for n, ratios in result["summary"]["baseline_over_student"].items():
-        parts.append(
-            f"At equal training, reading the history in {n} of {depth} layers divides the Frechet distance to the "
-            f"teacher by {_ratio(ratios['frechet_to_teacher'])} and the error to the teacher's endpoint by "
-            f"{_ratio(ratios['endpoint_mse'])}: mean over {seeds} seed{'s' * (seeds > 1)}, with the range."
-        )
+    for name, ratios in result["summary"]["times_smaller"].items():
+        if _is_tuned(name):
+            parts.append(
+                f"A GAN fine-tune against the real digits divides the Frechet distance to them of {ratios['over']} "
+                f"by {_ratio(ratios['frechet_to_real'], 2)}: {over}."
+            )
+        else:
+            parts.append(
+                f"At equal training, reading the history in {name.removeprefix('N=')} of {depth} layers divides the "
+                f"Frechet distance to the teacher by {_ratio(ratios['frechet_to_teacher'])} and the error to the "
+                f"teacher's endpoint by {_ratio(ratios['endpoint_mse'])}: {over}."
+            )
     return "\n\n".join(parts)
 
 
-def _ratio(spread: dict) -> str:
-    return f"**{spread['mean']:.1f}** ({spread['min']:.1f} to {spread['max']:.1f})"
+def _is_tuned(name: str) -> bool:
+    return name.endswith("+ GAN")
+
+
+def _ratio(spread: dict, digits: int = 1) -> str:
+    return f"**{spread['mean']:.{digits}f}** ({spread['min']:.{digits}f} to {spread['max']:.{digits}f})"
 
 
 def _spread(spread: dict, digits: int) -> str:
@@ -95,12 +106,12 @@ def _percent(spread: dict) -> str:
     return f"{100 * spread['mean']:.1f} % ({100 * spread['min']:.1f}-{100 * spread['max']:.1f})"
 
 
-def _student_name(n: int | str) -> str:
-    return f"student, N={n}" + (" (step distillation)" if int(n) == 0 else "")
+def _student_name(name: str) -> str:
+    return f"student, {name}" + (" (step distillation)" if name == "N=0" else "")
 
 
 def _score_table(result: dict) -> str:
-    teacher, count = result["teacher"], result["settings"]["evaluation"]["count"]
+    teacher, count = result["teacher"], result["settings"]["demo"]["evaluation"]["count"]
     steps = result["settings"]["trajectories"]
     rows = [
         [
@@ -111,10 +122,10 @@ def _score_table(result: dict) -> str:
             f"{100 * teacher['class_consistency']:.1f} %",
         ]
     ]
-    for n, scores in result["summary"]["scores"].items():
+    for name, scores in result["summary"]["scores"].items():
         rows.append(
             [
-                f"{_student_name(n)}, {len(steps['keep'])} steps",
+                f"{_student_name(name)}, {len(steps['keep'])} steps",
                 _spread(scores["frechet_to_teacher"], 2),
                 _spread(scores["endpoint_mse"], 4),
                 _spread(scores["frechet_to_real"], 1),
@@ -132,8 +143,8 @@ def _score_table(result: dict) -> str:
 
 
 def _how_to_read(result: dict) -> str:
-    settings = result["settings"]
-    seeds, accuracy = len(settings["students"]["seeds"]), 100 * result["classifier_held_out_accuracy"]
+    settings = result["settings"]["demo"]
+    seeds, accuracy = len(settings["seeds"]), 100 * result["classifier_held_out_accuracy"]
     return (
         f"How to read it: all samplers start from the same {settings['evaluation']['count']} noise images and labels, "
         "which no training saw. The Frechet distance compares Gaussians fitted to the 64 hidden activations of a small "
@@ -163,7 +174,7 @@ def _cost_table(result: dict) -> str:
         for cost in costs
     ]
     header = ["sampler", "MFLOPs", "relative to N=0", "milliseconds", "relative to N=0"]
-    evaluation = result["settings"]["evaluation"]
+    evaluation = result["settings"]["demo"]["evaluation"]
     return _table(header, rows) + (
         "\n\nFLOPs are computed (2 per multiply-add; convolution, linear, attention). Time is measured in batches of "
         f"{evaluation['timing_batch_size']}, the median of {evaluation['timing_repeats']} runs that take turns."
@@ -173,7 +184,7 @@ def _cost_table(result: dict) -> str:
 def _run_table(result: dict) -> str:
     rows = [
         [
-            f"N={row['history_layers']}",
+            row["sampler"],
             str(row["seed"]),
             f"{row['frechet_to_teacher']:.3f}",
             f"{row['endpoint_mse']:.4f}",
@@ -189,22 +200,24 @@ def _run_table(result: dict) -> str:
 
 def _settings(result: dict) -> str:
     settings, environment = result["settings"], result["environment"]
-    teacher, students, trajectories = settings["teacher"], settings["students"], settings["trajectories"]
+    model, train, gan = settings["model"], settings["teacher"]["train"], settings["gan"]
+    trajectories, students, demo = settings["trajectories"], settings["distill"], settings["demo"]
     return "\n".join(
         [
-            f"- Model: DiT, width {teacher['hidden_size']}, depth {teacher['depth']}, {teacher['num_heads']} heads, "
-            f"patch {teacher['patch_size']}, {result['teacher']['parameters']:,} parameters.",
-            f"- Teacher: {teacher['train']['steps']} steps of batch {teacher['train']['batch_size']}, seed "
-            f"{teacher['train']['seed']}; sampled with {trajectories['sampling_steps']} DDIM steps, guidance "
-            f"{trajectories['cfg_scale']}.",
+            f"- Model: DiT, width {model['hidden_size']}, depth {model['depth']}, {model['num_heads']} heads, "
+            f"patch {model['patch_size']}, {result['teacher']['parameters']:,} parameters.",
+            f"- Teacher: {train['steps']} steps of batch {train['batch_size']}, seed {train['seed']}; sampled with "
+            f"{trajectories['sampling_steps']} DDIM steps, guidance {trajectories['cfg_scale']}.",
             f"- Trajectories: {trajectories['count']}, seed {trajectories['seed']}, states at respaced indices "
             f"{', '.join(map(str, trajectories['keep']))}; the students learn the "
-            + ("x0-predictions" if students["state"] == "x0" else "ODE states")
+            + ("x0-predictions" if settings["student"]["state"] == "x0" else "ODE states")
             + " there.",
-            f"- Students: {students['train']['steps']} steps of batch {students['train']['batch_size']}, AdamW, "
-            f"learning rate {students['train']['learning_rate']:g}, EMA {students['train']['ema_decay']}, seeds "
-            f"{', '.join(map(str, students['seeds']))}.",
-            f"- Held-out noise: seed {settings['evaluation']['seed']}.",
+            f"- Students: {students['steps']} steps of batch {students['batch_size']}, AdamW, learning rate "
+            f"{students['learning_rate']:g}, EMA {students['ema_decay']}, seeds {', '.join(map(str, demo['seeds']))}.",
+            f"- GAN: {gan['train']['steps']} more steps of batch {gan['train']['batch_size']}, learning rate "
+            f"{gan['train']['learning_rate']:g}, the heads' {gan['discriminator_learning_rate']:g}, generator weight "
+            f"{gan['factor']:g} times the adaptive one from step {gan['start']}.",
+            f"- Held-out noise: seed {demo['evaluation']['seed']}.",
             f"- Machine: {environment['cpu']}, {environment['cpu_count']} cores, {environment['torch_threads']} "
             f"threads used, {environment['system']}; Python {environment['python']}, torch {environment['torch']}.",
         ]
@@ -217,10 +230,10 @@ def _timings(result: dict) -> str:
     return _table(["stage", "seconds"], [*rows, ["all", f"{sum(seconds.values()):.1f}"]])
 
 
-def write_losses(path: Path, teacher_log: list[dict], student_logs: dict[tuple[int, int], list[dict]]) -> None:
-    """Two log-scale panels: the teacher's loss, and the students' by N, one line per seed.
+def write_losses(path: Path, teacher_log: list[dict], student_logs: dict[tuple[str, int], list[dict]]) -> None:
+    """Two log-scale panels: the teacher's loss, and the students' by sampler, one line per seed.
 
-    student_logs: (N, seed) -> log.
+    student_logs: (sampler, seed) -> log.
     """
     figure = Figure(figsize=(10, 3.8), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -228,11 +241,11 @@ def write_losses(path: Path, teacher_log: list[dict], student_logs: dict[tuple[i
         [line["step"] for line in teacher_log], [line["loss"] for line in teacher_log], color=TEACHER_COLOUR, lw=1.2
     )
     left.set_title("Teacher: epsilon MSE")
-    layer_counts = list(dict.fromkeys(n for n, _ in student_logs))
-    for n, colour in zip(layer_counts, _colours(len(layer_counts)), strict=True):
-        logs = [log for (layers, _), log in student_logs.items() if layers == n]
+    names = list(dict.fromkeys(name for name, _ in student_logs))
+    for name, colour in zip(names, _colours(len(names)), strict=True):
+        logs = [log for (own, _), log in student_logs.items() if own == name]
         for index, log in enumerate(logs):
-            label = f"N={n}" + (f" ({len(logs)} seeds)" if len(logs) > 1 else "") if index == 0 else None
+            label = name + (f" ({len(logs)} seeds)" if len(logs) > 1 else "") if index == 0 else None
             right.plot(
                 [line["step"] for line in log], [line["loss"] for line in log], color=colour, lw=1.2, label=label
             )
@@ -251,21 +264,22 @@ def _colours(count: int) -> list:
 
 
 def write_grid(
-    path: Path, teacher_images: torch.Tensor, student_images: dict[tuple[int, int], torch.Tensor], labels: torch.Tensor
+    path: Path, teacher_images: torch.Tensor, student_images: dict[tuple[str, int], torch.Tensor], labels: torch.Tensor
 ) -> None:
-    """One column per noise: the teacher's image, and per N (first seed) the student's and its difference to it.
+    """One column per noise: the teacher's image, and per sampler (first seed) its image and the difference to it.
 
-    teacher_images: (n, 1, h, w) in [-1, 1]; student_images: (N, seed) -> the same shape; labels: (n,), column titles.
+    teacher_images: (n, 1, h, w) in [-1, 1]; student_images: (sampler, seed) -> the same; labels: (n,), column titles.
     """
     columns = torch.arange(min(GRID_COLUMNS, len(labels)))
     columns = columns[labels[columns].argsort(stable=True)]
     first_seed = {}
-    for (n, _), images in student_images.items():
-        first_seed.setdefault(n, images)
+    for (name, _), images in student_images.items():
+        first_seed.setdefault(name, images)
     rows = [("teacher", teacher_images[columns], "gray_r")]
-    for n, images in first_seed.items():
-        rows.append((f"N={n}", images[columns], "gray_r"))
-        rows.append((f"N={n} minus teacher", images[columns] - teacher_images[columns], "RdBu_r"))
+    for name, images in first_seed.items():
+        rows.append((name, images[columns], "gray_r"))
+        if not _is_tuned(name):  # it is trained away from the teacher
+            rows.append((f"{name} minus teacher", images[columns] - teacher_images[columns], "RdBu_r"))
     figure = Figure(figsize=(0.62 * len(columns) + 1.9, 0.66 * len(rows) + 0.55), dpi=110, layout="constrained")
     axes = np.atleast_2d(figure.subplots(len(rows), len(columns), squeeze=False))
     for (name, images, colours), row_axes in zip(rows, axes, strict=True):

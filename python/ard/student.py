@@ -5,11 +5,13 @@ Shape suffixes as in `model.py`. Segment s holds the state at timestep t_s = 999
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from ard.model import DiT, DiTConfig, DiTTrunk, FinalLayer
-from ard_kernels import HistoryCache, HistoryRouting
+from ard.model import Attend, DiT, DiTConfig, DiTTrunk, FinalLayer
+from ard_kernels import HistoryCache, HistoryRouting, block_causal_attention_packed
 
 LAST_TIMESTEP = 999.0
 
@@ -74,8 +76,8 @@ class ARDStudent(DiTTrunk):
         if not 1 <= S <= self.steps:
             raise ValueError(f"states: got {S} segments; expected 1 to steps={self.steps}")
 
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            return self.routing.attention_packed(layer, qkv, segment_length=L)
+        def attend(layer: int) -> Attend:
+            return partial(block_causal_attention_packed, segment_length=L, **self.routing.mask(layer))
 
         c_BSC = self.condition(self.timesteps(S, states_BSchw.device), labels_B)
         tokens_BSLP = self.transform(self.embed(states_BSchw), attend, self.final_layers[:S], c_BSC=c_BSC)
@@ -109,8 +111,8 @@ class ARDStudent(DiTTrunk):
             cache = self.new_cache(noise_Bchw.shape[0])
         cache.reset()
 
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            return self.routing.attention_packed(layer, qkv, segment_length=L, cache=cache)
+        def attend(layer: int) -> Attend:
+            return partial(self.routing.attention_packed, layer, segment_length=L, cache=cache)
 
         # Rows depend on timesteps and labels only: adaLN weights, a third of the model, are read once and not S times.
         c_BSC = self.condition(self.timesteps(self.steps, noise_Bchw.device), labels_B)

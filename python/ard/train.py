@@ -1,181 +1,278 @@
-"""Single-process training: the teacher on images, the student on trajectories. ``fit`` is the loop of both.
-
-All randomness of step ``i`` (which samples, noise, timesteps, dropped labels) is a pure function of (seed, i), so two
-runs with one seed see the same data in the same order, whatever else they differ in.
-"""
+"""The training loop of teacher, student and GAN fine-tune: on one process or many, resumable bit for bit."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ard.diffusion import TRAIN_STEPS, alphas_cumprod
+from ard import training_state
 from ard.ema import Ema
-from ard.files import write_json, write_tensors
-from ard.losses import trajectory_loss
-from ard.model import DiT
-from ard.store import TrajectoryStore, batch_indices, random_stream
-from ard.student import ARDStudent
+from ard.files import remove_temporary, write_json
+from ard.objectives import MicroBatch, Objective
+from ard.optim import adamw, clip_gradients, load_optimizer, optimizer_tensors
+from ard.parallel import Process, assign, spread, whole
+from ard.recipe import ExecutionConfig, Recipe, TrainConfig, autocast, write_recipe
+from ard.runlog import RunLog
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Hyper-parameters of ``fit``; the defaults are the paper's student's."""
-
-    steps: int
-    batch_size: int = 64
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0  # learning rate rises linearly from 0
-    cosine_decay: bool = False  # then falls to 0 along a half cosine, or stays
-    ema_decay: float = 0.9999
-    grad_clip: float = 1.0  # 2-norm over all parameters
-    seed: int = 0
-    log_every: int = 25  # steps per line of the log; each line holds the mean loss since the line before
-
-    def __post_init__(self):
-        object.__setattr__(self, "betas", tuple(self.betas))
-        for name in ("steps", "batch_size", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainConfig: {name}={getattr(self, name)}; expected >= 1")
-
-    def learning_rate_at(self, step: int) -> float:
-        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        decay = 0.5 * (1.0 + math.cos(math.pi * step / self.steps)) if self.cosine_decay else 1.0
-        return self.learning_rate * warmup * decay
+# (updates done, whole averaged weights) -> scalars for the log; called on every rank
+Preview = Callable[[int, dict[str, Tensor]], dict[str, float]]
 
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient norm was not finite; the weights are those before the step."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """Where a run is kept: <folder>/config.yaml, log.jsonl and checkpoints."""
+
+    folder: Path
+    facts: Mapping[str, Any]  # JSON values for readers of its checkpoints: kind, the model's sizes, ...
+    identity: Mapping[str, Any] = field(default_factory=dict)  # what must be equal for the run to continue
+    resume: bool = True  # from the newest good checkpoint; False starts anew and removes those that are there
+    recipe: Recipe | None = None  # for config.yaml
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
 @dataclass
 class Fitted:
-    """What ``fit`` returns: the averaged weights and the logged curve."""
+    """What training gives."""
 
     ema: Ema
-    log: list[dict[str, float]]  # step (1-based, number of updates done), loss, grad_norm, learning_rate
+    log: list[dict[str, float]]  # step (number of updates done), loss, grad_norm, learning_rate, ...
+    step: int  # updates done; fewer than asked for after a SIGTERM
 
 
-# step -> (loss scalar, indices of the samples in the batch)
-StepLoss = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+class Trainer:
+    """Trains ``model`` in place, on its device. Every process makes one, with the same arguments but its ``process``.
 
-
-def fit(
-    model: nn.Module,
-    step_loss: StepLoss,
-    config: TrainConfig,
-    *,
-    log_path: Path | None = None,
-    on_step: Callable[[], Any] | None = None,
-) -> Fitted:
-    """Trains ``model`` in place.
-
-    log_path: JSONL, one line every ``config.log_every`` steps. on_step: called after each update.
+    run: keeps checkpoints and log.jsonl, and continues from the newest checkpoint; without one nothing is written.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
-    ema, log, losses = Ema(model, config.ema_decay), [], []
-    model.train()
-    with open(log_path, "w") if log_path else nullcontext() as log_file:
-        for step in range(config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate_at(step)
-            loss, indices = step_loss(step)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-            require_finite(step, loss.item(), grad_norm.item(), indices)
-            optimizer.step()
-            ema.update(model, step)
-            losses.append(loss.item())
-            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-                line = {
-                    "step": step + 1,
-                    "loss": float(np.mean(losses)),
-                    "grad_norm": grad_norm.item(),
-                    "learning_rate": config.learning_rate_at(step),
-                }
-                log.append(line)
-                losses.clear()
-                if log_file:
-                    log_file.write(json.dumps(line) + "\n")
-                    log_file.flush()
-            if on_step:
-                on_step()
-    return Fitted(ema, log)
 
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        config: TrainConfig,
+        *,
+        execution: ExecutionConfig | None = None,
+        process: Process | None = None,
+        run: Run | None = None,
+    ):
+        self.model, self.objective, self.config, self.run = model, objective, config, run
+        self.execution, self.process = execution or ExecutionConfig(), process or Process()
+        parts = self.process.world_size * self.execution.accumulation
+        if config.batch_size % parts:
+            raise ValueError(
+                f"batch_size is {config.batch_size}; expected a multiple of {parts}: {self.process.world_size} "
+                f"processes times {self.execution.accumulation} micro-batches"
+            )
+        for block in getattr(model, "blocks", ()):
+            block.recompute = self.execution.activation_checkpointing
+            if self.execution.compile:
+                block.compile()
+        self.module = spread(model.train(), self.process, self.execution.strategy)  # forward goes through this one
+        self.autocast = autocast(self.execution.precision, self.process.device)
+        self.optimizer = adamw(model, config.learning_rate, config.betas, config.weight_decay)
+        self.ema = Ema(model, config.ema_decay)
+        self.step = 0  # updates done
+        self.log = self._resume() if run else RunLog(None)
 
-def require_finite(step: int, loss: float, grad_norm: float, indices: torch.Tensor) -> None:
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    def fit(
+        self,
+        *,
+        preview: Preview | None = None,
+        preview_every: int = 0,
+        on_step: Callable[[int], Any] | None = None,
+    ) -> Fitted:
+        """Runs until ``config.steps`` updates are done, or SIGTERM has asked to save and stop.
+
+        preview: called every ``preview_every`` steps and at the end. on_step: called after each with the updates done.
+        Raises NonFiniteError before the update; <run>/nonfinite-step-N.json then names the samples.
+        """
+        config, objective, started = self.config, self.objective, time.perf_counter()
+        with sigterm_flag() as terminated:
+            while self.step < config.steps:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = config.learning_rate_at(self.step)
+                self.optimizer.zero_grad(set_to_none=True)
+                batch = objective.batch(self.step, config.batch_size)
+                scalars = self._backward(batch, terminated)
+                scalars.update(objective.reduce(), grad_norm=clip_gradients(self.model, config.grad_clip))
+                self._require_finite(scalars, batch)
+                self.optimizer.step()
+                self.ema.update(self.model, self.step)
+                objective.update()
+                stop = scalars.pop("stop") > 0 or self.step + 1 == config.steps
+                self.log.add(self.step + 1, {**scalars, "learning_rate": config.learning_rate_at(self.step)})
+                self.step += 1
+                if preview and (self.step % preview_every == 0 or self.step == config.steps):
+                    self.log.extra(preview(self.step, {name: whole(value) for name, value in self.ema.state.items()}))
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    seconds, started = time.perf_counter() - started, time.perf_counter()
+                    self.log.write(config.batch_size * config.log_every / seconds)
+                if self.run and (self.step % self.execution.save_every == 0 or stop):
+                    self._save()
+                if on_step:
+                    on_step(self.step)
+                if stop:
+                    break
+        self.log.close()
+        return Fitted(self.ema, self.log.lines, self.step)
+
+    def _backward(self, batch: Tensor, terminated: list[int]) -> dict[str, float]:
+        """Gradients of the step; the objective's scalars, means over all ranks; "stop" > 0 if any rank must stop."""
+        sums: dict[str, Tensor] = {}
+        share = 1.0 / self.execution.accumulation
+        for micro, is_last in self._micro_batches(batch):
+            with self._synchronized(is_last):
+                scalars = self.objective.backward(self.module, micro, share, self.autocast)
+            for name, value in scalars.items():
+                sums[name] = sums.get(name, 0.0) + value * share
+        sums["stop"] = torch.full_like(sums["loss"], len(terminated))
+        # One collective and one synchronisation with the device per step.
+        return dict(zip(sums, self.process.mean(torch.stack(list(sums.values()))).tolist(), strict=True))
+
+    def _micro_batches(self, batch: Tensor) -> Iterator[tuple[MicroBatch, bool]]:
+        """This rank's micro-batches, contiguous rows in rank order, and whether each is the step's last."""
+        accumulation = self.execution.accumulation
+        size = len(batch) // (self.process.world_size * accumulation)
+        for number in range(accumulation):
+            first = (self.process.rank * accumulation + number) * size
+            yield MicroBatch(self.step, batch, slice(first, first + size)), number + 1 == accumulation
+
+    def _synchronized(self, is_last: bool) -> AbstractContextManager:
+        """DDP averages gradients with the last micro-batch only; FSDP with each, to keep them sharded."""
+        wait = not is_last and isinstance(self.module, DistributedDataParallel)
+        return self.module.no_sync() if wait else nullcontext()
+
+    def _require_finite(self, scalars: Mapping[str, float], batch: Tensor) -> None:
+        """Raises NonFiniteError, on every rank, after writing the ids of the batch and of the samples at fault."""
+        if all(math.isfinite(value) for value in scalars.values()):
+            return
+        losses = []
+        with torch.no_grad(), self.autocast():
+            for micro, _ in self._micro_batches(batch):
+                losses.append(self.objective.sample_losses(self.module, micro))
+        samples = batch[~self.process.gather(torch.cat(losses)).isfinite().cpu()].tolist()
+        found = {name: str(value) for name, value in scalars.items() if name != "stop"}
+        where = ""
+        if self.run:
+            path = self.run.folder / f"nonfinite-step-{self.step:08d}.json"
+            where = f" Written to {path}."
+            if self.process.is_main:
+                write_json(path, {"step": self.step, **found, "samples": samples, "batch": batch.tolist()})
         raise NonFiniteError(
-            f"step {step}: loss={loss}, gradient norm={grad_norm}; expected finite values. "
-            f"No update was made. Samples of the batch: {indices.tolist()}"
+            f"step {self.step}: {', '.join(f'{name}={value}' for name, value in found.items())}; expected finite "
+            f"values. No update was made. Samples whose loss is not finite: {samples or 'none'}, of the batch "
+            f"{batch.tolist()}.{where}"
         )
 
+    def _save(self) -> None:
+        """Writes a checkpoint; every rank takes part in collecting, the main one writes."""
+        parts = {
+            "model": self._collected(self.model.state_dict()),
+            "ema": self._collected(self.ema.state),
+            "optimizer": self._collected(optimizer_tensors(self.model, self.optimizer)),
+            "rng": self._generator_states(),
+            **self.objective.tensors(),
+        }
+        if self.process.is_main:
+            facts = {**self.run.facts, "identity": dict(self.run.identity), "log": self.log.pending()}
+            training_state.save(self.run.checkpoints, self.step, parts, facts, keep_last=self.execution.keep_last)
+        self.process.barrier()
 
-def teacher_step_loss(
-    teacher: DiT, images: torch.Tensor, labels: torch.Tensor, config: TrainConfig, label_dropout: float
-) -> StepLoss:
-    """The DDPM loss: MSE of the predicted epsilon at a uniform timestep (Ho et al. 2020, eq. 14).
+    def _collected(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors, on the CPU of the main rank; one at a time is whole on the others."""
+        collected = {}
+        for name, tensor in tensors.items():
+            full = whole(tensor)
+            if self.process.is_main:
+                collected[name] = full.cpu()
+        return collected
 
-    images: float32 (n, ch, h, w) in [-1, 1]; labels: int64 (n,). label_dropout: share of labels replaced by the null
-    label, which is what classifier-free guidance needs. Sigma channels, if the teacher has them, are not trained.
-    """
-    signal = alphas_cumprod().sqrt().float()
-    noise_level = (1.0 - alphas_cumprod()).sqrt().float()
-    channels, null_label = images.shape[1], teacher.config.num_classes
+    def _resume(self) -> RunLog:
+        """Loads the newest good checkpoint, if there is one; the log up to there."""
+        run = self.run
+        checkpoint, pending = training_state.newest(run.checkpoints) if run.resume else None, None
+        if checkpoint:
+            require_same(checkpoint, run.identity)
+            self.step, pending = checkpoint.step, checkpoint.facts["log"]
+            state = self.model.state_dict()
+            for name, value in checkpoint.read("model").items():
+                assign(state[name], value)
+            self.ema.load(checkpoint.read("ema"))
+            load_optimizer(self.model, self.optimizer, checkpoint.read("optimizer"))
+            self.objective.load(checkpoint.read)
+            self._set_generators(checkpoint.read("rng"))
+        self.process.barrier()
+        if self.process.is_main:  # nothing has been written so far: a refusal changes nothing
+            run.folder.mkdir(parents=True, exist_ok=True)
+            remove_temporary(run.folder)
+            if not run.resume:
+                training_state.remove_all(run.checkpoints)
+            if run.recipe:
+                write_recipe(run.folder / "config.yaml", run.recipe)
+            training_state.tidy(run.checkpoints, self.step, keep_last=self.execution.keep_last)
+        folder = run.folder if self.process.is_main else None
+        return RunLog(folder, self.step, pending, tensorboard=self.execution.tensorboard)
 
-    def step_loss(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = batch_indices(config.seed, step, config.batch_size, len(labels))
-        draw = random_stream(config.seed, "teacher", step)
-        t = torch.from_numpy(draw.integers(TRAIN_STEPS, size=len(indices)))
-        dropped = torch.from_numpy(draw.random(len(indices)) < label_dropout)
-        x0 = images[indices]
-        epsilon = torch.from_numpy(draw.standard_normal(tuple(x0.shape), dtype=np.float32))
-        x_t = signal[t].view(-1, 1, 1, 1) * x0 + noise_level[t].view(-1, 1, 1, 1) * epsilon
-        y = labels[indices].masked_fill(dropped, null_label)
-        return F.mse_loss(teacher(x_t, t, y)[:, :channels], epsilon), indices
+    def _generator_states(self) -> dict[str, Tensor]:
+        """States of torch's generators, a row per rank. (The trainer itself draws from (seed, step) alone.)"""
+        states = {"cpu": self.process.gather(torch.get_rng_state()[None])}
+        if self.process.device.type == "cuda":
+            states["cuda"] = self.process.gather(torch.cuda.get_rng_state(self.process.device)[None])
+        return states
 
-    return step_loss
-
-
-def student_step_loss(student: ARDStudent, store: TrajectoryStore, config: TrainConfig, state: str) -> StepLoss:
-    """Teacher-forced regression of every next state (design: one forward over all tokens). state: "x0" or "ode"."""
-
-    def step_loss(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = batch_indices(config.seed, step, config.batch_size, len(store))
-        states, targets, labels = store.pairs(indices, state)
-        return trajectory_loss(student(states, labels), targets), indices
-
-    return step_loss
+    def _set_generators(self, states: Mapping[str, Tensor]) -> None:
+        """A rank that was not there when the states were saved keeps its own. (torch crashes on rows: copies.)"""
+        if self.process.rank < len(states["cpu"]):
+            torch.set_rng_state(states["cpu"][self.process.rank].clone())
+            if self.process.device.type == "cuda" and "cuda" in states:
+                torch.cuda.set_rng_state(states["cuda"][self.process.rank].clone(), self.process.device)
 
 
-def save_checkpoint(folder: Path, model: nn.Module, fitted: Fitted, config: TrainConfig, facts: dict) -> dict[str, str]:
-    """Writes model.safetensors, ema.safetensors, then checkpoint.json with their sha256, the config and ``facts``.
+def require_same(checkpoint: training_state.Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the first setting in which a checkpoint's run differs."""
+    stored, asked = flattened(checkpoint.facts["identity"]), flattened(identity)
+    for name in sorted(stored.keys() | asked.keys()):
+        if stored.get(name) != asked.get(name):
+            raise ValueError(
+                f"{checkpoint.folder.parent.parent} is a run with {name}={stored.get(name)!r}; expected "
+                f"{asked.get(name)!r} to continue it. Choose another folder, or start it anew"
+            )
 
-    Returns file name -> sha256.
 
-    The JSON comes last, and every file is atomic: a folder with a checkpoint.json is complete.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        "model.safetensors": write_tensors(folder / "model.safetensors", model.state_dict()),
-        "ema.safetensors": write_tensors(folder / "ema.safetensors", fitted.ema.state),
-    }
-    write_json(folder / "checkpoint.json", {"sha256": files, "train": asdict(config), "step": config.steps, **facts})
-    return files
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys; tuples as lists."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flattened(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+@contextmanager
+def sigterm_flag() -> Iterator[list[int]]:
+    """A list that SIGTERM appends to, instead of ending the process, while the context is open."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,22 +1,27 @@
-"""The training loop: reproducible, guarded against non-finite values, and able to learn."""
+"""The training loop: reproducible, guarded against non-finite values, able to learn, and careful when it continues."""
 
 from __future__ import annotations
 
 import json
 import math
-from types import SimpleNamespace
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from ard.config import build, merge
 from ard.ema import Ema
-from ard.files import file_sha256
 from ard.model import DiT, DiTConfig
-from ard.store import StoreSpec, generate_store
+from ard.objectives import MicroBatch, Objective, StudentObjective, TeacherObjective
+from ard.recipe import ExecutionConfig, TrainConfig
+from ard.runlog import RunLog, read_log
+from ard.store import StoreSpec, TrajectoryStore, generate_store
 from ard.student import ARDStudent
-from ard.train import NonFiniteError, TrainConfig, fit, save_checkpoint, student_step_loss, teacher_step_loss
-from safetensors.torch import load_file
-from torch import nn
+from ard.train import Fitted, NonFiniteError, Run, Trainer
+from ard.trajectories import TrajectoryBatch
+from fault_runs import snapshot, toy_trainer, train
+from torch import Tensor, nn
 
 CONFIG = DiTConfig(
     input_size=4,
@@ -40,103 +45,183 @@ def images_and_labels(count: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
     return (labels.float() - 1).view(-1, 1, 1, 1).expand(count, 1, 4, 4).contiguous(), labels
 
 
-def tiny_store(folder):
+def teacher_objective(teacher: DiT, label_dropout: float = 0.1) -> TeacherObjective:
+    images, labels = images_and_labels()
+    null_label = teacher.config.num_classes
+    return TeacherObjective(images, labels, null_label=null_label, label_dropout=label_dropout, seed=0)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> TrajectoryStore:
     spec = StoreSpec(30, 16, 0, (1, 4, 4), 3, sampling_steps=25, keep=(15, 5, 0), cfg_scale=1.0, cfg_channels=1)
 
-    def contract(noise, labels):
+    def contract(noise: Tensor, labels: Tensor) -> TrajectoryBatch:
         """A trajectory that shrinks the noise towards the label: predictable from noise and label."""
         end = (labels.float() - 1).view(-1, 1, 1, 1)
         states = torch.stack([noise * (1 - f) + end * f for f in (0.3, 0.6, 1.0)], dim=1)
-        return SimpleNamespace(noise=noise, x0=states, ode=-states, labels=labels)
+        return TrajectoryBatch(noise, states, -states, labels)
 
-    return generate_store(folder, spec, contract)
+    return generate_store(tmp_path_factory.mktemp("store"), spec, contract)
 
 
-def fit_student(store, history_layers=1, seed=0, **changes):
+def fit_student(store, history_layers=1, seed=0, accumulation=1, **changes) -> tuple[ARDStudent, Fitted]:
     student = ARDStudent.from_teacher(tiny_teacher(), steps=3, history_layers=history_layers)
-    config = TrainConfig(
-        **{"steps": 60, "batch_size": 8, "learning_rate": 3e-3, "seed": seed, "log_every": 20, **changes}
-    )
-    return student, fit(student, student_step_loss(student, store, config, "x0"), config)
+    student.pos_embed.requires_grad_(False)
+    settings = {"steps": 60, "batch_size": 8, "learning_rate": 3e-3, "log_every": 20, **changes}
+    objective, execution = StudentObjective(store, state="x0", seed=seed), ExecutionConfig(accumulation=accumulation)
+    return student, Trainer(student, objective, TrainConfig(seed=seed, **settings), execution=execution).fit()
+
+
+def without_speed(log: list[dict]) -> list[dict]:
+    return [{name: value for name, value in line.items() if name != "samples_per_second"} for line in log]
+
+
+class Losses(Objective):
+    """Losses that a function gives; ``rows`` are those of the micro-batch."""
+
+    def __init__(self, losses: Callable[[nn.Module, MicroBatch], Tensor]):
+        super().__init__(count=6, seed=0)
+        self.sample_losses = losses
+
+
+def fit(model: nn.Module, losses: Callable, run: Run | None = None, **changes) -> Fitted:
+    config = TrainConfig(**{"steps": 1, "batch_size": 2, **changes})
+    return Trainer(model, Losses(losses), config, run=run).fit()
 
 
 def test_teacher_loss_falls_and_log_is_written(tmp_path):
-    teacher, (images, labels) = tiny_teacher(), images_and_labels()
+    teacher, steps = tiny_teacher(), []
     config = TrainConfig(steps=150, batch_size=32, learning_rate=3e-3, log_every=50)
-    steps = []
-    fitted = fit(
-        teacher,
-        teacher_step_loss(teacher, images, labels, config, label_dropout=0.1),
-        config,
-        log_path=tmp_path / "log.jsonl",
-        on_step=lambda: steps.append(1),
-    )
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert lines == fitted.log and [line["step"] for line in lines] == [50, 100, 150]
-    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
-    assert len(steps) == 150
+    run = Run(tmp_path, {}, {})
+    fitted = Trainer(teacher, teacher_objective(teacher), config, run=run).fit(on_step=steps.append)
+    assert read_log(tmp_path) == fitted.log and [line["step"] for line in fitted.log] == [50, 100, 150]
+    assert fitted.log[-1]["loss"] < 0.5 * fitted.log[0]["loss"]
+    assert steps == list(range(1, 151)) and fitted.step == 150
+
+
+def test_lines_hold_means_since_the_line_before(tmp_path):
+    every = toy_trainer(tmp_path / "1", log_every=1).fit().log
+    third = toy_trainer(tmp_path / "3", log_every=3).fit().log
+    assert [line["step"] for line in third] == [3, 6]
+    for number, line in enumerate(third):
+        lines = every[3 * number : 3 * number + 3]
+        assert line["loss"] == math.fsum(each["loss"] for each in lines) / 3
+        assert line["grad_norm"] == lines[-1]["grad_norm"] and line["learning_rate"] == lines[-1]["learning_rate"]
+        assert line["samples_per_second"] > 0
 
 
 def test_teacher_trains_its_first_channels_only_when_it_has_sigma():
-    teacher, (images, labels) = tiny_teacher(learn_sigma=True), images_and_labels()
-    config = TrainConfig(steps=1, batch_size=4)
-    loss, indices = teacher_step_loss(teacher, images, labels, config, label_dropout=0.0)(0)
-    loss.backward()
+    teacher = tiny_teacher(learn_sigma=True)
+    objective = teacher_objective(teacher, label_dropout=0.0)
+    batch = objective.batch(0, 4)
+    assert batch.shape == (4,)
+    objective.sample_losses(teacher, MicroBatch(0, batch, slice(0, 4))).mean().backward()
     rows = teacher.final_layer.linear.bias.grad.view(2, 2, 2)  # patch row, patch column, channel
     assert rows[..., 0].abs().sum() > 0 and rows[..., 1].abs().sum() == 0
-    assert indices.shape == (4,)
 
 
 def test_label_dropout_uses_the_null_row():
-    teacher, (images, labels) = tiny_teacher(), images_and_labels()
+    teacher = tiny_teacher()
     nn.init.normal_(teacher.final_layer.linear.weight)  # zero at the start: no gradient would reach the labels
     nn.init.normal_(teacher.final_layer.adaLN_modulation[1].weight)
     for dropout, touched in ((0.0, [True, True, True, False]), (1.0, [False, False, False, True])):
         teacher.zero_grad()
-        config = TrainConfig(steps=1, batch_size=12)
-        teacher_step_loss(teacher, images, labels, config, label_dropout=dropout)(0)[0].backward()
+        objective = teacher_objective(teacher, dropout)
+        objective.sample_losses(teacher, MicroBatch(0, objective.batch(0, 12), slice(0, 12))).mean().backward()
         assert (teacher.y_embedder.embedding_table.weight.grad.abs().sum(1) > 0).tolist() == touched
 
 
-def test_runs_are_reproducible_and_seeds_differ(tmp_path):
-    store = tiny_store(tmp_path)
+def test_rows_of_a_micro_batch_are_those_of_the_batch():
+    """However a step is cut up, a sample meets the same noise, timestep and dropped label."""
+    teacher = tiny_teacher().double()
+    nn.init.normal_(teacher.final_layer.linear.weight)
+    images, labels = images_and_labels()
+    objective = TeacherObjective(images, labels, null_label=3, label_dropout=0.5, seed=1)
+    batch = objective.batch(3, 6)
+    model = lambda x, t, y: teacher(x.double(), t, y).float()  # noqa: E731
+    whole = objective.sample_losses(model, MicroBatch(3, batch, slice(0, 6)))
+    parts = [objective.sample_losses(model, MicroBatch(3, batch, slice(row, row + 1))) for row in range(6)]
+    assert torch.equal(whole, torch.cat(parts)) and len(whole.unique()) == 6
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """In float64; an order of summation apart, a step's gradient is the same, and so is the logged loss."""
+
+    def fitted(accumulation: int) -> tuple[Tensor, list[dict]]:
+        torch.manual_seed(0)
+        model, inputs = nn.Linear(3, 2).double(), torch.randn(6, 3, dtype=torch.float64)
+        losses = Losses(lambda model, micro: model(inputs[micro.indices]).square().mean(1))
+        config, execution = (
+            TrainConfig(steps=1, batch_size=4, grad_clip=1e9),
+            ExecutionConfig(accumulation=accumulation),
+        )
+        log = Trainer(model, losses, config, execution=execution).fit().log
+        return model.weight.grad, log
+
+    (whole, log), (parts, parts_log) = fitted(1), fitted(4)
+    eps = torch.finfo(torch.float64).eps
+    torch.testing.assert_close(parts, whole, rtol=0, atol=16 * eps * float(whole.abs().max()))
+    assert parts_log[0]["loss"] == pytest.approx(log[0]["loss"], rel=16 * eps)
+    with pytest.raises(ValueError, match=r"batch_size is 4; expected a multiple of 3: 1 processes times 3"):
+        fitted(3)
+
+
+def test_runs_are_reproducible_and_seeds_differ(store):
     (first, first_fit), (again, again_fit), (other, _) = (fit_student(store, seed=seed) for seed in (0, 0, 1))
-    assert first_fit.log == again_fit.log
+    assert without_speed(first_fit.log) == without_speed(again_fit.log)
     for name, value in first.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
         assert torch.equal(first_fit.ema.state[name], again_fit.ema.state[name])
     assert not torch.equal(first.final_layer.linear.weight, other.final_layer.linear.weight)
 
 
-def test_students_with_and_without_history_see_the_same_batches(tmp_path):
-    store = tiny_store(tmp_path)
-    config = TrainConfig(steps=5, batch_size=8, seed=4)
+def test_a_run_on_disk_computes_what_one_in_memory_does(tmp_path):
+    on_disk = toy_trainer(tmp_path)
+    log = on_disk.fit().log
+    in_memory = toy_trainer(None)  # sets torch's seed
+    assert without_speed(in_memory.fit().log) == without_speed(log)
+    for name, value in on_disk.model.state_dict().items():
+        assert torch.equal(value, in_memory.model.state_dict()[name])
+
+
+class Recorded(StudentObjective):
+    def rows(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.seen = [*getattr(self, "seen", []), indices]
+        return super().rows(indices)
+
+
+def test_students_with_and_without_history_see_the_same_batches(store):
     orders = []
     for layers in (0, 2):
         student = ARDStudent.from_teacher(tiny_teacher(), steps=3, history_layers=layers)
-        step_loss = student_step_loss(student, store, config, "x0")
-        orders.append([step_loss(step)[1].tolist() for step in range(5)])
-    assert orders[0] == orders[1]
+        objective = Recorded(store, state="x0", seed=4)
+        Trainer(student, objective, TrainConfig(steps=5, batch_size=8, seed=4)).fit()
+        orders.append(torch.stack(objective.seen))
+    assert torch.equal(*orders) and len(orders[0].unique()) == 30
 
 
-def test_student_learns_and_fixed_positions_stay(tmp_path):
-    student, fitted = fit_student(tiny_store(tmp_path), steps=150, log_every=50)
+def test_student_learns_and_fixed_positions_stay(store):
+    student, fitted = fit_student(store, steps=150, log_every=50)
     assert fitted.log[-1]["loss"] < 0.5 * fitted.log[0]["loss"]
     assert torch.equal(student.pos_embed, tiny_teacher().pos_embed)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_non_finite_loss_stops_before_the_update(value):
-    model = nn.Linear(2, 1)
-    before, config = None, TrainConfig(steps=5, batch_size=2)
+def test_non_finite_loss_stops_before_the_update_and_names_the_samples(tmp_path, value):
+    model, before, batches = nn.Linear(2, 1), {}, []
 
-    def step_loss(step):
-        nonlocal before
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        return model(torch.ones(2, 2)).mean() * (value if step == 2 else 1.0), torch.tensor([2 * step, 7])
+    def losses(model: nn.Module, micro: MicroBatch) -> Tensor:
+        before.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        batches.append(micro.batch.tolist())
+        factors = torch.tensor([value if micro.step == 2 and row == 1 else 1.0 for row in range(2)])
+        return model(torch.ones(2, 2))[:, 0] * factors[micro.rows]
 
-    with pytest.raises(NonFiniteError, match=r"step 2: loss=.*Samples of the batch: \[4, 7\]"):
-        fit(model, step_loss, config)
+    with pytest.raises(NonFiniteError, match=r"step 2: loss=.*No update was made") as error:
+        fit(model, losses, Run(tmp_path, {}), steps=5)
+    batch = batches[-1]
+    assert f"not finite: [{batch[1]}], of the batch {batch}" in str(error.value)
+    found = json.loads((tmp_path / "nonfinite-step-00000002.json").read_text())
+    assert found["step"] == 2 and found["samples"] == [batch[1]] and found["batch"] == batch
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
 
@@ -144,24 +229,36 @@ def test_non_finite_loss_stops_before_the_update(value):
 def test_non_finite_gradient_of_a_finite_loss_stops_too():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    with pytest.raises(NonFiniteError, match=r"gradient norm=nan"):
-        fit(model, lambda step: (model.weight.abs().sqrt().sum(), torch.tensor([0])), TrainConfig(steps=1))
+    with pytest.raises(NonFiniteError, match=r"grad_norm=nan.*not finite: none"):
+        fit(model, lambda model, micro: model.weight.abs().sqrt()[0].expand(2))
     assert model.weight.item() == 0.0
 
 
 def test_gradients_are_clipped_and_logged_unclipped():
     model = nn.Linear(1, 1, bias=False)
-    fitted = fit(model, lambda step: (1e3 * model.weight.sum(), torch.tensor([0])), TrainConfig(steps=1))
-    assert fitted.log[0]["grad_norm"] == pytest.approx(1e3)
-    assert model.weight.grad.norm().item() == pytest.approx(1.0, rel=1e-4)
+    fitted = fit(model, lambda model, micro: (1e3 * model.weight[0]).expand(2))
+    assert fitted.log[0]["grad_norm"] == 1e3
+    # clip_grad_norm_ scales by limit / (norm + 1e-6)
+    assert model.weight.grad.item() == pytest.approx(1.0, rel=1e-9 + 4 * torch.finfo(torch.float32).eps)
 
 
 def test_learning_rate_warms_up_and_decays():
     config = TrainConfig(steps=100, learning_rate=2.0, warmup_steps=10, cosine_decay=True)
-    assert config.learning_rate_at(0) == pytest.approx(0.2)
-    assert config.learning_rate_at(50) == pytest.approx(1.0)
-    assert config.learning_rate_at(99) < 1e-2
+    assert config.learning_rate_at(0) == 0.2
+    assert config.learning_rate_at(50) == pytest.approx(1.0, rel=1e-15)
+    assert config.learning_rate_at(99) == 1.0 + math.cos(0.99 * math.pi)
     assert TrainConfig(steps=100, learning_rate=2.0).learning_rate_at(99) == 2.0
+
+
+def test_the_learning_rate_of_each_step_is_used(tmp_path):
+    """Adam's first update is the learning rate, whatever the gradient: without warm-up ten times that of ten steps."""
+    updates = []
+    for warmup in (0, 10):
+        model = nn.Linear(1, 1, bias=False).double()
+        before = model.weight.item()
+        fit(model, lambda model, micro: model.weight[0].expand(2), learning_rate=0.5, warmup_steps=warmup)
+        updates.append(before - model.weight.item())
+    assert updates[0] == pytest.approx(0.5, rel=1e-7) and updates[1] == pytest.approx(0.05, rel=1e-7)
 
 
 def test_ema_is_the_formula_and_copies_buffers():
@@ -181,36 +278,77 @@ def test_ema_is_the_formula_and_copies_buffers():
         Ema(model, 1.0)
 
 
-def test_checkpoint_files_are_safetensors_with_their_hashes(tmp_path):
-    store = tiny_store(tmp_path / "store")
-    student, fitted = fit_student(store, steps=3)
-    config = TrainConfig(steps=3)
-    save_checkpoint(tmp_path / "checkpoint", student, fitted, config, {"history_layers": 1})
-    facts = json.loads((tmp_path / "checkpoint" / "checkpoint.json").read_text())
-    assert facts["step"] == 3 and facts["history_layers"] == 1 and facts["train"]["steps"] == 3
-    for name, sha256 in facts["sha256"].items():
-        assert file_sha256(tmp_path / "checkpoint" / name) == sha256
-    for name, state in (("model", student.state_dict()), ("ema", fitted.ema.state)):
-        loaded = load_file(tmp_path / "checkpoint" / f"{name}.safetensors")
-        assert loaded.keys() == state.keys()
-        assert all(torch.equal(loaded[key], state[key]) for key in loaded)
+def test_preview_sees_the_averages_at_its_steps_and_at_the_end(tmp_path):
+    trainer, seen = toy_trainer(tmp_path), {}
+
+    def preview(step: int, averages: dict[str, Tensor]) -> dict[str, float]:
+        assert all(torch.equal(value, trainer.ema.state[name]) for name, value in averages.items())
+        seen[step] = float(averages["0.weight"].sum())
+        return {"distance": step / 2}
+
+    log = trainer.fit(preview=preview, preview_every=4).log
+    assert list(seen) == [4, 6] and len(set(seen.values())) == 2
+    assert [line.get("distance") for line in log] == [None, 2.0, 3.0]
 
 
-def test_config_answers_unknown_keys_with_the_nearest():
-    with pytest.raises(ValueError, match=r"unknown key 'train.learning_rat'; did you mean 'train.learning_rate'\?"):
-        build(TrainConfig, {"steps": 1, "learning_rat": 1e-3}, where="train")
-    with pytest.raises(ValueError, match=r"missing key 'steps'"):
-        build(TrainConfig, {})
-    with pytest.raises(ValueError, match=r"steps is 'many'; expected int"):
-        build(TrainConfig, {"steps": "many"})
-    with pytest.raises(ValueError, match=r"betas has 1 entries; expected 2"):
-        build(TrainConfig, {"steps": 1, "betas": [0.9]})
-    with pytest.raises(ValueError, match=r"steps=0; expected >= 1"):
-        build(TrainConfig, {"steps": 0})
-    assert build(TrainConfig, {"steps": 1, "ema_decay": 0, "betas": [0.9, 0.99]}).betas == (0.9, 0.99)
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"learning_rate": 0.5}, r"a run with train.learning_rate=0.01; expected 0.5 to continue it"),
+        ({"betas": (0.5, 0.9)}, r"a run with train.betas=\[0.9, 0.999\]; expected \[0.5, 0.9\]"),
+        ({"cosine_decay": True}, r"a run with train.cosine_decay=False; expected True"),
+    ],
+)
+def test_another_setting_is_refused_on_resume_and_nothing_is_changed(tmp_path, changes, message):
+    train(tmp_path, steps=3)
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        toy_trainer(tmp_path, **changes)
+    assert snapshot(tmp_path) == before
 
 
-def test_merge_replaces_leaves_only():
-    base = {"a": {"x": 1, "y": [1, 2]}, "b": 3}
-    assert merge(base, {"a": {"y": [5]}, "c": 4}) == {"a": {"x": 1, "y": [5]}, "b": 3, "c": 4}
-    assert base == {"a": {"x": 1, "y": [1, 2]}, "b": 3}
+def test_without_resume_a_run_starts_anew(tmp_path):
+    train(tmp_path / "fresh", steps=4, learning_rate=0.5)
+    train(tmp_path / "used", steps=9)
+    trainer = toy_trainer(tmp_path / "used", steps=4, learning_rate=0.5, resume=False)
+    assert trainer.step == 0
+    trainer.fit()
+    assert snapshot(tmp_path / "used") == snapshot(tmp_path / "fresh")
+
+
+def test_a_finished_run_is_not_trained_on(tmp_path):
+    train(tmp_path)
+    before, steps = snapshot(tmp_path), []
+    fitted = train(tmp_path, steps.append)
+    assert steps == [] and fitted.step == 6 and len(fitted.log) == 3
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_the_last_checkpoints_are_kept_and_the_end_is_saved(tmp_path, keep_last):
+    train(tmp_path, steps=7, save_every=3, keep_last=keep_last)
+    kept = sorted(os.listdir(tmp_path / "checkpoints"))
+    assert kept == ["step-00000003", "step-00000006", "step-00000007"][-keep_last:]
+
+
+def test_fewer_checkpoints_are_kept_from_a_resume_on(tmp_path):
+    train(tmp_path, keep_last=3)
+    train(tmp_path, keep_last=1)
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000006"]
+
+
+def test_a_line_that_a_kill_has_cut_off_is_dropped(tmp_path: Path):
+    train(tmp_path)
+    before = snapshot(tmp_path)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 8, "loss": 1.0}\n{"step": 10, "lo')
+    assert [line["step"] for line in read_log(tmp_path)] == [2, 4, 6, 8]
+    RunLog(tmp_path, 6).close()
+    assert snapshot(tmp_path) == before
+
+
+def test_settings_of_execution_may_change_on_resume(tmp_path):
+    config = TrainConfig(steps=4, batch_size=4)
+    assert config.identity() == replace(config, steps=8, log_every=1).identity()
+    toy_trainer(tmp_path, steps=3, save_every=1).fit()
+    assert toy_trainer(tmp_path, steps=6, save_every=5, keep_last=1, log_every=3).fit().step == 6

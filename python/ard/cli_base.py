@@ -1,0 +1,47 @@
+"""What the commands of `ard` share: the app, common options, errors in one line, progress bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+app = typer.Typer(
+    help="AutoRegressive Distillation of diffusion transformers.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+Config = Annotated[
+    str, typer.Option("--config", "-c", help="YAML file, or a shipped one: digits, imagenet256, imagenet256_gan.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, laid over the config.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one.")]
+
+
+@app.callback()
+def _commands() -> None:
+    """AutoRegressive Distillation of diffusion transformers. Start a command on several GPUs with torchrun -m ard."""
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Errors of the user's input as one line and exit status 1, instead of a traceback."""
+    from ard.train import NonFiniteError
+
+    try:
+        yield
+    except (ValueError, OSError, ImportError, NonFiniteError) as error:
+        typer.echo(f"ard: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def progress_bar(name: str, total: int, is_main: bool, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yields advance(n) of a progress bar with the time left, on the main process."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not is_main) as progress:
+        task = progress.add_task(name, total=total, completed=done)
+        yield lambda n: progress.advance(task, n)

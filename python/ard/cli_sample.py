@@ -1,0 +1,162 @@
+"""`ard latents`, `sample`, `evaluate`, `export`: the commands that use weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ard.cli_base import Device, app, progress_bar, refusals
+
+Weights = Annotated[str, typer.Option(help="Of a run: ema (averaged) or model.")]
+Recipe = Annotated[
+    str | None, typer.Option("--config", "-c", help="For a bare file of weights: heads, history layers.")
+]
+Vae = Annotated[str | None, typer.Option(help="Folder of a diffusers AutoencoderKL.")]
+
+
+@app.command()
+def latents(
+    images: Annotated[Path, typer.Argument(help="<class folder>/<image>; classes in sorted order.")],
+    vae: Annotated[str, typer.Option(help="Folder of a diffusers AutoencoderKL.")],
+    out: Annotated[Path, typer.Option(help="The store, for gan.real.")],
+    size: Annotated[int, typer.Option(min=8, help="Pixels; images are scaled and cropped to it.")] = 256,
+    num_classes: Annotated[int, typer.Option(min=1)] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of the posterior's noise.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    device: Device = None,
+) -> None:
+    """Encode an image folder once through a VAE; run again after a kill to finish it."""
+    from ard.latents import encode_folder
+    from ard.parallel import started
+    from ard.vae import LatentCodec, image_files
+
+    with refusals(), started(device) as process:
+        codec = LatentCodec(vae, device=process.device)
+        with progress_bar("latents", len(image_files(images)), process.is_main) as advance:
+            store = encode_folder(
+                images,
+                codec,
+                out,
+                size=size,
+                num_classes=num_classes,
+                seed=seed,
+                dtype=dtype,
+                batch_size=batch_size,
+                process=process,
+                on_progress=advance,
+            )
+        if process.is_main:
+            typer.echo(f"{out}: {len(store)} latents of shape {tuple(store.spec.image_shape)}")
+
+
+@app.command()
+def sample(
+    source: Annotated[Path, typer.Argument(help="Run, checkpoint folder, or file of a student's weights.")],
+    out: Annotated[Path, typer.Option(help="Folder for samples.npz (or .safetensors), grid.png, sample.json.")],
+    count: Annotated[int, typer.Option(min=1)] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of one process.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise; sample i is a function of (seed, i).")] = 0,
+    classes: Annotated[str, typer.Option(help="Such as 0,5,10-12, in turn; all if unset.")] = "",
+    vae: Vae = None,
+    weights: Weights = "ema",
+    config: Recipe = None,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    cuda_graph: Annotated[bool, typer.Option(help="On a GPU: one graph launch per batch.")] = True,
+    device: Device = None,
+) -> None:
+    """Sample a student: images as ADM-format .npz through a VAE or of a pixel model, else latents."""
+    from ard.parallel import started
+    from ard.recipe import read_recipe
+    from ard.sampling import SamplingConfig, parse_classes, write_samples
+    from ard.sources import open_student
+    from ard.vae import LatentCodec
+
+    with refusals(), started(device) as process:
+        settings = SamplingConfig(count, batch_size, seed, parse_classes(classes), precision, cuda_graph)
+        student, opened = open_student(source, read_recipe(config) if config else None, weights)
+        decode = LatentCodec(vae, device=process.device).decode if vae else None
+        facts = {"weights": weights, "weights_sha256": opened.sha256, "weights_step": opened.step}
+        with progress_bar("sample", count, process.is_main) as advance:
+            result = write_samples(
+                student.to(process.device),
+                out,
+                settings,
+                decode=decode,
+                facts=facts,
+                process=process,
+                on_progress=advance,
+            )
+        if process.is_main:
+            rate = result["images_per_second"]
+            typer.echo(f"{out / result['file']}: {count} samples in {student.steps} steps, {rate:.4g} per second")
+
+
+@app.command()
+def evaluate(
+    samples: Annotated[
+        Path, typer.Argument(help=".npz of images (arr_0), .safetensors (images), or `ard sample`'s folder.")
+    ],
+    reference: Annotated[str, typer.Option(help=".npz of images or of statistics, .safetensors, or: digits.")],
+    out: Annotated[Path | None, typer.Option(help="JSON; evaluate.json beside the samples if unset.")] = None,
+    features: Annotated[str, typer.Option(help="pooled, digits, inception, or package.module:function.")] = "pooled",
+    feature_weights: Annotated[
+        Path | None, typer.Option(help="Inception's weights, if not torch-fidelity's own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    neighbours: Annotated[int, typer.Option(min=1, help="k of precision and recall.")] = 3,
+    device: Device = None,
+) -> None:
+    """Frechet distance, precision and recall of samples; called FID-50k only where it is."""
+    from ard.evaluate import evaluate as score
+    from ard.features import load_features
+    from ard.files import write_json
+    from ard.parallel import started
+
+    with refusals(), started(device) as process:
+        if samples.is_dir():
+            samples = next(path for path in (samples / "samples.npz", samples / "samples.safetensors") if path.exists())
+        against = write_digits(samples.parent / "digits.npz") if reference == "digits" else Path(reference)
+        extractor = load_features(features, device=process.device, weights=feature_weights)
+        result = score(samples, against, features=extractor, batch_size=batch_size, neighbours=neighbours)
+        path = out or samples.parent / "evaluate.json"
+        write_json(path, result)
+    for name, value in result["metrics"].items():
+        typer.echo(f"{name}: {value if value is None else format(value, '.4f')}")
+    typer.echo(f"{path}: {result['samples']['count']} samples, features {result['features']}")
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="Run, checkpoint folder, file of weights, or diffusers folder.")],
+    out: Annotated[Path, typer.Argument(help="A .safetensors file (public), or a new folder (diffusers).")],
+    to: Annotated[str, typer.Option(help="public: the released checkpoints' names; diffusers: DiTTransformer2DModel.")],
+    weights: Weights = "ema",
+    config: Recipe = None,
+    segment: Annotated[
+        int | None, typer.Option(min=0, help="Of a student, for diffusers: the step whose final layer is taken.")
+    ] = None,
+) -> None:
+    """Weights to public names or to diffusers; nothing changes but the names."""
+    from ard.convert import export_weights
+    from ard.recipe import read_recipe
+
+    with refusals():
+        recipe = read_recipe(config) if config else None
+        typer.echo(export_weights(source, out, to=to, weights=weights, recipe=recipe, segment=segment))
+
+
+def write_digits(path: Path) -> Path:
+    """All of scikit-learn's digits as ADM-format .npz."""
+    import torch
+
+    from ard import digits
+    from ard.images import to_uint8, write_npz
+
+    data = digits.load()
+    images = to_uint8(torch.cat([data.train_images, data.held_out_images]))
+    labels = torch.cat([data.train_labels, data.held_out_labels]).numpy()
+    write_npz(path, iter([images]), len(images), labels=labels)
+    return path

@@ -1,0 +1,252 @@
+"""`ard teacher`, `trajectories`, `distill`, `finetune-gan`: the commands that make weights and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ard.cli_base import Config, Device, Overrides, app, progress_bar, refusals
+
+if TYPE_CHECKING:
+    from ard.model import DiT
+    from ard.parallel import Process
+    from ard.recipe import Recipe, TrainConfig
+    from ard.train import Fitted
+
+Out = Annotated[Path, typer.Option(help="The run: config.yaml, log.jsonl, checkpoints/, samples/.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start anew and remove the run's checkpoints, instead of continuing.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print shapes, parameters, FLOPs, memory and disk; run nothing.")
+]
+Processes = Annotated[int, typer.Option(min=1, help="GPUs that --dry-run plans for.")]
+RandomTeacher = Annotated[bool, typer.Option("--random-teacher", help="Random weights, to try a recipe without any.")]
+
+
+@app.command()
+def teacher(
+    config: Config,
+    out: Out,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    device: Device = None,
+) -> None:
+    """Train a teacher on the handwritten digits, where no DiT checkpoint is at hand."""
+    from ard import digits, stages
+
+    with opened(config, overrides, device) as (recipe, process):
+        data = digits.load()
+        with steps_bar("teacher", recipe.teacher.train, process) as on_step:
+            _, fitted = stages.train_teacher(
+                recipe,
+                data.train_images,
+                data.train_labels,
+                out,
+                data="digits",
+                process=process,
+                resume=not fresh,
+                on_step=on_step,
+            )
+        say_end(fitted, recipe.teacher.train, out, process)
+
+
+@app.command()
+def trajectories(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="key.sub=value, laid over the config; or: verify FOLDER.")
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="YAML file, or a shipped one.")] = None,
+    random_teacher: RandomTeacher = False,
+    dry_run: DryRun = False,
+    device: Device = None,
+) -> None:
+    """Sample the teacher into `trajectories.folder`, or finish it after a kill. `verify FOLDER` hashes one again."""
+    if arguments and arguments[0] == "verify":
+        if len(arguments) != 2:
+            raise typer.BadParameter("expected: verify FOLDER")
+        return verify(Path(arguments[1]))
+    if config is None:
+        raise typer.BadParameter("expected --config")
+    from ard import stages
+
+    with opened(config, arguments, device) as (recipe, process):
+        if dry_run:
+            return show_plan(recipe, "distill", 1)
+        dit, sha256 = opened_teacher(recipe, random_teacher, process)
+        with progress_bar("trajectories", recipe.trajectories.count, process.is_main) as advance:
+            store = stages.make_trajectories(
+                recipe, dit, sha256, trajectories_folder(recipe), process=process, on_progress=advance
+            )
+        if process.is_main:
+            size = store.spec.row_bytes * len(store) / 2**20
+            typer.echo(f"{store.folder}: {len(store)} trajectories in {store.spec.shards} shards, {size:.1f} MiB")
+
+
+def verify(folder: Path) -> None:
+    """Hashes every shard again; fails naming those that differ."""
+    from ard.store import TrajectoryStore
+
+    with refusals():
+        store = TrajectoryStore(folder)
+        with progress_bar("verify", len(store), is_main=True) as advance:
+            store.verify(on_progress=advance)
+    typer.echo(f"{folder}: {len(store)} trajectories in {store.spec.shards} shards, all as written")
+
+
+@app.command()
+def distill(
+    config: Config,
+    out: Annotated[Path | None, typer.Option(help="The run: config.yaml, log.jsonl, checkpoints/, samples/.")] = None,
+    overrides: Overrides = None,
+    random_teacher: RandomTeacher = False,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    processes: Processes = 8,
+    device: Device = None,
+) -> None:
+    """Distil the teacher into a few-step student; run again to continue, with any number of processes."""
+    from ard import stages
+    from ard.store import TrajectoryStore
+
+    with opened(config, overrides, device) as (recipe, process):
+        if dry_run:
+            return show_plan(recipe, "distill", processes)
+        folder = required(out, "--out")
+        dit, sha256 = opened_teacher(recipe, random_teacher, process)
+        store = TrajectoryStore(trajectories_folder(recipe))
+        if store.spec.teacher_sha256 != sha256:
+            raise ValueError(f"{store.folder} was sampled from another teacher; expected one with sha256 {sha256}")
+        with steps_bar("distill", recipe.distill, process) as on_step:
+            _, fitted = stages.distill(recipe, dit, store, folder, process=process, resume=not fresh, on_step=on_step)
+        say_end(fitted, recipe.distill, folder, process)
+
+
+@app.command("finetune-gan")
+def finetune_gan(
+    config: Config,
+    out: Annotated[Path | None, typer.Option(help="The run: config.yaml, log.jsonl, checkpoints/, samples/.")] = None,
+    overrides: Overrides = None,
+    random_teacher: RandomTeacher = False,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    processes: Processes = 8,
+    device: Device = None,
+) -> None:
+    """Fine-tune a distilled student against real latents, by heads on the frozen teacher's features."""
+    from ard import stages
+    from ard.latents import open_real
+    from ard.sources import open_student
+    from ard.store import TrajectoryStore
+
+    with opened(config, overrides, device) as (recipe, process):
+        if recipe.gan is None:
+            raise ValueError(f"{config} has no gan section; expected one, as in imagenet256_gan")
+        if dry_run:
+            return show_plan(recipe, "gan", processes)
+        folder = required(out, "--out")
+        dit, _ = opened_teacher(recipe, random_teacher, process)
+        student, source = open_student(required(recipe.gan.student, "gan.student"), recipe)
+        real = open_real(required(recipe.gan.real, "gan.real"), recipe.model)
+        store = TrajectoryStore(trajectories_folder(recipe))
+        with steps_bar("finetune-gan", recipe.gan.train, process) as on_step:
+            _, fitted = stages.finetune(
+                recipe,
+                student,
+                source.sha256,
+                dit,
+                store,
+                real,
+                folder,
+                process=process,
+                resume=not fresh,
+                on_step=on_step,
+            )
+        say_end(fitted, recipe.gan.train, folder, process)
+
+
+@contextmanager
+def opened(config: str, overrides: list[str] | None, device: str | None) -> Iterator[tuple[Recipe, Process]]:
+    """The recipe, and this process among those of torchrun."""
+    from ard.parallel import started
+    from ard.recipe import read_recipe
+
+    with refusals():
+        recipe = read_recipe(config, overrides or ())
+        with started(device) as process:
+            yield recipe, process
+
+
+def opened_teacher(recipe: Recipe, random: bool, process: Process) -> tuple[DiT, str]:
+    from ard.sources import open_teacher, random_teacher
+
+    if random:
+        dit, sha256 = random_teacher(recipe.model)
+    else:
+        checkpoint = required(recipe.teacher.checkpoint, "teacher.checkpoint")
+        dit, sha256 = open_teacher(checkpoint, recipe.model)
+    return dit.to(process.device), sha256
+
+
+def required(value: Any, name: str) -> Any:
+    if value is None:
+        raise ValueError(f"{name} is not given; expected a path")
+    return value
+
+
+def trajectories_folder(recipe: Recipe) -> Path:
+    return Path(required(recipe.trajectories.folder, "trajectories.folder"))
+
+
+@contextmanager
+def steps_bar(name: str, config: TrainConfig, process: Process) -> Iterator[Callable[[int], None]]:
+    """Yields on_step(updates done) of a progress bar; a run that continues starts where it was."""
+    with progress_bar(name, config.steps, process.is_main) as advance:
+        shown = 0
+
+        def on_step(done: int) -> None:
+            nonlocal shown
+            advance(done - shown)
+            shown = done
+
+        yield on_step
+
+
+def say_end(fitted: Fitted, config: TrainConfig, folder: Path, process: Process) -> None:
+    if not process.is_main:
+        return
+    last = fitted.log[-1] if fitted.log else {}
+    scores = ", ".join(f"{name} {last[name]:.4g}" for name in ("loss", "frechet_to_teacher") if name in last)
+    if fitted.step < config.steps:
+        typer.echo(f"{folder}: stopped at step {fitted.step} of {config.steps} and saved; run again to continue")
+    else:
+        typer.echo(f"{folder}: {fitted.step} steps done; {scores}")
+
+
+def show_plan(recipe: Recipe, stage: str, processes: int) -> None:
+    """The table of `--dry-run`."""
+    from ard.plan import plan
+
+    table = Table(title=f"{stage} on {processes} processes; nothing was run")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for section, values in plan(recipe, stage=stage, world_size=processes).items():
+        if isinstance(values, dict):
+            table.add_section()
+            for name, value in values.items():
+                table.add_row(f"{section}: {name}", readable(section, value))
+    Console().print(table)
+
+
+def readable(section: str, value: Any) -> str:
+    if section in ("memory", "disk"):
+        return f"{value / 2**30:,.2f} GiB"
+    if isinstance(value, list):
+        return " x ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4%}"

@@ -1,0 +1,58 @@
+"""`ard export`: weights of any source under public names, or as a diffusers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ard.checkpoint import infer_config
+from ard.exchange import save_diffusers, segment_teacher_state
+from ard.files import write_tensors
+from ard.model import DiTConfig
+from ard.recipe import Recipe
+from ard.sources import open_source
+
+TARGETS = ("public", "diffusers")
+
+
+def export_weights(
+    source: str | Path,
+    out: Path,
+    *,
+    to: str,
+    weights: str = "ema",
+    recipe: Recipe | None = None,
+    segment: int | None = None,
+) -> str:
+    """Writes the weights of ``source`` to ``out`` and says what was written.
+
+    to: "public" writes a .safetensors file with the released checkpoints' names, teacher or student as they are;
+    "diffusers" a folder for DiTTransformer2DModel, of a teacher or of one ``segment`` of a student (its blocks with
+    that segment's final layer: what the student computes there without history).
+    recipe: gives the heads for a bare file of weights.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"to: got {to!r}; expected one of {TARGETS}")
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; expected a new path")
+    opened = open_source(source, weights)
+    if to == "public":
+        if out.suffix != ".safetensors":
+            raise ValueError(f"out: got {out.name!r}; expected a .safetensors file")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(out, opened.state)
+        return f"{out}: {len(opened.state)} tensors"
+    student = any(name.startswith("final_layer2.") for name in opened.state)
+    if student != (segment is not None):
+        raise ValueError(
+            f"segment: got {segment}; expected " + ("a segment of the student" if student else "none for a teacher")
+        )
+    state = segment_teacher_state(opened.state, segment) if student else dict(opened.state)
+    if opened.facts:
+        config = DiTConfig(**opened.facts["model"])
+    elif recipe:
+        config = infer_config(state, num_heads=recipe.model.num_heads)
+    else:
+        raise ValueError(f"{source} is a bare file of weights; expected --config beside it, for the number of heads")
+    save_diffusers(out, state, config)
+    return f"{out}: DiTTransformer2DModel, {len(state)} tensors of {source}"

@@ -1,0 +1,82 @@
+"""What the averaged student makes during training: a grid of samples, and its Frechet distance to the teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ard.features import load_features
+from ard.images import latent_preview, to_uint8, write_grid
+from ard.metrics import FeatureStatistics, feature_statistics, frechet_distance
+from ard.parallel import Process
+from ard.recipe import PreviewConfig, Recipe, autocast
+from ard.store import TrajectoryStore
+from ard.streams import noise_at
+from ard.student import ARDStudent
+from ard.vae import LatentCodec
+
+
+class Preview:
+    """Called with the updates done and the whole averaged weights; every rank samples its share.
+
+    The noise is held out (another seed than the store's); the reference are the store's final states.
+    """
+
+    def __init__(
+        self,
+        student: ARDStudent,
+        store: TrajectoryStore,
+        settings: PreviewConfig,
+        recipe: Recipe,
+        folder: Path,
+        process: Process,
+    ):
+        self.settings, self.folder, self.process = settings, folder / "samples", process
+        self.context = autocast(recipe.execution.precision, process.device)
+        with torch.device("meta"):
+            self.student = ARDStudent(
+                student.config,
+                steps=student.steps,
+                history_layers=student.routing.history_layers,
+                window=student.routing.window,
+                sink=student.routing.sink,
+            ).eval()
+        self.features = load_features(settings.features, device=process.device)
+        self.decode = LatentCodec(settings.vae, device=process.device).decode if settings.vae else None
+        count, spec = min(settings.count, len(store)), store.spec
+        self.indices = process.share(torch.arange(count))
+        self.noise = noise_at(spec.seed + 1, self.indices.tolist(), spec.image_shape)
+        self.labels = spec.labels(self.indices.tolist())
+        finals = store.read(recipe.student.state, self.indices)[:, -1].float()
+        self.reference = self._statistics(finals)
+
+    def __call__(self, step: int, weights: dict[str, Tensor]) -> dict[str, float]:
+        self.student.load_state_dict(weights, assign=True)
+        samples = []
+        with torch.no_grad(), self.context():
+            for noise, labels in self._batches(self.noise, self.labels):
+                samples.append(self.student.sample(noise, labels)[:, -1].float())
+        images = torch.cat(samples)
+        distance = frechet_distance(self._statistics(images), self.reference)
+        grid = self.process.gather(images[: self.settings.grid])[: self.settings.grid]
+        if self.process.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            pictures = self.decode(grid) if self.decode else latent_preview(grid)
+            write_grid(
+                self.folder / f"step-{step:08d}.png", to_uint8(pictures), columns=max(1, round(len(grid) ** 0.5))
+            )
+        return {"frechet_to_teacher": distance}
+
+    def _statistics(self, states: Tensor) -> FeatureStatistics:
+        """Of all ranks' states together."""
+        rows = []
+        with torch.no_grad():
+            for (batch,) in self._batches(states):
+                rows.append(self.features.extract(self.decode(batch) if self.decode else batch))
+        return feature_statistics(self.process.gather(torch.cat(rows)))
+
+    def _batches(self, *tensors: Tensor):
+        for parts in zip(*(tensor.split(self.settings.batch_size) for tensor in tensors), strict=True):
+            yield tuple(part.to(self.process.device) for part in parts)

@@ -1,0 +1,119 @@
+"""Which weights a path means: a run, one checkpoint of it, a public checkpoint file, or a diffusers folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ard import exchange, training_state
+from ard.checkpoint import load_student, load_teacher, read_state
+from ard.files import file_sha256
+from ard.model import DiT, DiTConfig
+from ard.recipe import Recipe
+from ard.student import ARDStudent
+
+WEIGHTS = ("ema", "model")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights with their sha256, and what their run says about them (nothing for a bare file)."""
+
+    path: Path
+    state: Mapping[str, Tensor]
+    sha256: str
+    facts: Mapping[str, Any]
+    step: int | None = None
+
+
+def open_source(path: str | Path, weights: str = "ema") -> Source:
+    """Reads and, for a run's checkpoint, verifies. weights: "ema" or "model", of a run.
+
+    path: a run's folder (its newest good checkpoint), one checkpoint's folder, a .safetensors, .pt or .pth file, or a
+    diffusers DiT folder. Raises ValueError or FileNotFoundError saying what was found.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: got {weights!r}; expected one of {WEIGHTS}")
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected a run, a checkpoint or a file of weights")
+    if path.is_file():
+        return Source(path, read_state(path), file_sha256(path), {})
+    if (path / "checkpoints").is_dir():
+        checkpoint = training_state.newest(path / "checkpoints")
+        if checkpoint is None:
+            raise FileNotFoundError(f"{path} is a run without a checkpoint so far")
+    elif (path / training_state.CHECKPOINT_NAME).is_file():
+        checkpoint = training_state.verified(path)
+    else:
+        state, config = exchange.load_diffusers(path)
+        return Source(path, state, state_sha256(state), {"kind": "teacher", "model": asdict(config)})
+    return Source(path, checkpoint.read(weights), checkpoint.sha256[weights], checkpoint.facts, checkpoint.step)
+
+
+def open_teacher(path: str | Path, config: DiTConfig, weights: str = "ema") -> tuple[DiT, str]:
+    """A frozen teacher of exactly the sizes of ``config``, and the sha256 of its weights."""
+    source = open_source(path, weights)
+    require_kind(source, "teacher")
+    teacher = load_teacher(source.state, num_heads=config.num_heads, input_size=config.input_size)
+    require_config(source, teacher.config, config)
+    return teacher.requires_grad_(False), source.sha256
+
+
+def open_student(path: str | Path, recipe: Recipe | None, weights: str = "ema") -> tuple[ARDStudent, Source]:
+    """A student in eval mode; the sizes that tensors do not show come from its run, or else from ``recipe``."""
+    source = open_source(path, weights)
+    require_kind(source, "student")
+    if source.facts:
+        config, routing = DiTConfig(**source.facts["model"]), source.facts["student"]
+    elif recipe:
+        config = recipe.model
+        routing = {name: getattr(recipe.student, name) for name in ("history_layers", "window", "sink")}
+    else:
+        raise ValueError(f"{path} is a bare file of weights; expected a recipe beside it, for heads and history layers")
+    student = load_student(
+        source.state,
+        num_heads=config.num_heads,
+        input_size=config.input_size,
+        **{name: routing[name] for name in ("history_layers", "window", "sink")},
+    )
+    require_config(source, student.config, recipe.model if recipe else config)
+    return student, source
+
+
+def random_teacher(config: DiTConfig, seed: int = 0) -> tuple[DiT, str]:
+    """A teacher with random weights, none of them zero, to try a recipe without a checkpoint; and their sha256."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        teacher = DiT(config)
+        for name, parameter in teacher.named_parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.02) if name.endswith("weight") else nn.init.zeros_(parameter)
+    return teacher.eval().requires_grad_(False), state_sha256(teacher.state_dict())
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and bytes, in order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def require_kind(source: Source, kind: str) -> None:
+    if source.facts and source.facts.get("kind") != kind:
+        raise ValueError(f"{source.path} is a {source.facts.get('kind')}; expected a {kind}")
+
+
+def require_config(source: Source, found: DiTConfig, expected: DiTConfig) -> None:
+    for name, value in asdict(expected).items():
+        if getattr(found, name) != value:
+            raise ValueError(f"{source.path} has model.{name}={getattr(found, name)!r}; expected {value!r}")

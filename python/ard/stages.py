@@ -1,0 +1,208 @@
+"""The stages of the method, from weights to weights: teacher, trajectories, distillation, GAN fine-tune.
+
+Each takes a recipe and opened inputs, and works on all processes. `ard demo` runs them in a row; the commands of
+`ard` open their inputs and run one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ard.gan import GanObjective, RealLatents
+from ard.model import DiT
+from ard.objectives import StudentObjective, TeacherObjective
+from ard.parallel import Process
+from ard.preview import Preview
+from ard.recipe import Recipe, TrainConfig, TrajectoriesConfig, autocast, plain
+from ard.store import StoreSpec, TrajectoryStore, generate_store
+from ard.student import ARDStudent
+from ard.train import Fitted, Run, Trainer
+from ard.trajectories import TrajectoryBatch, generate
+
+OnStep = Callable[[int], Any]
+
+
+def train_teacher(
+    recipe: Recipe,
+    images: Tensor,
+    labels: Tensor,
+    folder: Path,
+    *,
+    data: str,
+    process: Process | None = None,
+    resume: bool = True,
+    on_step: OnStep | None = None,
+) -> tuple[DiT, Fitted]:
+    """A teacher trained on images (n, c, h, w) with labels (n,); ``data`` names them in the run's identity."""
+    process, config = process or Process(), recipe.teacher.train
+    if config is None:
+        raise ValueError("recipe: teacher.train is missing; expected the settings of the teacher's training")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        teacher = DiT(recipe.model).to(process.device)
+    objective = TeacherObjective(
+        images,
+        labels,
+        null_label=recipe.model.num_classes,
+        label_dropout=recipe.teacher.label_dropout,
+        seed=config.seed,
+        device=process.device,
+    )
+    facts = {"kind": "teacher", "model": asdict(recipe.model)}
+    identity = {**facts, "train": config.identity(), "label_dropout": recipe.teacher.label_dropout, "data": data}
+    run = Run(folder, facts, identity, resume, recipe)
+    trainer = Trainer(teacher, objective, config, execution=recipe.execution, process=process, run=run)
+    return teacher, trainer.fit(on_step=on_step)
+
+
+def sampler(
+    teacher: DiT, config: TrajectoriesConfig, keep: tuple[int, ...], device: torch.device
+) -> Callable[[Tensor, Tensor], TrajectoryBatch]:
+    """(noise, labels) on any device -> the teacher's trajectories at ``keep``."""
+    context = autocast(config.precision, device)
+
+    def sample(noise: Tensor, labels: Tensor) -> TrajectoryBatch:
+        with context():
+            return generate(
+                teacher,
+                noise.to(device),
+                labels.to(device),
+                sampling_steps=config.sampling_steps,
+                keep=keep,
+                cfg_scale=config.cfg_scale,
+                cfg_channels=config.cfg_channels,
+            )
+
+    return sample
+
+
+def store_spec(recipe: Recipe, teacher_sha256: str) -> StoreSpec:
+    """What `make_trajectories` writes."""
+    config = recipe.trajectories
+    return StoreSpec(
+        count=config.count,
+        shard_size=config.shard_size,
+        seed=config.seed,
+        image_shape=(recipe.model.in_channels, *recipe.model.input_hw),
+        num_classes=recipe.model.num_classes,
+        sampling_steps=config.sampling_steps,
+        keep=config.keep,
+        cfg_scale=config.cfg_scale,
+        cfg_channels=config.cfg_channels,
+        teacher_sha256=teacher_sha256,
+        store=config.store,
+        dtype=config.dtype,
+    )
+
+
+def make_trajectories(
+    recipe: Recipe,
+    teacher: DiT,
+    teacher_sha256: str,
+    folder: Path,
+    *,
+    process: Process | None = None,
+    on_progress: Callable[[int], Any] | None = None,
+) -> TrajectoryStore:
+    """Generates, or finishes, the store of this teacher and these settings."""
+    process = process or Process()
+    return generate_store(
+        folder,
+        store_spec(recipe, teacher_sha256),
+        sampler(teacher, recipe.trajectories, recipe.trajectories.keep, process.device),
+        batch_size=recipe.trajectories.batch_size,
+        process=process,
+        on_progress=on_progress,
+    )
+
+
+def distill(
+    recipe: Recipe,
+    teacher: DiT,
+    store: TrajectoryStore,
+    folder: Path,
+    *,
+    process: Process | None = None,
+    resume: bool = True,
+    on_step: OnStep | None = None,
+) -> tuple[ARDStudent, Fitted]:
+    """A student that starts as a copy of the teacher, after regression on the trajectories."""
+    process, config, student_config = process or Process(), recipe.distill, recipe.student
+    student = ARDStudent.from_teacher(
+        teacher,
+        steps=recipe.steps,
+        history_layers=student_config.history_layers,
+        window=student_config.window,
+        sink=student_config.sink,
+    )
+    objective = StudentObjective(store, state=student_config.state, seed=config.seed, device=process.device)
+    facts = student_facts(recipe)
+    identity = {**facts, "train": config.identity(), "trajectories": store.spec.fingerprint()}
+    return _fit(
+        recipe, student, objective, config, Run(folder, facts, identity, resume, recipe), store, process, on_step
+    )
+
+
+def finetune(
+    recipe: Recipe,
+    student: ARDStudent,
+    student_sha256: str,
+    teacher: DiT,
+    store: TrajectoryStore,
+    real: RealLatents,
+    folder: Path,
+    *,
+    process: Process | None = None,
+    resume: bool = True,
+    on_step: OnStep | None = None,
+) -> tuple[ARDStudent, Fitted]:
+    """``student``, trained on in place by regression and the GAN losses. student_sha256: of its weights so far."""
+    process, config = process or Process(), recipe.gan
+    if config is None:
+        raise ValueError("recipe: gan is missing; expected the settings of the GAN fine-tune")
+    student, teacher = student.to(process.device), teacher.to(process.device)
+    objective = GanObjective(store, student, teacher, real, config, state=recipe.student.state, process=process)
+    facts, gan = student_facts(recipe), plain(config)
+    settings = {name: value for name, value in gan.items() if name not in ("train", "student", "real")}
+    identity = {**facts, "train": config.train.identity(), "gan": settings, "student_sha256": student_sha256}
+    identity["trajectories"] = store.spec.fingerprint()
+    return _fit(
+        recipe, student, objective, config.train, Run(folder, facts, identity, resume, recipe), store, process, on_step
+    )
+
+
+def student_facts(recipe: Recipe) -> dict[str, Any]:
+    """What a reader of a student's checkpoint needs to build it."""
+    return {
+        "kind": "student",
+        "model": asdict(recipe.model),
+        "student": {**asdict(recipe.student), "steps": recipe.steps},
+    }
+
+
+def _fit(
+    recipe: Recipe,
+    student: ARDStudent,
+    objective: StudentObjective,
+    config: TrainConfig,
+    run: Run,
+    store: TrajectoryStore,
+    process: Process,
+    on_step: OnStep | None,
+) -> tuple[ARDStudent, Fitted]:
+    if store.spec.keep != recipe.trajectories.keep:
+        raise ValueError(
+            f"{store.folder} keeps {store.spec.keep}; expected trajectories.keep={recipe.trajectories.keep}"
+        )
+    student.to(process.device, torch.float32).requires_grad_(True)
+    student.pos_embed.requires_grad_(False)
+    trainer = Trainer(student, objective, config, execution=recipe.execution, process=process, run=run)
+    settings = recipe.preview
+    preview = Preview(student, store, settings, recipe, run.folder, process) if settings.every else None
+    return student, trainer.fit(preview=preview, preview_every=settings.every, on_step=on_step)

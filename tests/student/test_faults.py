@@ -1,0 +1,281 @@
+"""Killed runs: whenever the kill comes, the run continues, loses one interval at most, and ends as if never killed.
+
+Training is killed at random and at every change it makes on disk, and so is trajectory writing, by one process and by
+two. What is on disk at the end must equal an undisturbed run's, byte for byte.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from ard import training_state
+from ard.runlog import read_log
+from fault_runs import (
+    SPEC,
+    Child,
+    dying,
+    finished_samples,
+    generate,
+    generate_as,
+    litter,
+    snapshot,
+    toy_trainer,
+    train,
+    trajectories,
+)
+
+KILLS = [50, pytest.param(200, marks=pytest.mark.slow)]
+
+
+MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """In memory: for a killed process, unlike for a machine without power, thousands of fsyncs would prove nothing."""
+    if not os.access(MEMORY, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        yield Path(folder)
+
+
+def saved_step(folder: Path) -> int:
+    """Updates in the newest checkpoint; a damaged one under a final name is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint = training_state.newest(folder / "checkpoints")
+    return checkpoint.step if checkpoint else 0
+
+
+def seconds_of(work: Callable, folder: Path) -> float:
+    """How long ``work`` takes undisturbed; what it leaves in ``folder`` is what others must arrive at."""
+    Child(work, folder / "warm-up").kill_after(None)
+    child, started = Child(work, folder), time.perf_counter()
+    child.kill_after(None)
+    shutil.rmtree(folder / "warm-up")
+    return time.perf_counter() - started
+
+
+def until_killed(count: int, tmp_path: Path, seconds: float, attempt: Callable[[Path, float], bool]) -> list[Path]:
+    """Folders that were worked on, with ``count`` kills in all, each at a random time of the work that was left.
+
+    attempt: (folder, seconds until the kill) -> whether the work was finished before. A folder is left when finished.
+    """
+    draw, folders, kills, torn = random.Random(0), [tmp_path / "0"], 0, 0
+    while kills < count:
+        if attempt(folders[-1], draw.uniform(0, seconds / 2)):
+            folders.append(tmp_path / str(len(folders)))
+            continue
+        kills += 1
+        torn += bool(litter(folders[-1])) if folders[-1].exists() else 0
+    assert torn > 0, "no kill came amid writing: the kills do not test anything"
+    return folders
+
+
+@pytest.mark.parametrize("kills", KILLS)
+@pytest.mark.parametrize("save_every", [1, 3])
+def test_training_killed_at_random_continues_and_ends_the_same(tmp_path, kills, save_every):
+    work = partial(train, save_every=save_every, steps=12)
+    seconds = seconds_of(work, tmp_path / "undisturbed")
+
+    def attempt(folder: Path, delay: float) -> bool:
+        before = saved_step(folder)
+        steps, finished = Child(work, folder).kill_after(delay)
+        done = max([before, *steps])
+        assert done - done % save_every <= saved_step(folder) <= done + 1
+        assert steps == list(range(before + 1, done + 1))
+        return finished
+
+    for folder in until_killed(kills, tmp_path, seconds, attempt):
+        work(folder)
+        assert snapshot(folder) == snapshot(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_generation_killed_at_random_continues_and_ends_the_same(tmp_path, kills):
+    settings = {"count": 60, "shard_size": 5, "num_classes": 60}
+    seconds = seconds_of(partial(generate, **settings), tmp_path / "undisturbed")
+    sizes = itertools.cycle((1, 4, 3, 64))
+
+    def attempt(folder: Path, delay: float) -> bool:
+        before = finished_samples(folder)
+        batches, finished = Child(partial(generate, batch_size=next(sizes), **settings), folder).kill_after(delay)
+        made, after = list(itertools.chain(*batches)), finished_samples(folder)
+        assert made == sorted(set(range(60)) - before)[: len(made)], "made twice, left out, or out of order"
+        assert before <= after and after <= before | set(made)
+        assert len((before | set(made)) - after) <= 5, "more than one shard was lost"
+        return finished
+
+    for folder in until_killed(kills, tmp_path, seconds, attempt):
+        store = generate(folder, **settings)
+        store.verify()
+        assert snapshot(folder) == snapshot(tmp_path / "undisturbed")
+        assert torch.equal(store.read("noise", torch.arange(60)), store.spec.noise(range(60)))
+        assert store.read("labels", torch.arange(60)).tolist() == list(range(60))
+
+
+def deaths(work: Callable, start: Path | None, tmp_path: Path, torn: bool) -> list[Path]:
+    """Folders in which ``work``, begun from a copy of ``start``, has died at its first, second, ... change on disk."""
+    folders = []
+    for number in itertools.count():
+        folders.append(tmp_path / f"died-{number}")
+        if start:
+            shutil.copytree(start, folders[-1])
+        _, finished = Child(dying, work, number, torn, folders[-1]).kill_after(None)
+        if finished:
+            return folders[:-1]
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_death_at_any_change_of_a_save_keeps_a_good_checkpoint(tmp_path, damaged, torn):
+    """The save also removes a checkpoint, and, if the newest was damaged, replaces that one."""
+    work, start = partial(train, steps=3, keep_last=2), tmp_path / "start"
+    train(tmp_path / "undisturbed", steps=3, keep_last=2)
+    train(start, steps=3 if damaged else 2, keep_last=2)
+    if damaged:
+        damage(start / "checkpoints/step-00000003/model.safetensors")
+    folders = deaths(work, start, tmp_path, torn)
+    assert len(folders) >= (7 if torn else 40), "a save flushes 6 files and log.jsonl"
+    for folder in folders:
+        if damaged:
+            with warnings.catch_warnings(record=True) as caught:
+                assert training_state.newest(folder / "checkpoints").step >= 2
+            assert all("step-00000003 is damaged" in str(each.message) for each in caught)
+        else:
+            assert saved_step(folder) >= 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if damaged else "error")
+            work(folder)
+        assert snapshot(folder) == snapshot(tmp_path / "undisturbed")
+
+
+def test_a_death_at_any_change_of_a_fresh_start_can_be_started_anew(tmp_path):
+    """``resume=False`` removes what is there; died in between and begun again, it still starts at the first step."""
+    work, start = partial(train, steps=1, resume=False), tmp_path / "start"
+    train(tmp_path / "undisturbed", steps=1)
+    train(start, steps=2, learning_rate=0.5)
+    for folder in deaths(work, start, tmp_path, torn=False):
+        work(folder)
+        assert snapshot(folder) == snapshot(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_death_at_any_change_of_a_generation_loses_one_shard_at_most(tmp_path, torn):
+    generate(tmp_path / "undisturbed")
+    folders = deaths(generate, None, tmp_path, torn)
+    assert len(folders) >= (2 + 2 * SPEC.shards if torn else 40)
+    finished = []
+    for folder in folders:
+        finished.append(finished_samples(folder) if folder.exists() else set())
+        batches = []
+        store = generate(folder, batches.append, batch_size=3)
+        assert list(itertools.chain(*batches)) == sorted(set(range(23)) - finished[-1])
+        store.verify()
+        assert snapshot(folder) == snapshot(tmp_path / "undisturbed")
+    assert all(earlier <= later for earlier, later in itertools.pairwise(finished))
+    assert finished[0] == set() and finished[-1] == set(range(23))
+
+
+def pair(folder: Path, works: list[Callable]) -> list[Child]:
+    meeting = folder.with_suffix(".meeting")
+    return [Child(work, rank, 2, meeting, folder) for rank, work in enumerate(works)]
+
+
+def test_two_processes_write_the_store_of_one(tmp_path):
+    generate(tmp_path / "undisturbed")
+    made = [child.kill_after(None) for child in pair(tmp_path / "two", [generate_as, generate_as])]
+    assert [finished for _, finished in made] == [True, True]
+    assert [sum(map(len, batches)) for batches, _ in made] == [8 + 7, 8]  # shards 0 and 2, shard 1
+    assert snapshot(tmp_path / "two") == snapshot(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("change", [0, 3, 6])
+def test_one_of_two_processes_dies_and_one_finishes(tmp_path, change):
+    generate(tmp_path / "undisturbed")
+    first, second = pair(tmp_path / "two", [generate_as, partial(dying, generate_as, change, False)])
+    assert second.kill_after(None)[1] is False
+    first.stop()
+    before, batches = finished_samples(tmp_path / "two"), []
+    generate(tmp_path / "two", batches.append)
+    assert list(itertools.chain(*batches)) == sorted(set(range(23)) - before)
+    assert snapshot(tmp_path / "two") == snapshot(tmp_path / "undisturbed")
+
+
+def stopping_at(steps: set[int]) -> Callable[[int], None]:
+    return lambda step: os.kill(os.getpid(), signal.SIGTERM) if step in steps else None
+
+
+@pytest.mark.parametrize("save_every", [1, 4, 100])
+def test_resume_and_resume_of_resume_equal_the_undisturbed_run(tmp_path, save_every):
+    """Stopped by SIGTERM, of which the next step takes notice, and by the number of steps asked for."""
+    settings = {"save_every": save_every, "keep_last": 1}
+    whole = train(tmp_path / "whole", steps=12, **settings)
+    assert train(tmp_path / "parts", stopping_at({2}), steps=12, **settings).step == 3
+    assert train(tmp_path / "parts", steps=6, **settings).step == 6
+    assert train(tmp_path / "parts", stopping_at({8, 9}), steps=12, **settings).step == 9
+    resumed = toy_trainer(tmp_path / "parts", steps=12, **settings)
+    assert resumed.step == 9
+    parts = resumed.fit()
+    assert snapshot(tmp_path / "parts") == snapshot(tmp_path / "whole")
+    assert all(torch.equal(value, whole.ema.state[name]) for name, value in parts.ema.state.items())
+    assert [line["step"] for line in parts.log] == [line["step"] for line in whole.log] == [2, 4, 6, 8, 10, 12]
+
+
+def test_scalars_of_a_preview_survive_until_their_line(tmp_path):
+    """The preview of step 3 stands in the line of step 4; the run stops in between."""
+
+    def previewed(folder: Path, steps: set[int]) -> None:
+        preview = lambda step, ema: {"distance": float(step)}  # noqa: E731
+        toy_trainer(folder).fit(preview=preview, preview_every=3, on_step=stopping_at(steps))
+
+    previewed(tmp_path / "whole", set())
+    previewed(tmp_path / "parts", {2})
+    previewed(tmp_path / "parts", set())
+    assert [line.get("distance") for line in read_log(tmp_path / "whole")] == [None, 3.0, 6.0]
+    assert snapshot(tmp_path / "parts") == snapshot(tmp_path / "whole")
+
+
+def test_sigterm_saves_and_exits_with_0(tmp_path):
+    code = f"from fault_runs import train; train(__import__('pathlib').Path({str(tmp_path)!r}), print, steps=10**6)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.Popen([sys.executable, "-uc", code], env=environment, stdout=subprocess.PIPE, text=True)
+    for _ in range(3):
+        run.stdout.readline()
+    run.terminate()
+    last = int(run.communicate(timeout=60)[0].split()[-1])
+    assert run.returncode == 0
+    assert saved_step(tmp_path) == last and litter(tmp_path) == []
+
+
+def test_the_toy_is_a_fair_test(tmp_path):
+    """Steps differ, dropout draws, and the fake teacher's rows are those of their noise."""
+    log = train(tmp_path / "run").log
+    assert len({line["loss"] for line in log}) == len(log) == 3
+    trainer = toy_trainer(None)
+    before = torch.get_rng_state()
+    trainer.fit()
+    assert not torch.equal(before, torch.get_rng_state())
+    noise = SPEC.noise(range(4))
+    assert torch.equal(trajectories(noise, None).x0[1:3], trajectories(noise[1:3], None).x0)

@@ -1,0 +1,180 @@
+"""The commands of docs/training.md in a row, at a tiny size: from a teacher to a score."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ard.checkpoint import load_student, load_teacher
+from ard.cli import app
+from ard.exchange import load_diffusers
+from ard.recipe import read_recipe
+from ard.sources import open_source, open_student, open_teacher
+from ard.store import TrajectoryStore
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+TINY = [
+    "model.hidden_size=16", "model.depth=2", "model.num_heads=2", "teacher.checkpoint=teacher",
+    "teacher.train.steps=20", "teacher.train.batch_size=16", "trajectories.folder=trajectories",
+    "trajectories.count=40", "trajectories.shard_size=16", "trajectories.batch_size=8",
+    "trajectories.sampling_steps=8", "trajectories.keep=[6,4,2,0]", "student.history_layers=1",
+    "distill.steps=6", "distill.batch_size=8", "distill.log_every=2", "execution.save_every=3", "preview.every=3",
+    "preview.count=20", "preview.features=pooled", "gan.student=student", "gan.start=2", "gan.train.steps=4",
+    "gan.train.batch_size=8", "gan.train.log_every=1",
+]  # fmt: skip
+
+
+def ard(*arguments: str, fails: bool = False) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == (1 if fails else 0), result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("pipeline"))
+        ard("teacher", "-c", "digits", "--out", "teacher", *TINY)
+        assert "40 trajectories in 3 shards" in ard("trajectories", "-c", "digits", *TINY)
+        assert "6 steps done; loss" in ard("distill", "-c", "digits", "--out", "student", *TINY)
+        assert "4 steps done" in ard("finetune-gan", "-c", "digits", "--out", "gan", *TINY)
+        ard("sample", "gan", "--out", "samples", "--count", "30", "--batch-size", "16", "--classes", "7,1-2")
+        ard("evaluate", "samples", "--reference", "digits", "--features", "pooled")
+        yield Path.cwd()
+
+
+@pytest.fixture(autouse=True)
+def _there(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def log(run: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+
+
+def test_every_run_keeps_its_recipe_checkpoints_and_log():
+    for run, steps in (("teacher", [18, 20]), ("student", [3, 6]), ("gan", [3, 4])):
+        assert read_recipe(Path(run) / "config.yaml") == read_recipe("digits", TINY)
+        kept = sorted(int(path.name.removeprefix("step-")) for path in (Path(run) / "checkpoints").iterdir())
+        assert kept == steps
+        assert open_source(run).step == steps[-1]
+    assert [line["step"] for line in log("student")] == [2, 4, 6]
+    assert {path.suffix for path in Path().rglob("*") if path.is_file()} == {
+        ".yaml", ".json", ".jsonl", ".safetensors", ".png", ".npz"
+    }  # fmt: skip
+
+
+def test_previews_are_logged_with_their_step():
+    assert [("frechet_to_teacher" in line) for line in log("student")] == [False, True, True]
+    assert sorted(path.name for path in Path("student/samples").iterdir()) == ["step-00000003.png", "step-00000006.png"]
+
+
+def test_gan_weight_is_zero_before_its_start():
+    assert ["generator_weight" in line for line in log("gan")] == [False, False, True, True]
+    assert all("discriminator_loss" in line for line in log("gan"))
+    assert {"discriminator", "discriminator_optimizer"} < open_checkpoint("gan").keys()
+
+
+def open_checkpoint(run: str) -> dict:
+    return json.loads((Path(run) / "checkpoints" / "step-00000004" / "checkpoint.json").read_text())["parts"]
+
+
+def test_trajectories_are_of_this_teacher_and_verify():
+    recipe = read_recipe("digits", TINY)
+    store = TrajectoryStore(Path("trajectories"))
+    teacher, sha256 = open_teacher("teacher", recipe.model)
+    assert store.spec.teacher_sha256 == sha256 and store.names == ("labels", "noise", "x0")
+    assert "all as written" in ard("trajectories", "verify", "trajectories")
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_damaged_trajectories_fail_verification(tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in Path("trajectories").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    content = bytearray((copy / "shard-00001.safetensors").read_bytes())
+    content[-5] ^= 4
+    (copy / "shard-00001.safetensors").write_bytes(content)
+    assert "differs from the manifest for shard-00001" in ard("trajectories", "verify", str(copy), fails=True)
+
+
+def test_samples_are_adm_npz_with_their_labels_and_facts():
+    content = np.load("samples/samples.npz", allow_pickle=False)
+    assert content["arr_0"].shape == (30, 8, 8, 1) and content["arr_0"].dtype == np.uint8
+    assert content["arr_1"].tolist() == [7, 1, 2] * 10
+    facts = json.loads(Path("samples/sample.json").read_text())
+    assert facts["count"] == 30 and facts["weights_step"] == 4 and facts["images_per_second"] > 0
+    assert Path("samples/grid.png").stat().st_size > 0
+
+
+def test_evaluation_says_what_was_compared():
+    result = json.loads(Path("samples/evaluate.json").read_text())
+    assert result["samples"]["count"] == 30 and result["reference"]["count"] == 1797
+    assert result["features"] == "pooled" and result["metrics"]["frechet_distance"] > 0
+    assert not any("fid" in name for name in result["metrics"])
+
+
+def test_export_changes_names_only(tmp_path):
+    state = open_source("student").state
+    ard("export", "student", str(tmp_path / "student.safetensors"), "--to", "public")
+    ard("export", "teacher", str(tmp_path / "diffusers"), "--to", "diffusers")
+    ard("export", str(tmp_path / "diffusers"), str(tmp_path / "back.safetensors"), "--to", "public")
+    for got, expected in (("student", state), ("back", open_source("teacher").state)):
+        exported = load_file(tmp_path / f"{got}.safetensors")
+        assert exported.keys() == expected.keys()
+        assert all(torch.equal(exported[name], expected[name]) for name in expected)
+    load_student(tmp_path / "student.safetensors", num_heads=2, history_layers=1)
+    load_teacher(tmp_path / "back.safetensors", num_heads=2)
+    ard("export", "student", str(tmp_path / "segment"), "--to", "diffusers", "--segment", "2")
+    segment, _ = load_diffusers(tmp_path / "segment")
+    assert torch.equal(segment["final_layer.linear.weight"], state["final_layer3.linear.weight"])
+
+
+def test_bare_weights_need_a_recipe(tmp_path):
+    save_file(dict(open_source("student").state), tmp_path / "bare.safetensors")
+    assert "expected a recipe beside it" in ard(
+        "sample", str(tmp_path / "bare.safetensors"), "--out", str(tmp_path / "out"), fails=True
+    )
+    student, _ = open_student(tmp_path / "bare.safetensors", read_recipe("digits", TINY))
+    assert student.routing.history_layers == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["distill", "-c", "digits", "--out", "x", "distil.steps=3"], "unknown key 'distil'; did you mean 'distill'?"),
+        (["distill", "-c", "digits", "--out", "x", *TINY, "model.depth=3"], "has model.depth=2; expected 3"),
+        (["distill", "-c", "digits", "--out", "x", *TINY, "teacher.checkpoint=student"], "is a student; expected a te"),
+        (
+            ["distill", "-c", "digits", "--out", "x", *TINY, "trajectories.keep=[6,5,4,0]"],
+            "keeps (6, 4, 2, 0); expected",
+        ),
+        (["distill", "-c", "digits", "--out", "x", "--random-teacher", *TINY], "was sampled from another teacher"),
+        (["distill", "-c", "digits", "--out", "student", *TINY, "distill.learning_rate=1e-5"], "learning_rate=0.004"),
+        (["distill", "-c", "imagenet256", "--out", "x"], "teacher.checkpoint is not given; expected a path"),
+        (["finetune-gan", "-c", "imagenet256", "--out", "x"], "has no gan section"),
+        (["finetune-gan", "-c", "digits", "--out", "x", *TINY, "gan.student=teacher"], "is a teacher; expected a stud"),
+        (["trajectories", "-c", "digits", *TINY, "trajectories.count=41"], "with count=40; expected 41"),
+        (["sample", "nowhere", "--out", "x"], "nowhere does not exist"),
+        (["sample", "gan", "--out", "x", "--classes", "10"], "expected within [0, 9]"),
+        (["sample", "gan", "--out", "x", "--classes", "a"], "expected numbers and ranges"),
+        (["sample", "gan", "--out", "x", "--weights", "best"], "expected one of ('ema', 'model')"),
+        (["export", "gan", "x", "--to", "diffusers"], "expected a segment of the student"),
+        (["export", "teacher", "y", "--to", "diffusers", "--segment", "1"], "expected none for a teacher"),
+        (["export", "teacher", "gan", "--to", "public"], "gan exists; expected a new path"),
+        (["evaluate", "samples", "--reference", "digits", "--features", "poled"], "pooled"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_written(arguments, message):
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    assert message in " ".join(ard(*arguments, fails=True).split())
+    after = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    changed = {str(path) for path in after.keys() ^ before.keys()} | {p.name for p in before if after[p] != before[p]}
+    assert changed <= {"samples", "digits.npz"}  # the reference that `evaluate` was asked for

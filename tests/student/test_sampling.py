@@ -1,0 +1,106 @@
+"""Samples are functions of (seed, index), written whole; latents where nothing decodes them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from ard.images import to_uint8
+from ard.model import DiTConfig
+from ard.parallel import Process
+from ard.sampling import SamplingConfig, parse_classes, sampler, write_samples
+from ard.sources import random_teacher
+from ard.streams import noise_at
+from ard.student import ARDStudent
+from safetensors.torch import load_file
+
+
+def student_of(channels: int = 1) -> ARDStudent:
+    sizes = {"input_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 3, "learn_sigma": False}
+    teacher, _ = random_teacher(DiTConfig(**sizes, in_channels=channels))
+    with torch.no_grad():
+        teacher.final_layer.linear.weight.mul_(20.0)
+    return ARDStudent.from_teacher(teacher, steps=3, history_layers=1)
+
+
+def images_of(folder) -> np.ndarray:
+    return np.load(folder / "samples.npz", allow_pickle=False)["arr_0"].astype(int)
+
+
+def test_samples_are_the_students_own(tmp_path):
+    student = student_of()
+    write_samples(student, tmp_path, SamplingConfig(count=5, batch_size=5, seed=3, classes=(2, 0)))
+    expected = student.sample(noise_at(3, range(5), (1, 4, 4)), torch.tensor([2, 0, 2, 0, 2]))[:, -1]
+    assert np.array_equal(images_of(tmp_path), to_uint8(expected))
+    assert np.load(tmp_path / "samples.npz")["arr_1"].tolist() == [2, 0, 2, 0, 2]
+
+
+def test_samples_depend_on_seed_and_index_only(tmp_path):
+    student = student_of()
+    write_samples(student, tmp_path / "one", SamplingConfig(count=12, batch_size=12))
+    write_samples(student, tmp_path / "other", SamplingConfig(count=9, batch_size=4))
+    write_samples(student, tmp_path / "seed", SamplingConfig(count=9, batch_size=4, seed=1))
+    one, other, seed = (images_of(tmp_path / name) for name in ("one", "other", "seed"))
+    assert np.abs(one[:9] - other).max() <= 1  # of 255 grey levels: batches of other sizes round differently
+    assert np.abs(other - seed).max() > 10
+
+
+def test_latents_are_kept_as_they_are_without_a_decoder(tmp_path):
+    student = student_of(channels=4)
+    content = write_samples(student, tmp_path, SamplingConfig(count=3))
+    stored = load_file(tmp_path / "samples.safetensors")
+    expected = student.sample(noise_at(0, range(3), (4, 4, 4)), torch.arange(3))[:, -1]
+    assert torch.equal(stored["images"], expected) and stored["labels"].tolist() == [0, 1, 2]
+    assert content["file"] == "samples.safetensors" and (tmp_path / "grid.png").exists()
+    assert json.loads((tmp_path / "sample.json").read_text()) == content
+
+
+def test_decoded_latents_are_images(tmp_path):
+    def decode(latents):
+        return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3).clamp(-1, 1)
+
+    write_samples(student_of(channels=4), tmp_path, SamplingConfig(count=3), decode=decode)
+    assert images_of(tmp_path).shape == (3, 8, 8, 3)
+
+
+class OneOfTwo(Process):
+    """A rank of two that run one after the other."""
+
+    def barrier(self) -> None:
+        pass
+
+    def gather(self, rows):
+        return rows
+
+
+def test_two_ranks_write_the_samples_of_one(tmp_path):
+    student, config = student_of(), SamplingConfig(count=7, batch_size=2)
+    write_samples(student, tmp_path / "one", config)
+    for rank in (1, 0):
+        write_samples(student, tmp_path / "two", config, process=OneOfTwo(rank, 2))
+    assert np.abs(images_of(tmp_path / "one") - images_of(tmp_path / "two")).max() <= 1
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["grid.png", "sample.json", "samples.npz"]
+
+
+def test_bf16_sampling_stays_near(tmp_path):
+    student = student_of()
+    noise, labels = noise_at(0, range(4), (1, 4, 4)), torch.arange(4) % 3
+    exact, rounded = (
+        sampler(student, SamplingConfig(4, precision=precision), torch.device("cpu"))(noise, labels)
+        for precision in ("fp32", "bf16")
+    )
+    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+    assert (exact - rounded).norm() < 0.1 * exact.norm()
+
+
+def test_classes_are_numbers_and_ranges():
+    assert parse_classes("") == () and parse_classes("0,5,10-12") == (0, 5, 10, 11, 12)
+    for text in ("a", "1-b", "1.5"):
+        with pytest.raises(ValueError, match=r"expected numbers and ranges"):
+            parse_classes(text)
+    with pytest.raises(ValueError, match=r"expected within \[0, 2\]"):
+        SamplingConfig(1, classes=(3,)).labels(torch.arange(1), 3)
+    with pytest.raises(ValueError, match=r"count=0, batch_size=64; expected at least 1"):
+        write_samples(student_of(), None, SamplingConfig(0))
