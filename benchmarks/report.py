@@ -96,19 +96,27 @@ def measured(devices: dict[str, Results]) -> str:
 
 def demo(devices: dict[str, Results]) -> str:
     content = cpu_results(devices)["demo"]
-    scores, better = content["summary"]["scores"], content["summary"]["baseline_over_student"]
+    metrics = {"frechet_to_teacher": 2, "endpoint_mse": 4, "frechet_to_real": 1}
     cells = []
-    for layers, score in scores.items():
+    for name, score in content["summary"]["scores"].items():
+        layers = name.removeprefix("N=").removesuffix(" + GAN")
         what = "no history" if layers == "0" else f"history in {layers} of {content['depth']} layers"
-        values = [f"{score['frechet_to_teacher']['mean']:.2f}", f"{score['endpoint_mse']['mean']:.4f}"]
-        if layers in better:
-            factors = [better[layers][key]["mean"] for key in ("frechet_to_teacher", "endpoint_mse")]
-            values = [f"{value} ({factor:.1f}x less)" for value, factor in zip(values, factors, strict=True)]
-        cells.append([f"{content['steps']} steps, {what} (N={layers})", *values])
-    header = ["sampler", "Frechet distance to the teacher's images", "error to the teacher's endpoint (MSE)"]
+        what += ", then GAN" if name.endswith("+ GAN") else ""
+        values = [f"{score[metric]['mean']:.{digits}f}" for metric, digits in metrics.items()]
+        cells.append([f"{content['steps']} steps, {what} ({name})", *values])
+    header = ["sampler", "Frechet distance to the teacher's images", "error to the teacher's endpoint (MSE)",
+              "Frechet distance to real digits"]  # fmt: skip
     env = content["environment"]
+    better = content["summary"]["times_smaller"]
+    factors = [
+        f"{name} over {ratios['over']}: {metric.replace('_', ' ')} {ratios[metric]['mean']:.{digits}f}x less"
+        for name, ratios in better.items()
+        for metric, digits in (
+            (("frechet_to_real", 2),) if name.endswith("+ GAN") else (("frechet_to_teacher", 1), ("endpoint_mse", 1))
+        )
+    ]
     said = f"`make demo`, {env['device']}, {env['date']}: {content['seeds']} seeds, equal training, "
-    return f"{said}{content['samples']} held-out noises.\n\n{markdown(header, cells)}"
+    return f"{said}{content['samples']} held-out noises. {'; '.join(factors)}.\n\n{markdown(header, cells)}"
 
 
 def claim(devices: dict[str, Results]) -> str:
@@ -208,9 +216,9 @@ def take_demo(path: Path) -> None:
     settings = report["settings"]
     facts = {
         "summary": report["summary"],
-        "seeds": len(settings["students"]["seeds"]),
-        "samples": settings["evaluation"]["count"],
-        "depth": settings["teacher"]["depth"],
+        "seeds": len(settings["demo"]["seeds"]),
+        "samples": settings["demo"]["evaluation"]["count"],
+        "depth": settings["model"]["depth"],
         "steps": len(settings["trajectories"]["keep"]),
     }
     print(f"wrote {write_room(results_folder(), 'demo', [], facts)}")
