@@ -79,7 +79,7 @@ def trajectories(
     with opened(config, arguments, device) as (recipe, process):
         if dry_run:
             return show_plan(recipe, "distill", 1)
-        dit, sha256 = opened_teacher(recipe, random_teacher, process)
+        dit, sha256 = opened_teacher(recipe, random_teacher)
         with progress_bar("trajectories", recipe.trajectories.count, process.is_main) as advance:
             store = stages.make_trajectories(
                 recipe, dit, sha256, trajectories_folder(recipe), process=process, on_progress=advance
@@ -119,7 +119,7 @@ def distill(
         if dry_run:
             return show_plan(recipe, "distill", processes)
         folder = required(out, "--out")
-        dit, sha256 = opened_teacher(recipe, random_teacher, process)
+        dit, sha256 = opened_teacher(recipe, random_teacher)
         store = TrajectoryStore(trajectories_folder(recipe))
         if store.spec.teacher_sha256 != sha256:
             raise ValueError(f"{store.folder} was sampled from another teacher; expected one with sha256 {sha256}")
@@ -151,7 +151,7 @@ def finetune_gan(
         if dry_run:
             return show_plan(recipe, "gan", processes)
         folder = required(out, "--out")
-        dit, _ = opened_teacher(recipe, random_teacher, process)
+        dit, _ = opened_teacher(recipe, random_teacher)
         student, source = open_student(required(recipe.gan.student, "gan.student"), recipe)
         real = open_real(required(recipe.gan.real, "gan.real"), recipe.model)
         store = TrajectoryStore(trajectories_folder(recipe))
@@ -183,15 +183,13 @@ def opened(config: str, overrides: list[str] | None, device: str | None) -> Iter
             yield recipe, process
 
 
-def opened_teacher(recipe: Recipe, random: bool, process: Process) -> tuple[DiT, str]:
+def opened_teacher(recipe: Recipe, random: bool) -> tuple[DiT, str]:
+    """On the CPU: a stage moves it where it needs it."""
     from ard.sources import open_teacher, random_teacher
 
     if random:
-        dit, sha256 = random_teacher(recipe.model)
-    else:
-        checkpoint = required(recipe.teacher.checkpoint, "teacher.checkpoint")
-        dit, sha256 = open_teacher(checkpoint, recipe.model)
-    return dit.to(process.device), sha256
+        return random_teacher(recipe.model)
+    return open_teacher(required(recipe.teacher.checkpoint, "teacher.checkpoint"), recipe.model)
 
 
 def required(value: Any, name: str) -> Any:

@@ -115,7 +115,7 @@ def make_trajectories(
     return generate_store(
         folder,
         store_spec(recipe, teacher_sha256),
-        sampler(teacher, recipe.trajectories, recipe.trajectories.keep, process.device),
+        sampler(teacher.to(process.device), recipe.trajectories, recipe.trajectories.keep, process.device),
         batch_size=recipe.trajectories.batch_size,
         process=process,
         on_progress=on_progress,

@@ -103,7 +103,7 @@ class Trainer:
         preview: called every ``preview_every`` steps and at the end. on_step: called after each with the updates done.
         Raises NonFiniteError before the update; <run>/nonfinite-step-N.json then names the samples.
         """
-        config, objective, started = self.config, self.objective, time.perf_counter()
+        config, objective, first, started = self.config, self.objective, self.step, time.perf_counter()
         with sigterm_flag() as terminated:
             while self.step < config.steps:
                 for group in self.optimizer.param_groups:
@@ -122,8 +122,9 @@ class Trainer:
                 if preview and (self.step % preview_every == 0 or self.step == config.steps):
                     self.log.extra(preview(self.step, {name: whole(value) for name, value in self.ema.state.items()}))
                 if self.step % config.log_every == 0 or self.step == config.steps:
-                    seconds, started = time.perf_counter() - started, time.perf_counter()
-                    self.log.write(config.batch_size * config.log_every / seconds)
+                    now, samples = time.perf_counter(), (self.step - first) * config.batch_size
+                    self.log.write(samples / (now - started))
+                    first, started = self.step, now
                 if self.run and (self.step % self.execution.save_every == 0 or stop):
                     self._save()
                 if on_step:
