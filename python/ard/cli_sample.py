@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -30,10 +31,10 @@ def latents(
 ) -> None:
     """Encode an image folder once through a VAE; run again after a kill to finish it."""
     from ard.latents import encode_folder
-    from ard.parallel import started
+    from ard.parallel import PATIENT, started
     from ard.vae import LatentCodec, image_files
 
-    with refusals(), started(device) as process:
+    with refusals(), started(device, PATIENT) as process:
         codec = LatentCodec(vae, device=process.device)
         with progress_bar("latents", len(image_files(images)), process.is_main) as advance:
             store = encode_folder(
@@ -116,8 +117,10 @@ def evaluate(
     from ard.parallel import started
 
     with refusals(), started(device) as process:
+        if not process.is_main:
+            return
         if samples.is_dir():
-            samples = next(path for path in (samples / "samples.npz", samples / "samples.safetensors") if path.exists())
+            samples = samples / json.loads((samples / "sample.json").read_text())["file"]
         against = write_digits(samples.parent / "digits.npz") if reference == "digits" else Path(reference)
         extractor = load_features(features, device=process.device, weights=feature_weights)
         result = score(samples, against, features=extractor, batch_size=batch_size, neighbours=neighbours)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,10 +76,11 @@ def trajectories(
     if config is None:
         raise typer.BadParameter("expected --config")
     from ard import stages
+    from ard.parallel import PATIENT
 
-    with opened(config, arguments, device) as (recipe, process):
+    with opened(config, arguments, device, PATIENT) as (recipe, process):
         if dry_run:
-            return show_plan(recipe, "distill", 1)
+            return show_plan(recipe, "distill", 1, process)
         dit, sha256 = opened_teacher(recipe, random_teacher)
         with progress_bar("trajectories", recipe.trajectories.count, process.is_main) as advance:
             store = stages.make_trajectories(
@@ -117,14 +119,14 @@ def distill(
 
     with opened(config, overrides, device) as (recipe, process):
         if dry_run:
-            return show_plan(recipe, "distill", processes)
+            return show_plan(recipe, "distill", processes, process)
         folder = required(out, "--out")
         dit, sha256 = opened_teacher(recipe, random_teacher)
         store = TrajectoryStore(trajectories_folder(recipe))
-        if store.spec.teacher_sha256 != sha256:
-            raise ValueError(f"{store.folder} was sampled from another teacher; expected one with sha256 {sha256}")
         with steps_bar("distill", recipe.distill, process) as on_step:
-            _, fitted = stages.distill(recipe, dit, store, folder, process=process, resume=not fresh, on_step=on_step)
+            _, fitted = stages.distill(
+                recipe, dit, sha256, store, folder, process=process, resume=not fresh, on_step=on_step
+            )
         say_end(fitted, recipe.distill, folder, process)
 
 
@@ -149,9 +151,9 @@ def finetune_gan(
         if recipe.gan is None:
             raise ValueError(f"{config} has no gan section; expected one, as in imagenet256_gan")
         if dry_run:
-            return show_plan(recipe, "gan", processes)
+            return show_plan(recipe, "gan", processes, process)
         folder = required(out, "--out")
-        dit, _ = opened_teacher(recipe, random_teacher)
+        dit, sha256 = opened_teacher(recipe, random_teacher)
         student, source = open_student(required(recipe.gan.student, "gan.student"), recipe)
         real = open_real(required(recipe.gan.real, "gan.real"), recipe.model)
         store = TrajectoryStore(trajectories_folder(recipe))
@@ -161,6 +163,7 @@ def finetune_gan(
                 student,
                 source.sha256,
                 dit,
+                sha256,
                 store,
                 real,
                 folder,
@@ -172,14 +175,16 @@ def finetune_gan(
 
 
 @contextmanager
-def opened(config: str, overrides: list[str] | None, device: str | None) -> Iterator[tuple[Recipe, Process]]:
+def opened(
+    config: str, overrides: list[str] | None, device: str | None, patience: timedelta | None = None
+) -> Iterator[tuple[Recipe, Process]]:
     """The recipe, and this process among those of torchrun."""
     from ard.parallel import started
     from ard.recipe import read_recipe
 
     with refusals():
         recipe = read_recipe(config, overrides or ())
-        with started(device) as process:
+        with started(device, patience) as process:
             yield recipe, process
 
 
@@ -227,11 +232,14 @@ def say_end(fitted: Fitted, config: TrainConfig, folder: Path, process: Process)
         typer.echo(f"{folder}: {fitted.step} steps done; {scores}")
 
 
-def show_plan(recipe: Recipe, stage: str, processes: int) -> None:
+def show_plan(recipe: Recipe, stage: str, processes: int, process: Process) -> None:
     """The table of `--dry-run`."""
     from ard.plan import plan
 
-    table = Table(title=f"{stage} on {processes} processes; nothing was run")
+    if not process.is_main:
+        return
+    what = {"distill": "trajectories and distillation", "gan": "GAN fine-tune"}[stage]
+    table = Table(title=f"{what}, trained by {processes} processes; nothing was run")
     table.add_column("")
     table.add_column("", justify="right")
     for section, values in plan(recipe, stage=stage, world_size=processes).items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 import types
 import typing
 from collections.abc import Mapping
@@ -14,7 +13,6 @@ from typing import Any, TypeVar
 import yaml
 
 Config = TypeVar("Config")
-_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -83,8 +81,6 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             return float(value)  # YAML 1.1 takes 1e-3, without a point, for text
         except ValueError:
             pass
-    if kind is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
-        return float(value)  # YAML 1.1 reads 1e-4 as a string, for want of a dot and a sign
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"config: {where} is {value!r}; expected {kind.__name__}")
     return value

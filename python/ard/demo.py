@@ -9,6 +9,7 @@ plain step distillation. The one with most history is then fine-tuned against th
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -133,7 +134,7 @@ def run_demo(out: Path, quick: bool = False, config: DemoConfig | None = None) -
         store = make_trajectories(teacher, teacher_sha256, config.recipe, out, watch)
         samplers = []
         for seed in config.demo.seeds:
-            samplers += make_students(teacher, store, data, seed, config, out, watch)
+            samplers += make_students(teacher, teacher_sha256, store, data, seed, config, out, watch)
         judge = Judge(teacher, classifier, data, config, watch)
         teacher_scores = judge.scores(judge.teacher_images)
         rows = [judge.row(sampler) for sampler in samplers]
@@ -181,6 +182,7 @@ def make_trajectories(
 
 def make_students(
     teacher: DiT,
+    teacher_sha256: str,
     store: TrajectoryStore,
     data: digits.Digits,
     seed: int,
@@ -196,17 +198,18 @@ def make_students(
         recipe = replace(recipe, student=replace(recipe.student, history_layers=layers))
         name, folder = f"N={layers}", out / f"student-n{layers}-seed{seed}"
         with watch.training(f"student {name} seed {seed}", recipe.distill.steps) as on_step:
-            student, fitted = stages.distill(recipe, teacher, store, folder, resume=False, on_step=on_step)
+            student, fitted = stages.distill(
+                recipe, teacher, teacher_sha256, store, folder, resume=False, on_step=on_step
+            )
         samplers.append(Sampler(name, layers, seed, averaged(student, fitted), fitted.log))
-    start = ARDStudent.from_teacher(teacher, steps=recipe.steps, history_layers=layers)
-    start.load_state_dict(student.state_dict())
-    name, real = f"{name} + GAN", LatentsInMemory(data.train_images, data.train_labels)
+    name, real = f"{name} + GAN", LatentsInMemory("digits", data.train_images, data.train_labels)
     with watch.training(f"student {name} seed {seed}", recipe.gan.train.steps) as on_step:
         tuned, fitted = stages.finetune(
             recipe,
-            start,
+            copy.deepcopy(student),
             open_source(folder).sha256,
             teacher,
+            teacher_sha256,
             store,
             real,
             out / f"student-n{layers}-gan-seed{seed}",

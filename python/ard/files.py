@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +68,35 @@ def remove_temporary(folder: Path) -> None:
     """Removes what killed writers have left in ``folder``; no other writer may be at work there."""
     for path in folder.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+class FolderLock:
+    """Keeps a second job out of ``folder`` (made if absent) until `release`, or this process ends in whatever way.
+
+    Raises ValueError if another job holds it. File systems that cannot lock a folder are only warned of.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._descriptor: int | None = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise ValueError(f"{folder}: another job is writing to it; expected to be the only one") from error
+        except OSError as error:
+            warnings.warn(f"{folder}: cannot be locked ({error}); start no second job on it", stacklevel=2)
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def _flush(path: Path) -> None:

@@ -38,10 +38,7 @@ EPSILON = 1e-4  # of the adaptive weight
 
 
 class LocalBatchNorm(nn.Module):
-    """Batch norm over groups of ``virtual_batch`` consecutive samples and all tokens, in training and afterwards.
-
-    A batch that is no multiple has smaller groups of equal size, as many as divide it.
-    """
+    """Batch norm over groups of ``virtual_batch`` consecutive samples and all tokens, in training and afterwards."""
 
     def __init__(self, channels: int, virtual_batch: int):
         super().__init__()
@@ -50,10 +47,9 @@ class LocalBatchNorm(nn.Module):
 
     def forward(self, x_BCL: Tensor) -> Tensor:
         B, C, L = x_BCL.shape
-        groups = math.ceil(B / self.virtual_batch)
-        while B % groups:
-            groups += 1
-        x = wide(x_BCL).view(groups, B // groups, C, L)
+        if B % self.virtual_batch:
+            raise ValueError(f"LocalBatchNorm: got {B} samples; expected a multiple of {self.virtual_batch}")
+        x = wide(x_BCL).view(-1, self.virtual_batch, C, L)
         variance, mean = torch.var_mean(x, dim=(1, 3), keepdim=True, correction=0)
         y_BCL = ((x - mean) * torch.rsqrt(variance + 1e-5)).view(B, C, L)
         return y_BCL * self.weight[:, None] + self.bias[:, None]
@@ -116,7 +112,9 @@ class Discriminator(nn.Module):
 
 
 class RealLatents(Protocol):
-    """What the generator is compared with."""
+    """What the generator is compared with; ``fingerprint`` differs between sets."""
+
+    fingerprint: str
 
     def __len__(self) -> int: ...
 
@@ -128,7 +126,7 @@ class StoredLatents:
     """Rows of a store of real latents."""
 
     def __init__(self, store: LatentStore):
-        self.store = store
+        self.store, self.fingerprint = store, store.spec.fingerprint()
 
     def __len__(self) -> int:
         return len(self.store)
@@ -138,10 +136,10 @@ class StoredLatents:
 
 
 class LatentsInMemory:
-    """Rows of two tensors."""
+    """Rows of two tensors, under a name."""
 
-    def __init__(self, latents: Tensor, labels: Tensor):
-        self.latents, self.labels = latents, labels
+    def __init__(self, fingerprint: str, latents: Tensor, labels: Tensor):
+        self.fingerprint, self.latents, self.labels = fingerprint, latents, labels
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -68,11 +68,14 @@ def open_real(source: str, config: DiTConfig) -> RealLatents:
     """Real latents by name: "digits", or the folder of a store of latents of the model's shape."""
     if source == DIGITS:
         data = digits.load()
-        real, shape = LatentsInMemory(data.train_images, data.train_labels), digits.IMAGE_SHAPE
+        real = LatentsInMemory(DIGITS, data.train_images, data.train_labels)
+        shape, num_classes = digits.IMAGE_SHAPE, digits.NUM_CLASSES
     else:
         store = LatentStore(Path(source))
-        real, shape = StoredLatents(store), store.spec.image_shape
+        real, shape, num_classes = StoredLatents(store), store.spec.image_shape, store.spec.num_classes
     expected = (config.in_channels, *config.input_hw)
     if tuple(shape) != expected:
         raise ValueError(f"{source} holds latents of shape {tuple(shape)}; expected the model's {expected}")
+    if num_classes != config.num_classes:
+        raise ValueError(f"{source} has {num_classes} classes; expected the model's {config.num_classes}")
     return real

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 STRATEGIES = ("ddp", "fsdp")
+# For work that ranks share out beforehand: the slowest GPU may finish hours after the others.
+PATIENT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,16 @@ class Process:
 
 
 @contextmanager
-def started(device: str | None = None) -> Iterator[Process]:
+def started(device: str | None = None, patience: timedelta | None = None) -> Iterator[Process]:
     """The process of torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK), its group open inside the context.
 
     device: "cpu" or "cuda"; the GPU of the local rank where there is one, by default.
+    patience: how long a collective waits for a slower rank; torch's default finds hangs after 10 or 30 minutes.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    available = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    kind = device or available[-1]
+    if kind not in available:
+        raise ValueError(f"device: got {kind!r}; expected one of {available}, the GPU is that of the local rank")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
         torch.cuda.set_device(local_rank)
@@ -75,7 +82,7 @@ def started(device: str | None = None) -> Iterator[Process]:
     if "RANK" not in os.environ:
         yield Process(device=place)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=patience)
     try:
         yield Process(dist.get_rank(), dist.get_world_size(), place)
     finally:

@@ -31,13 +31,20 @@ def plan(recipe: Recipe, *, stage: str = "distill", world_size: int = 1) -> dict
     if stage not in STAGES or (stage == "gan" and recipe.gan is None):
         raise ValueError(f"plan: stage is {stage!r}; expected one of {STAGES}, and a gan section for 'gan'")
     config = recipe.distill if stage == "distill" else recipe.gan.train
-    local = config.batch_size // (world_size * recipe.execution.accumulation)
+    parts = world_size * recipe.execution.accumulation
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size is {config.batch_size}; expected a multiple of {parts}: {world_size} processes times "
+            f"{recipe.execution.accumulation} micro-batches"
+        )
+    local = config.batch_size // parts
     counts, trajectories = parameters(recipe, stage), store_spec(recipe, "")
     model, S, trainable = recipe.model, recipe.steps, counts["student, trainable"]
     forwards = flop_table(model, steps=S, history_layers=recipe.student.history_layers, **_mask(recipe))
     overhead = forwards["student_training_forward"]["counted"] / forwards["baseline_sampling"]["counted"] - 1.0
     step, one, two = step_flops(recipe), saved_bytes(recipe, 1), saved_bytes(recipe, 2)
     held = 5 * trainable * FLOAT32
+    saved = 2 * (counts["student"] + trainable) + 3 * counts.get("discriminator", 0)
     beside = (counts["teacher"] + 4 * counts["discriminator"]) * FLOAT32 if stage == "gan" else 0
     return {
         "stage": stage,
@@ -65,7 +72,7 @@ def plan(recipe: Recipe, *, stage: str = "distill", world_size: int = 1) -> dict
         },
         "disk": {
             "trajectories": trajectories.row_bytes * trajectories.count,
-            "checkpoints": (recipe.execution.keep_last + 1) * 2 * (counts["student"] + trainable) * FLOAT32,
+            "checkpoints": (recipe.execution.keep_last + 1) * saved * FLOAT32,
         },
     }
 

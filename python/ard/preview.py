@@ -59,6 +59,7 @@ class Preview:
             for noise, labels in self._batches(self.noise, self.labels):
                 samples.append(self.student.sample(noise, labels)[:, -1].float())
         images = torch.cat(samples)
+        self.student.to("meta")  # whole weights stay on no GPU between previews
         distance = frechet_distance(self._statistics(images), self.reference)
         grid = self.process.gather(images[: self.settings.grid])[: self.settings.grid]
         if self.process.is_main:

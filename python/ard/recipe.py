@@ -30,6 +30,7 @@ FOREIGN_SECTIONS = ("demo",)
 
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """Contexts in which a forward runs: "bf16" is autocast over float32 weights, "fp32" none."""
+    _require_one_of("", {"precision": (precision, PRECISIONS)})
     if precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)
@@ -38,7 +39,8 @@ def autocast(precision: str, device: torch.device) -> Callable[[], AbstractConte
 def _require_one_of(section: str, known: dict[str, tuple[Any, Sequence]]) -> None:
     for name, (value, choices) in known.items():
         if value not in choices:
-            raise ValueError(f"{section}.{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+            where = f"{section}.{name}" if section else name
+            raise ValueError(f"{where} is {value!r}; expected one of {', '.join(map(repr, choices))}")
 
 
 def _require_positive(section: str, values: dict[str, int]) -> None:
@@ -67,6 +69,10 @@ class TrainConfig:
         object.__setattr__(self, "betas", tuple(self.betas))
         names = ("steps", "batch_size", "log_every")
         _require_positive("train", {name: getattr(self, name) for name in names})
+        if self.warmup_steps < 0:
+            raise ValueError(f"train.warmup_steps is {self.warmup_steps}; expected at least 0")
+        if not self.grad_clip > 0.0:
+            raise ValueError(f"train.grad_clip is {self.grad_clip}; expected above 0, and .inf for no limit")
 
     def learning_rate_at(self, step: int) -> float:
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
@@ -83,7 +89,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """How it is computed; the values here change results by rounding at most."""
+    """How it is computed; the values here change results by rounding at most (bf16's, for `precision`)."""
 
     strategy: str = "ddp"  # or "fsdp": weights, gradients, optimizer and EMA sharded (FSDP2)
     precision: str = "fp32"  # or "bf16": autocast; weights, optimizer and EMA stay float32
@@ -158,6 +164,12 @@ class PreviewConfig:
     features: str = "pooled"  # see `ard.features.load_features`
     vae: str | None = None  # decodes latents for grid and features
 
+    def __post_init__(self):
+        if self.every < 0:
+            raise ValueError(f"preview.every is {self.every}; expected at least 0")
+        names = ("count", "batch_size", "grid")
+        _require_positive("preview", {name: getattr(self, name) for name in names})
+
 
 @dataclass(frozen=True)
 class GanConfig:
@@ -174,7 +186,13 @@ class GanConfig:
     feature_timestep: int = 0  # at which the teacher reads clean latents
     projection: int = 64  # dimensions of the conditional projection
     kernel_size: int = 9  # of the residual convolution over tokens
-    virtual_batch: int = 8  # samples that share a batch norm's statistics
+    virtual_batch: int = 8  # consecutive samples of one process that share a batch norm's statistics
+
+    def __post_init__(self):
+        names = ("projection", "kernel_size", "virtual_batch")
+        _require_positive("gan", {name: getattr(self, name) for name in names})
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"gan.kernel_size is {self.kernel_size}; expected an odd number")
 
 
 @dataclass(frozen=True)

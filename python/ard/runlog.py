@@ -43,7 +43,7 @@ class RunLog:
         write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._file = open(path, "a")  # noqa: SIM115  (closed by `close`)
         if tensorboard:
-            self._board = _summary_writer(folder, step)
+            self._board = summary_writer_class()(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
         """Scalars of the step that makes ``step`` updates done."""
@@ -96,7 +96,8 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def _summary_writer(folder: Path, step: int):
+def summary_writer_class() -> type:
+    """TensorBoard's writer, or an ImportError that says what to do."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -104,4 +105,4 @@ def _summary_writer(folder: Path, step: int):
             f"execution.tensorboard is set and {error}; pip install 'ard-kernels[train]', or "
             "execution.tensorboard=false: log.jsonl holds the same values"
         ) from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    return SummaryWriter

@@ -63,10 +63,10 @@ def write_samples(
     indices = process.share(torch.arange(config.count))
     labels = config.labels(indices, student.config.num_classes)
     pixels = decode is not None or student.config.in_channels in IMAGE_CHANNELS
+    run = sampler(student, config, process.device)
     folder.mkdir(parents=True, exist_ok=True)
 
     parts, seconds = [], 0.0
-    run = sampler(student, config, process.device)
     for rows in torch.arange(len(indices)).split(config.batch_size):
         noise = noise_at(config.seed, indices[rows].tolist(), (student.config.in_channels, *student.config.input_hw))
         started = time.perf_counter()
@@ -111,16 +111,23 @@ def sampler(student: ARDStudent, config: SamplingConfig, device: torch.device) -
 
     if device.type != "cuda" or not config.cuda_graph:
         return run
-    return graphed(run, student, config, device)
+    replay = None
+
+    def run_or_replay(noise: Tensor, labels: Tensor) -> Tensor:
+        nonlocal replay
+        if len(noise) != config.batch_size:
+            return run(noise, labels)
+        replay = replay or graphed(run, noise, labels)
+        return replay(noise, labels)
+
+    return run_or_replay
 
 
 def graphed(
-    run: Callable[[Tensor, Tensor], Tensor], student: ARDStudent, config: SamplingConfig, device: torch.device
+    run: Callable[[Tensor, Tensor], Tensor], noise: Tensor, labels: Tensor
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """``run`` for batches of ``config.batch_size`` captured once and replayed; smaller ones run as they are."""
-    shape = (config.batch_size, student.config.in_channels, *student.config.input_hw)
-    noise = torch.zeros(shape, device=device)
-    labels = torch.zeros(config.batch_size, dtype=torch.int64, device=device)
+    """``run`` captured once, for inputs of these shapes, and replayed."""
+    noise, labels, device = noise.clone(), labels.clone(), noise.device
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -132,8 +139,6 @@ def graphed(
         states = run(noise, labels)
 
     def replay(new_noise: Tensor, new_labels: Tensor) -> Tensor:
-        if len(new_noise) != config.batch_size:
-            return run(new_noise, new_labels)
         noise.copy_(new_noise)
         labels.copy_(new_labels)
         graph.replay()
@@ -167,7 +172,10 @@ def _write(
         if path.suffix == ".npz":
             write_npz(path, batches(), config.count, labels=every.numpy())
         else:
-            write_tensors(path, {"images": torch.from_numpy(np.concatenate(list(batches()))), "labels": every})
+            images = np.concatenate(list(batches()))
+            if len(images) != config.count:
+                raise ValueError(f"{path}: the processes made {len(images)} samples; expected {config.count}")
+            write_tensors(path, {"images": torch.from_numpy(images), "labels": every})
         for part in others:
             part.unlink()
     process.barrier()
@@ -180,5 +188,7 @@ def parse_classes(text: str) -> tuple[int, ...]:
         first, separator, last = part.partition("-")
         if not first.strip().isdigit() or (separator and not last.strip().isdigit()):
             raise ValueError(f"classes: got {text!r}; expected numbers and ranges such as 0,5,10-12")
+        if separator and int(last) < int(first):
+            raise ValueError(f"classes: got the range {part!r}; expected it to ascend")
         classes += range(int(first), int(last) + 1) if separator else [int(first)]
     return tuple(classes)

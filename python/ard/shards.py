@@ -18,7 +18,7 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ard.files import DamagedFile, file_sha256, read_sealed_json, remove_temporary, write_sealed_json, write_tensors
+from ard.files import (
+    DamagedFile,
+    FolderLock,
+    file_sha256,
+    read_sealed_json,
+    remove_temporary,
+    write_sealed_json,
+    write_tensors,
+)
 from ard.parallel import Process
 
 FORMAT_VERSION = 2
@@ -55,29 +63,43 @@ def write_shards(
     make_rows: range of global indices, at most ``batch_size`` -> rows of every tensor.
     row_bytes: bytes of one row of all tensors, for the check of free space.
     on_progress: called with the number of rows just finished by all ranks, counted on this one.
+    Raises ValueError if another job writes to the folder.
     """
     process = process or Process()
-    if process.is_main:
-        _prepare(folder, kind, spec, row_bytes)
-    process.barrier()
-    missing = _missing(folder, kind, spec)
-    process.barrier()  # all ranks have listed the same shards; now they may write
-    report = on_progress or (lambda count: None)
-    report(spec.count - _row_count(spec, missing))
-    for shard in missing[process.rank :: process.world_size]:
-        parts, indices = [], _rows(spec, shard)
-        for first in range(indices.start, indices.stop, batch_size):
-            rows = range(first, min(first + batch_size, indices.stop))
-            parts.append(make_rows(rows))
-            report(len(rows) * process.world_size)
-        path = folder / shard_name(shard)
-        sha256 = write_tensors(path, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        entry = {"first": indices.start, "count": len(indices), "bytes": path.stat().st_size, "content_sha256": sha256}
-        write_sealed_json(path.with_suffix(".json"), entry)
-    process.barrier()
-    if process.is_main:
-        _complete(folder, kind)
-    process.barrier()
+    with FolderLock(folder) if process.is_main else nullcontext():
+        if process.is_main:
+            _prepare(folder, kind, spec, row_bytes)
+        process.barrier()
+        missing = _missing(folder, kind, spec)
+        process.barrier()  # all ranks have listed the same shards; now they may write
+        report = on_progress or (lambda count: None)
+        report(spec.count - _row_count(spec, missing))
+        for shard in missing[process.rank :: process.world_size]:
+            _write_shard(folder, shard, _rows(spec, shard), make_rows, batch_size, report, process)
+        process.barrier()
+        if process.is_main:
+            _complete(folder, kind)
+        process.barrier()
+
+
+def _write_shard(
+    folder: Path,
+    shard: int,
+    indices: range,
+    make_rows: Callable[[range], dict[str, Tensor]],
+    batch_size: int,
+    report: Callable[[int], None],
+    process: Process,
+) -> None:
+    parts = []
+    for first in range(indices.start, indices.stop, batch_size):
+        rows = range(first, min(first + batch_size, indices.stop))
+        parts.append(make_rows(rows))
+        report(len(rows) * process.world_size)
+    path = folder / shard_name(shard)
+    sha256 = write_tensors(path, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    entry = {"first": indices.start, "count": len(indices), "bytes": path.stat().st_size, "content_sha256": sha256}
+    write_sealed_json(path.with_suffix(".json"), entry)
 
 
 def shard_count(spec: Any) -> int:
@@ -197,7 +219,10 @@ class ShardedStore:
             if on_progress:
                 on_progress(entry["count"])
         if broken:
-            raise DamagedFile(f"{self.folder}: sha256 differs from the manifest for {', '.join(broken)}")
+            raise DamagedFile(
+                f"{self.folder}: sha256 differs from the manifest for {', '.join(broken)}; "
+                "remove these files and run the generation again"
+            )
 
     def read(self, name: str, indices: Tensor, out: Tensor | None = None) -> Tensor:
         """Rows ``indices`` (n,) of tensor ``name``, copied to memory in the order asked.

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ard import exchange, training_state
 from ard.checkpoint import load_student, load_teacher, read_state
-from ard.files import file_sha256
 from ard.model import DiT, DiTConfig
 from ard.recipe import Recipe
 from ard.student import ARDStudent
@@ -23,7 +22,7 @@ WEIGHTS = ("ema", "model")
 
 @dataclass(frozen=True)
 class Source:
-    """Weights with their sha256, and what their run says about them (nothing for a bare file)."""
+    """Weights with the sha256 of `state_sha256`, and what their run says about them (nothing for a bare file)."""
 
     path: Path
     state: Mapping[str, Tensor]
@@ -44,7 +43,7 @@ def open_source(path: str | Path, weights: str = "ema") -> Source:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected a run, a checkpoint or a file of weights")
     if path.is_file():
-        return Source(path, read_state(path), file_sha256(path), {})
+        return _source(path, read_state(path), {})
     if (path / "checkpoints").is_dir():
         checkpoint = training_state.newest(path / "checkpoints")
         if checkpoint is None:
@@ -53,21 +52,28 @@ def open_source(path: str | Path, weights: str = "ema") -> Source:
         checkpoint = training_state.verified(path)
     else:
         state, config = exchange.load_diffusers(path)
-        return Source(path, state, state_sha256(state), {"kind": "teacher", "model": asdict(config)})
-    return Source(path, checkpoint.read(weights), checkpoint.sha256[weights], checkpoint.facts, checkpoint.step)
+        return _source(path, state, {"kind": "teacher", "model": asdict(config)})
+    return _source(path, checkpoint.read(weights), checkpoint.facts, checkpoint.step)
+
+
+def _source(path: Path, state: Mapping[str, Tensor], facts: Mapping[str, Any], step: int | None = None) -> Source:
+    return Source(path, state, state_sha256(state), facts, step)
 
 
 def open_teacher(path: str | Path, config: DiTConfig, weights: str = "ema") -> tuple[DiT, str]:
-    """A frozen teacher of exactly the sizes of ``config``, and the sha256 of its weights."""
+    """A frozen float32 teacher of exactly the sizes of ``config``, and the sha256 of its weights."""
     source = open_source(path, weights)
     require_kind(source, "teacher")
     teacher = load_teacher(source.state, num_heads=config.num_heads, input_size=config.input_size)
     require_config(source, teacher.config, config)
-    return teacher.requires_grad_(False), source.sha256
+    return teacher.float().requires_grad_(False), source.sha256
 
 
 def open_student(path: str | Path, recipe: Recipe | None, weights: str = "ema") -> tuple[ARDStudent, Source]:
-    """A student in eval mode; the sizes that tensors do not show come from its run, or else from ``recipe``."""
+    """A float32 student in eval mode; what its tensors do not show comes from its run, or else from ``recipe``.
+
+    Raises ValueError if both are there and differ.
+    """
     source = open_source(path, weights)
     require_kind(source, "student")
     if source.facts:
@@ -84,7 +90,13 @@ def open_student(path: str | Path, recipe: Recipe | None, weights: str = "ema") 
         **{name: routing[name] for name in ("history_layers", "window", "sink")},
     )
     require_config(source, student.config, recipe.model if recipe else config)
-    return student, source
+    if source.facts and recipe:
+        expected = {**asdict(recipe.student), "steps": recipe.steps}
+        for name, value in expected.items():
+            if source.facts["student"][name] != value:
+                found = source.facts["student"][name]
+                raise ValueError(f"{source.path} is a student with {name}={found!r}; expected the recipe's {value!r}")
+    return student.float(), source
 
 
 def random_teacher(config: DiTConfig, seed: int = 0) -> tuple[DiT, str]:

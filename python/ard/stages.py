@@ -98,7 +98,32 @@ def store_spec(recipe: Recipe, teacher_sha256: str) -> StoreSpec:
         teacher_sha256=teacher_sha256,
         store=config.store,
         dtype=config.dtype,
+        precision=config.precision,
     )
+
+
+def require_store(store: TrajectoryStore, spec: StoreSpec) -> None:
+    """Raises ValueError naming the first setting in which a store differs from what the recipe and teacher give."""
+    for name, value in asdict(spec).items():
+        found = getattr(store.spec, name)
+        if found != value:
+            raise ValueError(f"{store.folder} holds trajectories with {name}={found!r}; expected {value!r}")
+
+
+def require_groups(recipe: Recipe, process: Process) -> None:
+    """The GAN's batch norms and adaptive weight see whole micro-batches: raises ValueError if those were too small."""
+    config, accumulation = recipe.gan, recipe.execution.accumulation
+    if accumulation != 1:
+        raise ValueError(
+            f"execution.accumulation is {accumulation}; expected 1 for the GAN fine-tune, whose adaptive weight is "
+            "that of the whole batch (execution.activation_checkpointing saves memory too)"
+        )
+    local = config.train.batch_size // process.world_size
+    if local % config.virtual_batch:
+        raise ValueError(
+            f"gan.train.batch_size is {config.train.batch_size}, {local} for each of {process.world_size} processes; "
+            f"expected a multiple of gan.virtual_batch={config.virtual_batch} for each"
+        )
 
 
 def make_trajectories(
@@ -125,6 +150,7 @@ def make_trajectories(
 def distill(
     recipe: Recipe,
     teacher: DiT,
+    teacher_sha256: str,
     store: TrajectoryStore,
     folder: Path,
     *,
@@ -133,6 +159,7 @@ def distill(
     on_step: OnStep | None = None,
 ) -> tuple[ARDStudent, Fitted]:
     """A student that starts as a copy of the teacher, after regression on the trajectories."""
+    require_store(store, store_spec(recipe, teacher_sha256))
     process, config, student_config = process or Process(), recipe.distill, recipe.student
     student = ARDStudent.from_teacher(
         teacher,
@@ -154,6 +181,7 @@ def finetune(
     student: ARDStudent,
     student_sha256: str,
     teacher: DiT,
+    teacher_sha256: str,
     store: TrajectoryStore,
     real: RealLatents,
     folder: Path,
@@ -166,12 +194,14 @@ def finetune(
     process, config = process or Process(), recipe.gan
     if config is None:
         raise ValueError("recipe: gan is missing; expected the settings of the GAN fine-tune")
+    require_store(store, store_spec(recipe, teacher_sha256))
+    require_groups(recipe, process)
     student, teacher = student.to(process.device), teacher.to(process.device)
     objective = GanObjective(store, student, teacher, real, config, state=recipe.student.state, process=process)
     facts, gan = student_facts(recipe), plain(config)
     settings = {name: value for name, value in gan.items() if name not in ("train", "student", "real")}
     identity = {**facts, "train": config.train.identity(), "gan": settings, "student_sha256": student_sha256}
-    identity["trajectories"] = store.spec.fingerprint()
+    identity |= {"trajectories": store.spec.fingerprint(), "real": real.fingerprint}
     return _fit(
         recipe, student, objective, config.train, Run(folder, facts, identity, resume, recipe), store, process, on_step
     )
@@ -196,13 +226,9 @@ def _fit(
     process: Process,
     on_step: OnStep | None,
 ) -> tuple[ARDStudent, Fitted]:
-    if store.spec.keep != recipe.trajectories.keep:
-        raise ValueError(
-            f"{store.folder} keeps {store.spec.keep}; expected trajectories.keep={recipe.trajectories.keep}"
-        )
     student.to(process.device, torch.float32).requires_grad_(True)
     student.pos_embed.requires_grad_(False)
-    trainer = Trainer(student, objective, config, execution=recipe.execution, process=process, run=run)
     settings = recipe.preview
     preview = Preview(student, store, settings, recipe, run.folder, process) if settings.every else None
-    return student, trainer.fit(preview=preview, preview_every=settings.every, on_step=on_step)
+    trainer = Trainer(student, objective, config, execution=recipe.execution, process=process, run=run)
+    return student, trainer.fit(preview=preview, preview_every=max(1, settings.every), on_step=on_step)

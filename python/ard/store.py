@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,14 @@ from torch import Tensor
 from ard.parallel import Process
 from ard.shards import ShardedStore, shard_count, write_shards
 from ard.streams import noise_at
-from ard.trajectories import STATE_KINDS
+from ard.trajectories import STATE_KINDS, check_keep
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+def fingerprint(spec: Any) -> str:
+    """12 hexadecimal digits that differ between specs; a name for a store's folder."""
+    return hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class StoreSpec:
     teacher_sha256: str = ""  # of the teacher's weights
     store: tuple[str, ...] = STATE_KINDS  # state kinds
     dtype: str = "float32"  # of noise and states
+    precision: str = "fp32"  # of the teacher's forward
 
     def __post_init__(self):
         for name in ("image_shape", "keep", "store"):
@@ -47,6 +54,7 @@ class StoreSpec:
         for name in ("count", "shard_size", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"StoreSpec: {name}={getattr(self, name)}; expected >= 1")
+        check_keep(self.keep, self.sampling_steps)
         if not self.store or not set(self.store) <= set(STATE_KINDS):
             raise ValueError(f"StoreSpec: store={list(self.store)}; expected one or both of {list(STATE_KINDS)}")
         if self.dtype not in DTYPES:
@@ -63,8 +71,7 @@ class StoreSpec:
         return states * math.prod(self.image_shape) * DTYPES[self.dtype].itemsize + torch.int64.itemsize
 
     def fingerprint(self) -> str:
-        """12 hexadecimal digits that differ between specs; a name for the store's folder."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        return fingerprint(self)
 
     def noise(self, indices: Sequence[int]) -> Tensor:
         """Noise of global indices, float32 (n, *image_shape)."""
@@ -152,6 +159,13 @@ class LatentSpec:
     encoder: str  # fingerprint of the VAE, or "none"
     seed: int = 0  # of the posterior's noise
     dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"LatentSpec: dtype={self.dtype!r}; expected one of {sorted(DTYPES)}")
+
+    def fingerprint(self) -> str:
+        return fingerprint(self)
 
     @property
     def row_bytes(self) -> int:

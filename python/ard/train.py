@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ard import training_state
 from ard.ema import Ema
-from ard.files import remove_temporary, write_json
+from ard.files import FolderLock, remove_temporary, write_json
 from ard.objectives import MicroBatch, Objective
 from ard.optim import adamw, clip_gradients, load_optimizer, optimizer_tensors
 from ard.parallel import Process, assign, spread, whole
 from ard.recipe import ExecutionConfig, Recipe, TrainConfig, autocast, write_recipe
-from ard.runlog import RunLog
+from ard.runlog import RunLog, summary_writer_class
 
 # (updates done, whole averaged weights) -> scalars for the log; called on every rank
 Preview = Callable[[int, dict[str, Tensor]], dict[str, float]]
@@ -89,22 +89,26 @@ class Trainer:
         self.optimizer = adamw(model, config.learning_rate, config.betas, config.weight_decay)
         self.ema = Ema(model, config.ema_decay)
         self.step = 0  # updates done
-        self.log = self._resume() if run else RunLog(None)
+        self._lock = FolderLock(run.folder) if run and self.process.is_main else nullcontext()
+        with ExitStack() as refused:
+            refused.push(self._lock)
+            self.log = self._resume() if run else RunLog(None)
+            refused.pop_all()
 
     def fit(
         self,
         *,
         preview: Preview | None = None,
-        preview_every: int = 0,
+        preview_every: int = 1,
         on_step: Callable[[int], Any] | None = None,
     ) -> Fitted:
         """Runs until ``config.steps`` updates are done, or SIGTERM has asked to save and stop.
 
-        preview: called every ``preview_every`` steps and at the end. on_step: called after each with the updates done.
+        preview: called every ``preview_every`` >= 1 steps and at the end. on_step: called with the updates done.
         Raises NonFiniteError before the update; <run>/nonfinite-step-N.json then names the samples.
         """
         config, objective, first, started = self.config, self.objective, self.step, time.perf_counter()
-        with sigterm_flag() as terminated:
+        with sigterm_flag() as terminated, self._lock:
             while self.step < config.steps:
                 for group in self.optimizer.param_groups:
                     group["lr"] = config.learning_rate_at(self.step)
@@ -144,7 +148,7 @@ class Trainer:
             for name, value in scalars.items():
                 sums[name] = sums.get(name, 0.0) + value * share
         sums["stop"] = torch.full_like(sums["loss"], len(terminated))
-        # One collective and one synchronisation with the device per step.
+        # One collective, and one synchronisation with the device, for all of the objective's scalars.
         return dict(zip(sums, self.process.mean(torch.stack(list(sums.values()))).tolist(), strict=True))
 
     def _micro_batches(self, batch: Tensor) -> Iterator[tuple[MicroBatch, bool]]:
@@ -208,7 +212,10 @@ class Trainer:
     def _resume(self) -> RunLog:
         """Loads the newest good checkpoint, if there is one; the log up to there."""
         run = self.run
+        if self.execution.tensorboard:
+            summary_writer_class()
         checkpoint, pending = training_state.newest(run.checkpoints) if run.resume else None, None
+        self._require_agreement(checkpoint)
         if checkpoint:
             require_same(checkpoint, run.identity)
             self.step, pending = checkpoint.step, checkpoint.facts["log"]
@@ -230,6 +237,16 @@ class Trainer:
             training_state.tidy(run.checkpoints, self.step, keep_last=self.execution.keep_last)
         folder = run.folder if self.process.is_main else None
         return RunLog(folder, self.step, pending, tensorboard=self.execution.tensorboard)
+
+    def _require_agreement(self, checkpoint: training_state.Checkpoint | None) -> None:
+        """Raises ValueError on every rank unless all of them have found the same checkpoint."""
+        mark = [checkpoint.step, int(checkpoint.sha256["model"][:15], 16)] if checkpoint else [0, 0]
+        marks = self.process.gather(torch.tensor([mark], device=self.process.device))
+        if not (marks == marks[0]).all():
+            raise ValueError(
+                f"{self.run.checkpoints}: the processes found different newest checkpoints, of steps "
+                f"{marks[:, 0].tolist()}; expected one folder that all of them see"
+            )
 
     def _generator_states(self) -> dict[str, Tensor]:
         """States of torch's generators, a row per rank. (The trainer itself draws from (seed, step) alone.)"""

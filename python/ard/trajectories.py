@@ -41,6 +41,15 @@ class TrajectoryBatch:
         return torch.cat([self.noise[:, None], self.targets(kind)[:, :-1]], dim=1)
 
 
+def check_keep(keep: tuple[int, ...], sampling_steps: int) -> None:
+    """Raises ValueError unless ``keep`` are strictly descending respaced indices."""
+    descending = all(earlier > later for earlier, later in pairwise(keep))
+    if not keep or not descending or keep[0] >= sampling_steps or keep[-1] < 0:
+        raise ValueError(
+            f"keep: got {keep}; expected strictly descending indices in [0, sampling_steps={sampling_steps})"
+        )
+
+
 def generate(
     teacher: DiT,
     noise: Tensor,
@@ -57,11 +66,7 @@ def generate(
     cfg_scale, cfg_channels: see `ard.diffusion.guided_epsilon`.
     """
     keep = tuple(keep)
-    descending = all(earlier > later for earlier, later in pairwise(keep))
-    if not keep or not descending or keep[0] >= sampling_steps or keep[-1] < 0:
-        raise ValueError(
-            f"keep: got {keep}; expected strictly descending indices in [0, sampling_steps={sampling_steps})"
-        )
+    check_keep(keep, sampling_steps)
     kept = []
     for step in ddim_steps(
         teacher, noise, labels, sampling_steps=sampling_steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels

@@ -95,7 +95,7 @@ class ObservedGan(Observed, GanObjective):
 def gan_objective(student: ARDStudent, store: TrajectoryStore, process: Process, dtype: torch.dtype) -> ObservedGan:
     """Groups of 4 samples share a batch norm: the rows of one of two ranks. The generator's part starts at step 2."""
     real = LatentsInMemory(
-        torch.randn(20, 1, 4, 4, dtype=dtype, generator=torch.Generator().manual_seed(3)), torch.arange(20) % 3
+        "toy", torch.randn(20, 1, 4, 4, dtype=dtype, generator=torch.Generator().manual_seed(3)), torch.arange(20) % 3
     )
     config = GanConfig(TrainConfig(**TRAIN), start=2, kernel_size=3, projection=8, virtual_batch=4)
     objective = ObservedGan(store, student, tiny_teacher(dtype), real, config, state="x0", process=process)

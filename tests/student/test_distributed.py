@@ -380,11 +380,13 @@ def test_spectral_norms_take_one_power_iteration_per_update(gan):
 
 @pytest.mark.parametrize(("count", "group"), [(8, 4), (6, 3), (3, 3), (5, 1)])
 def test_local_batch_norm_is_batch_norm_of_each_group(count, group):
-    norm, x = LocalBatchNorm(5, virtual_batch=4).double(), torch.randn(count, 5, 7, dtype=torch.float64)
+    norm, x = LocalBatchNorm(5, virtual_batch=group).double(), torch.randn(count, 5, 7, dtype=torch.float64)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     expected = [F.batch_norm(rows, None, None, norm.weight, norm.bias, training=True) for rows in x.split(group)]
     assert (norm(x) - torch.cat(expected)).abs().max() <= ULPS * norm.weight.abs().max()
+    with pytest.raises(ValueError, match=r"got 5 samples; expected a multiple of 2"):
+        LocalBatchNorm(3, virtual_batch=2)(torch.zeros(5, 3, 7))
 
 
 def test_compiled_blocks_train_alike_and_layers_share_graphs(runs):

@@ -24,7 +24,7 @@ SMALLER = [
     "execution.save_every=2", "preview.every=2", "preview.count=8",
 ]  # fmt: skip
 DIGITS = [*SMALLER, "teacher.train.steps=4", "distill.batch_size=4", "gan.train.steps=3", "gan.start=1",
-          "gan.train.batch_size=4"]  # fmt: skip
+          "gan.train.batch_size=4", "gan.virtual_batch=2"]  # fmt: skip
 IMAGENET = [*SMALLER, "model.input_size=8", "model.num_classes=3", "distill.batch_size=4"]
 # What the commands without a recipe need to be small.
 OPTIONS = {
@@ -44,7 +44,7 @@ def commands(block: int) -> list[list[str]]:
 def run(arguments: list[str], overrides: list[str]) -> None:
     takes_recipe = "-c" in arguments and arguments[0] not in ("export", "sample")
     if "imagenet256_gan" in arguments:
-        overrides = [*overrides, "gan.train.steps=3", "gan.start=1", "gan.train.batch_size=4"]
+        overrides = [*overrides, "gan.train.steps=3", "gan.start=1", "gan.train.batch_size=4", "gan.virtual_batch=2"]
     extra = overrides if takes_recipe and "--dry-run" not in arguments else OPTIONS.get(arguments[0], [])
     result = CliRunner().invoke(app, [*arguments, *extra])
     assert result.exit_code == 0, (arguments, result.output, result.exception)

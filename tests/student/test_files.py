@@ -10,6 +10,7 @@ import pytest
 import torch
 from ard.files import (
     DamagedFile,
+    FolderLock,
     atomic_folder,
     atomic_path,
     file_sha256,
@@ -171,3 +172,21 @@ def test_tensors_are_written_as_they_are_with_their_sha256(tmp_path):
     assert sha256 == file_sha256(tmp_path / "t.safetensors")
     loaded = load_file(tmp_path / "t.safetensors")
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items()) and loaded.keys() == tensors.keys()
+
+
+def test_a_second_job_is_kept_out_of_a_folder(tmp_path):
+    with FolderLock(tmp_path / "run") as lock:
+        with pytest.raises(ValueError, match=r"run: another job is writing to it; expected to be the only one"):
+            FolderLock(tmp_path / "run")
+        lock.release()
+        FolderLock(tmp_path / "run").release()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_locked_is_warned_of(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("not supported")
+
+    monkeypatch.setattr("ard.files.fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(not supported\); start no second job"):
+        FolderLock(tmp_path).release()

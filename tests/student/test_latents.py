@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,5 @@ def test_real_latents_must_fit_the_model(images, vae, tmp_path):
     assert len(open_real("digits", digits)) == 1438
     with pytest.raises(ValueError, match=r"digits holds latents of shape \(1, 8, 8\)"):
         open_real("digits", CONFIG)
+    with pytest.raises(ValueError, match=r"has 3 classes; expected the model's 2"):
+        open_real(str(tmp_path), replace(CONFIG, num_classes=2))

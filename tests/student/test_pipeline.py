@@ -154,9 +154,12 @@ def test_bare_weights_need_a_recipe(tmp_path):
         (["distill", "-c", "digits", "--out", "x", *TINY, "teacher.checkpoint=student"], "is a student; expected a te"),
         (
             ["distill", "-c", "digits", "--out", "x", *TINY, "trajectories.keep=[6,5,4,0]"],
-            "keeps (6, 4, 2, 0); expected",
+            "with keep=(6, 4, 2, 0); expected (6, 5, 4, 0)",
         ),
-        (["distill", "-c", "digits", "--out", "x", "--random-teacher", *TINY], "was sampled from another teacher"),
+        (
+            ["distill", "-c", "digits", "--out", "x", "--random-teacher", *TINY],
+            "holds trajectories with teacher_sha256=",
+        ),
         (["distill", "-c", "digits", "--out", "student", *TINY, "distill.learning_rate=1e-5"], "learning_rate=0.004"),
         (["distill", "-c", "imagenet256", "--out", "x"], "teacher.checkpoint is not given; expected a path"),
         (["finetune-gan", "-c", "imagenet256", "--out", "x"], "has no gan section"),
@@ -166,6 +169,24 @@ def test_bare_weights_need_a_recipe(tmp_path):
         (["sample", "gan", "--out", "x", "--classes", "10"], "expected within [0, 9]"),
         (["sample", "gan", "--out", "x", "--classes", "a"], "expected numbers and ranges"),
         (["sample", "gan", "--out", "x", "--weights", "best"], "expected one of ('ema', 'model')"),
+        (
+            ["finetune-gan", "-c", "digits", "--out", "x", *TINY, "student.history_layers=2"],
+            "with history_layers=1; ex",
+        ),
+        (
+            ["finetune-gan", "-c", "digits", "--out", "x", *TINY, "execution.accumulation=2"],
+            "accumulation is 2; expected",
+        ),
+        (["finetune-gan", "-c", "digits", "--out", "x", *TINY, "gan.train.batch_size=12"], "multiple of gan.virtual_b"),
+        (["finetune-gan", "-c", "digits", "--out", "gan", *TINY, "gan.factor=1.0"], "gan.factor=3.0; expected 1.0"),
+        (["distill", "-c", "digits", "--out", "x", *TINY, "trajectories.cfg_scale=2.0"], "cfg_scale=1.5; expected 2.0"),
+        (["distill", "-c", "digits", "--out", "x", *TINY, "distill.grad_clip=0"], "grad_clip is 0.0; expected above 0"),
+        (["distill", "-c", "digits", "--out", "x", *TINY, "distill.batch_size=7", "execution.accumulation=2"], "of 2"),
+        (["distill", "-c", "digits", "--fresh", "--out", "student", *TINY, "preview.features=poled"], "pooled"),
+        (["distill", "-c", "digits", "--out", "x", "--device", "gpu", *TINY], "device: got 'gpu'"),
+        (["sample", "gan", "--out", "x", "--precision", "fp16"], "precision is 'fp16'; expected one of 'fp32', 'bf16'"),
+        (["sample", "gan", "--out", "x", "--classes", "5-1"], "got the range '5-1'"),
+        (["evaluate", "gan", "--reference", "digits"], "sample.json"),
         (["export", "gan", "x", "--to", "diffusers"], "expected a segment of the student"),
         (["export", "teacher", "y", "--to", "diffusers", "--segment", "1"], "expected none for a teacher"),
         (["export", "teacher", "gan", "--to", "public"], "gan exists; expected a new path"),
@@ -178,3 +199,21 @@ def test_wrong_input_is_refused_before_anything_is_written(arguments, message):
     after = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
     changed = {str(path) for path in after.keys() ^ before.keys()} | {p.name for p in before if after[p] != before[p]}
     assert changed <= {"samples", "digits.npz"}  # the reference that `evaluate` was asked for
+
+
+def test_weights_of_half_precision_are_used_in_full(tmp_path):
+    recipe = read_recipe("digits", TINY)
+    for run, opened, needs in (("teacher", open_teacher, recipe.model), ("student", open_student, recipe)):
+        halves = {name: tensor.half() for name, tensor in open_source(run).state.items()}
+        save_file(halves, tmp_path / f"{run}.safetensors")
+        model, _ = opened(tmp_path / f"{run}.safetensors", needs)
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_a_teacher_is_known_by_its_weights_not_by_its_file(tmp_path):
+    ard("export", "teacher", str(tmp_path / "teacher.safetensors"), "--to", "public")
+    torch.save(dict(open_source("teacher").state), tmp_path / "teacher.pt")
+    marks = {
+        open_source(path).sha256 for path in ("teacher", tmp_path / "teacher.safetensors", tmp_path / "teacher.pt")
+    }
+    assert len(marks) == 1 and open_source("teacher", "model").sha256 not in marks

@@ -48,8 +48,13 @@ def test_parameters_disk_and_shards_are_exact():
 
 def test_gan_plan_counts_the_discriminator():
     with_heads = plan(read_recipe("imagenet256_gan"), stage="gan")
+    assert with_heads["disk"]["checkpoints"] == 4 * 4 * (
+        2 * (683_209_856 + 682_914_944) + 3 * with_heads["parameters"]["discriminator"]
+    )
     convolutions = 28 * (1152 * 1152 * (1 + 9) + 2 * 1152)
     assert with_heads["parameters"]["discriminator"] > convolutions
+    with pytest.raises(ValueError, match=r"batch_size is 64; expected a multiple of 7: 7 processes"):
+        plan(read_recipe("imagenet256"), world_size=7)
     with pytest.raises(ValueError, match=r"a gan section for 'gan'"):
         plan(read_recipe("imagenet256"), stage="gan")
 

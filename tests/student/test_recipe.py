@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import FrozenInstanceError, dataclass, replace
 from importlib.resources import files
 
@@ -189,3 +190,21 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
     with pytest.raises(ValueError, match=r"a.yaml extends itself, by way of a.yaml, b.yaml"):
         read_recipe(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("distill.grad_clip=0", "train.grad_clip is 0.0; expected above 0, and .inf for no limit"),
+        ("distill.warmup_steps=-1", "train.warmup_steps is -1; expected at least 0"),
+        ("preview.every=-1", "preview.every is -1; expected at least 0"),
+        ("preview.grid=0", "preview.grid is 0; expected at least 1"),
+        ("gan.kernel_size=8", "gan.kernel_size is 8; expected an odd number"),
+        ("gan.virtual_batch=0", "gan.virtual_batch is 0; expected at least 1"),
+        ("execution.precision=fp16", "execution.precision is 'fp16'; expected one of 'fp32', 'bf16'"),
+        ("trajectories.dtype=bf16", "trajectories.dtype is 'bf16'; expected one of 'float32', 'float16'"),
+    ],
+)
+def test_values_that_would_train_wrongly_are_refused(override, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_recipe("digits", [override])

@@ -287,3 +287,9 @@ def test_latents_are_stored_in_order_and_resumed(tmp_path):
     assert torch.equal(store.read("latents", order), latents[order])
     assert torch.equal(store.read("labels", order), labels[order])
     store.verify()
+
+
+def test_states_that_no_teacher_step_has_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"keep: got \(0, 15\); expected strictly descending"):
+        generate_store(tmp_path / "store", replace(SPEC, keep=(0, 15)), FakeTeacher())
+    assert not (tmp_path / "store").exists()

@@ -14,6 +14,7 @@ import torch
 from ard.ema import Ema
 from ard.model import DiT, DiTConfig
 from ard.objectives import MicroBatch, Objective, StudentObjective, TeacherObjective
+from ard.parallel import Process
 from ard.recipe import ExecutionConfig, TrainConfig
 from ard.runlog import RunLog, read_log
 from ard.store import StoreSpec, TrajectoryStore, generate_store
@@ -352,3 +353,22 @@ def test_settings_of_execution_may_change_on_resume(tmp_path):
     assert config.identity() == replace(config, steps=8, log_every=1).identity()
     toy_trainer(tmp_path, steps=3, save_every=1).fit()
     assert toy_trainer(tmp_path, steps=6, save_every=5, keep_last=1, log_every=3).fit().step == 6
+
+
+class SeesAnotherFolder(Process):
+    """One of two ranks; the other has found a checkpoint one step later."""
+
+    def gather(self, rows: Tensor) -> Tensor:
+        return torch.cat([rows, rows + 1])
+
+
+def test_ranks_that_find_different_checkpoints_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"found different newest checkpoints, of steps \[0, 1\]; expected one folder"):
+        Trainer(nn.Linear(2, 1), Losses(None), TrainConfig(1, 2), process=SeesAnotherFolder(), run=Run(tmp_path, {}))
+
+
+def test_a_run_in_progress_is_not_started_twice(tmp_path):
+    first = Trainer(nn.Linear(2, 1), Losses(None), TrainConfig(1, 2), run=Run(tmp_path, {}))
+    with pytest.raises(ValueError, match=r"another job is writing to it"):
+        Trainer(nn.Linear(2, 1), Losses(None), TrainConfig(1, 2), run=Run(tmp_path, {}))
+    assert first.step == 0
