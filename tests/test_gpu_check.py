@@ -25,6 +25,7 @@ STAGES = (
     "correctness",
     "determinism",
     "graphs",
+    "trainer",
     "tune",
     "sanitizer",
     "correctness_tuned",

@@ -46,10 +46,11 @@ BUILD_SECONDS = 300.0
 STAGES = (
     Stage("environment", "machine.environment", 0.03, False, "versions, sizes, copy bandwidth and bf16 matmul rate"),
     Stage("build", "machine.build", 0.05, True, "the C++ extension with its CUDA kernels, in place", BUILD_SECONDS),
-    Stage("correctness", "correctness.correctness", 0.18, True, "values and gradients against fp64, memory poisoned"),
+    Stage("correctness", "correctness.correctness", 0.15, True, "values and gradients against fp64, memory poisoned"),
     Stage("determinism", "correctness.determinism", 0.05, True, "1000 repeats of every op are bit-equal"),
     Stage("graphs", "graphs.graphs", 0.08, True, "CUDA graphs and a compiled layer equal eager"),
-    Stage("tune", "tune.tune", 0.12, False, "the fastest configuration of every Triton kernel"),
+    Stage("trainer", "trainer.trainer", 0.05, True, "a small student and GAN fine-tune as on the CPU; resumption"),
+    Stage("tune", "tune.tune", 0.10, False, "the fastest configuration of every Triton kernel"),
     Stage("sanitizer", "sanitize.sanitizer", 0.13, True, "compute-sanitizer on tiny shapes of every op"),
     Stage(
         "correctness_tuned", "correctness.correctness", 0.04, True, "correctness again, with the tuned configurations"
