@@ -78,7 +78,6 @@ def evaluate(
     kept_count = 0 if reference_file is None else precision_recall_max
     for file in filter(None, (sample_file, reference_file)):
         _require_fit(file, sample_file.image_shape, neighbours if reference_file else 1)
-
     width = None if statistics is None else statistics.mean_F.numel()
     sample = _measure(sample_file, features, batch_size, kept_count, width)
     real = None if reference_file is None else _measure(reference_file, features, batch_size, kept_count, width)
