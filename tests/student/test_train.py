@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -372,3 +373,24 @@ def test_a_run_in_progress_is_not_started_twice(tmp_path):
     with pytest.raises(ValueError, match=r"another job is writing to it"):
         Trainer(nn.Linear(2, 1), Losses(None), TrainConfig(1, 2), run=Run(tmp_path, {}))
     assert first.step == 0
+
+
+def test_tensorboard_gets_the_lines_of_the_log(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    execution = ExecutionConfig(tensorboard=True)
+    run, config = Run(tmp_path, {}), TrainConfig(steps=3, batch_size=2, log_every=1)
+    model = nn.Linear(1, 1)
+    losses = Losses(lambda model, micro: model(torch.ones(2, 1)).square().flatten())
+    fitted = Trainer(model, losses, config, execution=execution, run=run).fit()
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    seen = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert seen == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in fitted.log]
+
+
+def test_missing_tensorboard_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    execution = ExecutionConfig(tensorboard=True)
+    with pytest.raises(ImportError, match=r"execution.tensorboard=false: log.jsonl holds the same values"):
+        Trainer(nn.Linear(1, 1), Losses(None), TrainConfig(1, 2), execution=execution, run=Run(tmp_path, {}))
+    assert list(tmp_path.iterdir()) == []
