@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ard.train import Fitted
 
 Out = Annotated[Path, typer.Option(help="The run: config.yaml, log.jsonl, checkpoints/, samples/.")]
+OptionalOut = Annotated[Path | None, typer.Option(help="The run, as of `ard teacher`; --dry-run needs none.")]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start anew and remove the run's checkpoints, instead of continuing.")
 ]
@@ -43,8 +44,8 @@ def teacher(
     from ard import digits, stages
 
     with opened(config, overrides, device) as (recipe, process):
-        data = digits.load()
-        with steps_bar("teacher", recipe.teacher.train, process) as on_step:
+        data, train = digits.load(), required(recipe.teacher.train, "teacher.train")
+        with steps_bar("teacher", train, process) as on_step:
             _, fitted = stages.train_teacher(
                 recipe,
                 data.train_images,
@@ -55,7 +56,7 @@ def teacher(
                 resume=not fresh,
                 on_step=on_step,
             )
-        say_end(fitted, recipe.teacher.train, out, process)
+        say_end(fitted, train, out, process)
 
 
 @app.command()
@@ -105,7 +106,7 @@ def verify(folder: Path) -> None:
 @app.command()
 def distill(
     config: Config,
-    out: Annotated[Path | None, typer.Option(help="The run: config.yaml, log.jsonl, checkpoints/, samples/.")] = None,
+    out: OptionalOut = None,
     overrides: Overrides = None,
     random_teacher: RandomTeacher = False,
     fresh: Fresh = False,
@@ -133,7 +134,7 @@ def distill(
 @app.command("finetune-gan")
 def finetune_gan(
     config: Config,
-    out: Annotated[Path | None, typer.Option(help="The run: config.yaml, log.jsonl, checkpoints/, samples/.")] = None,
+    out: OptionalOut = None,
     overrides: Overrides = None,
     random_teacher: RandomTeacher = False,
     fresh: Fresh = False,
@@ -199,7 +200,7 @@ def opened_teacher(recipe: Recipe, random: bool) -> tuple[DiT, str]:
 
 def required(value: Any, name: str) -> Any:
     if value is None:
-        raise ValueError(f"{name} is not given; expected a path")
+        raise ValueError(f"{name} is not given; this command needs it")
     return value
 
 

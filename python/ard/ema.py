@@ -29,9 +29,8 @@ class Ema:
         decay = min(self.decay, (1 + step) / (10 + step))
         averages = [local(self.state[name]) for name in self._parameters]
         torch._foreach_lerp_(averages, [local(value) for value in model.parameters()], 1.0 - decay)
-        parameters = set(self._parameters)
-        for name, value in model.state_dict().items():
-            if name not in parameters:
+        for name, value in model.named_buffers():
+            if name in self.state:
                 self.state[name].copy_(value)
 
     def copy_to(self, model: nn.Module) -> nn.Module:

@@ -187,7 +187,7 @@ class GanObjective(StudentObjective):
         adversarial = micro.step >= self.config.start
         with autocast(), torch.set_grad_enabled(adversarial):
             c_BC = self.condition(labels_B)
-            features = self.features(fake.requires_grad_(adversarial), labels_B)
+            features = self.features(fake.requires_grad_(adversarial), c_BC)
         if adversarial:
             self.discriminator.requires_grad_(False)
             with autocast():
@@ -209,7 +209,8 @@ class GanObjective(StudentObjective):
         latents, labels_B = (rows.to(self.device) for rows in self.real.rows(order[micro.rows]))
         with autocast():
             with torch.no_grad():
-                real_features, real_c_BC = self.features(wide(latents), labels_B), self.condition(labels_B)
+                real_c_BC = self.condition(labels_B)
+                real_features = self.features(wide(latents), real_c_BC)
             on_real = self.discriminator(real_features, real_c_BC)
             on_fake = self.discriminator(fake_features, c_BC.detach())
         loss = F.relu(1.0 - on_real).mean() + F.relu(1.0 + on_fake).mean()
@@ -237,10 +238,10 @@ class GanObjective(StudentObjective):
         """The teacher's conditioning c, (B, C)."""
         return self.teacher.condition(self.timesteps(labels_B)[:, None], labels_B)[:, 0]
 
-    def features(self, x_Bchw: Tensor, labels_B: Tensor) -> list[Tensor]:
-        """Tokens after every block of the teacher, (B, L, C) each."""
+    def features(self, x_Bchw: Tensor, c_BC: Tensor) -> list[Tensor]:
+        """Tokens after every block of the teacher, (B, L, C) each; c_BC from `condition`."""
         teacher, L = self.teacher, self.teacher.config.tokens
-        x_BTC, c_BSC, outputs = teacher.embed(x_Bchw[:, None]), self.condition(labels_B)[:, None], []
+        x_BTC, c_BSC, outputs = teacher.embed(x_Bchw[:, None]), c_BC[:, None], []
 
         def attend(qkv: Tensor) -> Tensor:
             return block_causal_attention_packed(qkv, segment_length=L)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ard.flops import flop_table
 from ard.gan import Discriminator
 from ard.model import DiT
-from ard.recipe import Recipe, autocast
+from ard.recipe import Recipe, autocast, micro_batch_size
 from ard.stages import store_spec
 from ard.student import ARDStudent
 
@@ -31,13 +31,7 @@ def plan(recipe: Recipe, *, stage: str = "distill", world_size: int = 1) -> dict
     if stage not in STAGES or (stage == "gan" and recipe.gan is None):
         raise ValueError(f"plan: stage is {stage!r}; expected one of {STAGES}, and a gan section for 'gan'")
     config = recipe.distill if stage == "distill" else recipe.gan.train
-    parts = world_size * recipe.execution.accumulation
-    if config.batch_size % parts:
-        raise ValueError(
-            f"batch_size is {config.batch_size}; expected a multiple of {parts}: {world_size} processes times "
-            f"{recipe.execution.accumulation} micro-batches"
-        )
-    local = config.batch_size // parts
+    local = micro_batch_size(config.batch_size, world_size, recipe.execution.accumulation)
     counts, trajectories = parameters(recipe, stage), store_spec(recipe, "")
     model, S, trainable = recipe.model, recipe.steps, counts["student, trainable"]
     forwards = flop_table(model, steps=S, history_layers=recipe.student.history_layers, **_mask(recipe))

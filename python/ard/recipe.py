@@ -107,6 +107,17 @@ class ExecutionConfig:
         _require_positive("execution", {name: getattr(self, name) for name in names})
 
 
+def micro_batch_size(batch_size: int, processes: int, accumulation: int) -> int:
+    """Samples of one micro-batch of one process. Raises ValueError unless all have equally many."""
+    parts = processes * accumulation
+    if batch_size % parts:
+        raise ValueError(
+            f"batch_size is {batch_size}; expected a multiple of {parts}: {processes} processes times {accumulation} "
+            "micro-batches"
+        )
+    return batch_size // parts
+
+
 @dataclass(frozen=True)
 class TeacherConfig:
     """The weights to distil; and, for `ard teacher`, how to make some."""
@@ -210,6 +221,11 @@ class Recipe:
     def steps(self) -> int:
         """S, the student's steps."""
         return len(self.trajectories.keep)
+
+    def student_facts(self) -> dict[str, Any]:
+        """What a reader of a student's checkpoint needs to build it."""
+        student = {**dataclasses.asdict(self.student), "steps": self.steps}
+        return {"kind": "student", "model": dataclasses.asdict(self.model), "student": student}
 
 
 def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -91,8 +91,7 @@ def open_student(path: str | Path, recipe: Recipe | None, weights: str = "ema") 
     )
     require_config(source, student.config, recipe.model if recipe else config)
     if source.facts and recipe:
-        expected = {**asdict(recipe.student), "steps": recipe.steps}
-        for name, value in expected.items():
+        for name, value in recipe.student_facts()["student"].items():
             if source.facts["student"][name] != value:
                 found = source.facts["student"][name]
                 raise ValueError(f"{source.path} is a student with {name}={found!r}; expected the recipe's {value!r}")
@@ -100,13 +99,13 @@ def open_student(path: str | Path, recipe: Recipe | None, weights: str = "ema") 
 
 
 def random_teacher(config: DiTConfig, seed: int = 0) -> tuple[DiT, str]:
-    """A teacher with random weights, none of them zero, to try a recipe without a checkpoint; and their sha256."""
+    """A teacher with random weights, also where training starts from zeros, to try a recipe; and their sha256."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         teacher = DiT(config)
         for name, parameter in teacher.named_parameters():
-            if not parameter.any():
-                nn.init.normal_(parameter, std=0.02) if name.endswith("weight") else nn.init.zeros_(parameter)
+            if name.endswith("weight") and not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
     return teacher.eval().requires_grad_(False), state_sha256(teacher.state_dict())
 
 

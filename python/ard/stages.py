@@ -169,7 +169,7 @@ def distill(
         sink=student_config.sink,
     )
     objective = StudentObjective(store, state=student_config.state, seed=config.seed, device=process.device)
-    facts = student_facts(recipe)
+    facts = recipe.student_facts()
     identity = {**facts, "train": config.identity(), "trajectories": store.spec.fingerprint()}
     return _fit(
         recipe, student, objective, config, Run(folder, facts, identity, resume, recipe), store, process, on_step
@@ -198,22 +198,13 @@ def finetune(
     require_groups(recipe, process)
     student, teacher = student.to(process.device), teacher.to(process.device)
     objective = GanObjective(store, student, teacher, real, config, state=recipe.student.state, process=process)
-    facts, gan = student_facts(recipe), plain(config)
+    facts, gan = recipe.student_facts(), plain(config)
     settings = {name: value for name, value in gan.items() if name not in ("train", "student", "real")}
     identity = {**facts, "train": config.train.identity(), "gan": settings, "student_sha256": student_sha256}
     identity |= {"trajectories": store.spec.fingerprint(), "real": real.fingerprint}
     return _fit(
         recipe, student, objective, config.train, Run(folder, facts, identity, resume, recipe), store, process, on_step
     )
-
-
-def student_facts(recipe: Recipe) -> dict[str, Any]:
-    """What a reader of a student's checkpoint needs to build it."""
-    return {
-        "kind": "student",
-        "model": asdict(recipe.model),
-        "student": {**asdict(recipe.student), "steps": recipe.steps},
-    }
 
 
 def _fit(

@@ -21,7 +21,7 @@ from ard.files import FolderLock, remove_temporary, write_json
 from ard.objectives import MicroBatch, Objective
 from ard.optim import adamw, clip_gradients, load_optimizer, optimizer_tensors
 from ard.parallel import Process, assign, spread, whole
-from ard.recipe import ExecutionConfig, Recipe, TrainConfig, autocast, write_recipe
+from ard.recipe import ExecutionConfig, Recipe, TrainConfig, autocast, micro_batch_size, write_recipe
 from ard.runlog import RunLog, summary_writer_class
 
 # (updates done, whole averaged weights) -> scalars for the log; called on every rank
@@ -74,12 +74,8 @@ class Trainer:
     ):
         self.model, self.objective, self.config, self.run = model, objective, config, run
         self.execution, self.process = execution or ExecutionConfig(), process or Process()
-        parts = self.process.world_size * self.execution.accumulation
-        if config.batch_size % parts:
-            raise ValueError(
-                f"batch_size is {config.batch_size}; expected a multiple of {parts}: {self.process.world_size} "
-                f"processes times {self.execution.accumulation} micro-batches"
-            )
+        accumulation = self.execution.accumulation
+        self.micro_batch = micro_batch_size(config.batch_size, self.process.world_size, accumulation)
         for block in getattr(model, "blocks", ()):
             block.recompute = self.execution.activation_checkpointing
             if self.execution.compile:
@@ -153,8 +149,7 @@ class Trainer:
 
     def _micro_batches(self, batch: Tensor) -> Iterator[tuple[MicroBatch, bool]]:
         """This rank's micro-batches, contiguous rows in rank order, and whether each is the step's last."""
-        accumulation = self.execution.accumulation
-        size = len(batch) // (self.process.world_size * accumulation)
+        accumulation, size = self.execution.accumulation, self.micro_batch
         for number in range(accumulation):
             first = (self.process.rank * accumulation + number) * size
             yield MicroBatch(self.step, batch, slice(first, first + size)), number + 1 == accumulation

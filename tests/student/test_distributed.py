@@ -305,7 +305,8 @@ class Gan:
         return {k: float(v) for k, v in self.objective.backward(self.student, micro, 1.0, nullcontext).items()}
 
     def logits(self, images, labels):
-        return self.discriminator(self.objective.features(images, labels), self.objective.condition(labels))
+        c_BC = self.objective.condition(labels)
+        return self.discriminator(self.objective.features(images, c_BC), c_BC)
 
     def gradients(self, loss, module: nn.Module) -> list[torch.Tensor]:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -355,7 +356,7 @@ def test_before_its_start_the_gan_only_trains_the_heads(gan):
 
 
 def test_features_are_the_tokens_after_each_block(gan):
-    images, outputs = gan.states[:, 0], gan.objective.features(gan.states[:, 0], gan.labels)
+    images, outputs = gan.states[:, 0], gan.objective.features(gan.states[:, 0], gan.objective.condition(gan.labels))
     for depth in range(1, len(outputs) + 1):
         teacher, tokens = distributed_worker.tiny_teacher(torch.float64), outputs[depth - 1]
         teacher.blocks = teacher.blocks[:depth]
