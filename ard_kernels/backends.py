@@ -15,6 +15,7 @@ import torch
 
 from ard_kernels import tuning
 from ard_kernels.gpu_support import architecture
+from ard_kernels.library import forward_mode
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
@@ -36,7 +37,9 @@ class BackendStatus(NamedTuple):
 
 
 _refusals: dict[str, dict[str, Refusal]] = {}
-# A plain global, not a ContextVar: Dynamo guards on it, so a compiled caller follows `use_backend` too.
+# What `use_backend` blocks have asked for, in the order they were entered. The last one holds. A plain global, not a
+# ContextVar: Dynamo guards on it, so a compiled caller follows `use_backend` too.
+_requests: list[list[str]] = []
 _override: str | None = None
 _environment: str | None = os.environ.get("ARD_BACKEND") or None
 
@@ -71,10 +74,19 @@ def automatic_order(op: str, device: torch.device, dtype: torch.dtype, width: in
     return tuple(dict.fromkeys((fastest, "triton", "torch")))
 
 
+def check_backend(op: str, backend: str, device: torch.device, dtype: torch.dtype, width: int) -> None:
+    """ValueError unless `backend`, as an op takes it, serves such tensors."""
+    reason = refusal(op, backend, device, dtype, width)
+    if reason is not None:
+        raise ValueError(f"{op}: backend {backend!r} cannot run on {device.type} {dtype}: {reason}")
+
+
 def resolve(op: str, requested: str | None, device: torch.device, dtype: torch.dtype, width: int | None) -> str:
     """Name of the backend to run. An explicit choice that cannot serve raises; nothing falls back silently."""
     explicit = requested or _override or _environment
     if explicit is None:
+        if forward_mode() and has_backend(op, "torch"):  # the one with derivatives in forward mode: see library.py
+            return "torch"
         for backend in automatic_order(op, device, dtype, width):
             if backend in _refusals[op] and _refusals[op][backend](device, dtype, width) is None:
                 return backend
@@ -108,8 +120,11 @@ def use_backend(name: str) -> Iterator[None]:
     global _override
     if name not in BACKENDS:
         raise ValueError(f"use_backend: name is {name!r}; expected one of {', '.join(BACKENDS)}")
-    previous, _override = _override, name
+    request = [name]  # a list, to be found again by identity: blocks of two threads may end in any order
+    _requests.append(request)
+    _override = name
     try:
         yield
     finally:
-        _override = previous
+        _requests[:] = [other for other in _requests if other is not request]
+        _override = _requests[-1][0] if _requests else None

@@ -1,16 +1,23 @@
-"""The `ard` operator library: how a room turns its schema, kernel, fake, gradient and FLOP formula into one op."""
+"""The `ard` operator library: how a room turns its schema, kernel, fake, gradient and FLOP formula into one op.
+
+What each way of differentiating gets:
+
+    reverse mode, torch.func.grad / vjp     the op's `backward`
+    forward mode, torch.func.jvp            `composite`: the op composed of PyTorch ops, whose derivatives of any order
+                                            and mode PyTorch knows. Backend "torch" only, which automatic choice takes
+                                            while a dual level is open; another one raises
+    gradients of gradients                  raise, but through a composite
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state as jit_trace
-from torch._C import _len_torch_dispatch_stack as dispatch_modes
-from torch._C import _len_torch_function_stack as function_modes
-from torch._C._functorch import peek_interpreter_stack as transforms
-from torch.autograd import _profiler_enabled as profiler_enabled
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
@@ -18,56 +25,92 @@ _library = torch.library.Library("ard", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def private(name: str) -> Callable | None:
+    """torch.<name>; None in a version of torch that lacks it."""
+    return reduce(lambda holder, part: getattr(holder, part, None), name.split("."), torch)
+
+
+# Who may watch, trace or transform an op: non-zero, not None or True while somebody does.
+_jit_trace = private("_C._get_tracing_state")
+_dispatch_modes = private("_C._len_torch_dispatch_stack")
+_function_modes = private("_C._len_torch_function_stack")
+_profiler_enabled = private("autograd._profiler_enabled")
+_transforms = private("_C._functorch.peek_interpreter_stack")
+_KNOWN = all((_jit_trace, _dispatch_modes, _function_modes, _profiler_enabled, _transforms))
+_KNOWN = _KNOWN and hasattr(forward_ad, "_current_level")
+# Where one of them cannot be asked, every call takes the dispatcher; so it does for who sets ARD_DISPATCH=1.
+DIRECT = _KNOWN and os.environ.get("ARD_DISPATCH", "0") != "1"
+
+
+def forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open, so that a tensor may carry a tangent."""
+    return not is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0
+
+
 def define_op(
     schema: str,
     kernel: Callable,
     fake: Callable,
     *,
+    check: Callable | None = None,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    composite: Callable | None = None,
     flops: Callable | None = None,
 ) -> Callable:
     """Register `ard::<schema>` and return what calls it.
 
-    `kernel` runs on every device (it dispatches on its `backend` argument). `setup_context(ctx, inputs, output)` and
-    `backward(ctx, *grads)` are those of an autograd.Function; an op without them has no gradient.
+    `kernel` runs on every device; its last argument is the backend. `check` raises ValueError for inputs that the
+    kernel would not survive: `torch.ops.ard.*` asks it, a public function has checked what it passes.
+    `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` are those of an autograd.Function. `flops` gets the
+    op's inputs, tensors as they are after the call.
     """
     name = schema.split("(", 1)[0]
+
+    def checked(*inputs):
+        if check is not None:
+            check(*inputs)
+        return kernel(*inputs)
+
     # Strides of inputs are part of the contract (packed views come without a copy), so the compiler must keep them.
     _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _library.impl(name, checked, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ard::{name}", fake, lib=_library)
     packet = getattr(torch.ops.ard, name)
     if flops is not None:
-        register_flop_formula(packet)(flops)
+        register_flop_formula(packet, get_raw=True)(lambda *inputs, out_val=None, **kwargs: flops(*inputs, **kwargs))
     op = packet.default
     if backward is None:
-        return _directly(op, kernel, kernel)
-    with_gradient = _gradient_function(kernel, backward, setup_context).apply
-    _library.impl(name, _autograd_kernel(op, backward, setup_context), "Autograd")
-    return _directly(op, kernel, with_gradient)
+        setup_context, backward = _refuse_gradient(name)
+    _library.impl(name, _autograd_kernel(name, op, backward, setup_context, composite), "Autograd")
+    _library.impl(name, lambda *inputs: op(*map(_materialized, inputs)), "ZeroTensor")
+    return _directly(op, kernel, _gradient_function(kernel, backward, setup_context).apply)
 
 
 def _directly(op: Callable, kernel: Callable, with_gradient: Callable) -> Callable:
     """`op`, called without the dispatcher where nothing can tell the difference: that costs 15 to 30 us less.
 
-    A tiny attention takes 40. What traces, counts, transforms or profiles gets the op itself.
+    A tiny attention takes 40. What traces, counts, transforms or profiles gets the op itself. Two things cannot be
+    noticed from here, an ExecutionTraceObserver and kernels that a user has registered for `ard::*`: ARD_DISPATCH=1.
     """
+    if not DIRECT:
+        return op
 
     def call(*inputs):
         if (
             is_compiling()
-            or dispatch_modes()
-            or function_modes()
-            or transforms() is not None
-            or jit_trace() is not None
-            or profiler_enabled()
+            or forward_ad._current_level >= 0
+            or _dispatch_modes()
+            or _function_modes()
+            or _transforms() is not None
+            or _jit_trace() is not None
+            or _profiler_enabled()
         ):
             return op(*inputs)
         needs_gradient = False
         for x in inputs:
             if isinstance(x, Tensor):
-                if type(x) not in _PLAIN or x.is_meta or x.is_neg():
+                if type(x) not in _PLAIN or x.is_meta or x.is_neg() or (x.data_ptr() == 0 and x.numel()):
                     return op(*inputs)
                 needs_gradient = needs_gradient or x.requires_grad
         if needs_gradient and torch.is_grad_enabled():
@@ -78,8 +121,22 @@ def _directly(op: Callable, kernel: Callable, with_gradient: Callable) -> Callab
     return call
 
 
-def _gradient_function(run: Callable, run_backward: Callable, setup_context: Callable) -> type:
-    """The autograd.Function that computes `run`. Gradients of gradients raise."""
+def _materialized(x: object) -> object:
+    """PyTorch's zero tensors of autograd have no memory to point to."""
+    return torch.zeros_like(x) if isinstance(x, Tensor) and torch._is_zerotensor(x) else x
+
+
+def _refuse_gradient(name: str) -> tuple[Callable, Callable]:
+    """setup_context and backward of an op without a gradient: one that is asked for raises instead of getting lost."""
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"ard_kernels: {name} has no gradient; gradients of gradients are not supported")
+
+    return lambda ctx, inputs, output: None, backward
+
+
+def _gradient_function(run: Callable, run_backward: Callable, setup_context: Callable) -> type[torch.autograd.Function]:
+    """The autograd.Function that computes `run`."""
 
     class Gradient(torch.autograd.Function):
         @staticmethod
@@ -91,26 +148,53 @@ def _gradient_function(run: Callable, run_backward: Callable, setup_context: Cal
 
         @staticmethod
         def backward(ctx, *grads):
-            if (
-                torch.is_grad_enabled()
-            ):  # once_differentiable would drop the gradient in silence when grads are constants
-                raise NotImplementedError("ard_kernels: gradients of gradients (create_graph=True) are not supported")
             return run_backward(ctx, *grads)
 
     return Gradient
 
 
-def _autograd_kernel(op: Callable, run_backward: Callable, setup_context: Callable) -> Callable:
-    """What `torch.library.register_autograd` makes, without its generic treatment of nested arguments.
+def _autograd_kernel(
+    name: str, op: Callable, run_backward: Callable, setup_context: Callable, composite: Callable | None
+) -> Callable:
+    """What `torch.library.register_autograd` makes, with tangents, and without its generic treatment of arguments.
 
     That costs 25 us per forward and backward, a quarter of the time of a small op.
     """
-    with_gradient = _gradient_function(op, run_backward, setup_context).apply
+    gradient = _gradient_function(op, run_backward, setup_context)
+    # Under torch.func this kernel is called once per level, for that level alone; Function.apply would do all levels.
+    of_this_level = super(torch.autograd.Function, gradient).apply
 
     def kernel(*inputs):
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
-            return with_gradient(*inputs)
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            return _with_tangents(name, composite, inputs)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            if _transforms is None or _transforms() is None:
+                return gradient.apply(*inputs)
+            with _single_level():
+                return of_this_level(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
 
     return kernel
+
+
+def _with_tangents(name: str, composite: Callable | None, inputs: tuple):
+    """The op on inputs of which some carry a tangent. Its last argument is the backend."""
+    if composite is None:
+        raise NotImplementedError(f"ard_kernels: {name} has no forward-mode derivative")
+    if inputs[-1] != "torch":
+        raise NotImplementedError(
+            f"ard_kernels: {name} on backend {inputs[-1]!r} has no forward-mode derivative; expected backend 'torch', "
+            "which is the automatic choice outside of torch.compile"
+        )
+    return composite(*inputs)
+
+
+def _single_level():
+    """What PyTorch asks for around an autograd.Function of one torch.func level."""
+    try:
+        from torch._functorch.autograd_function import enable_single_level_autograd_function
+    except ImportError:
+        raise NotImplementedError("ard_kernels: torch.func.grad is not supported with this version of torch") from None
+    return enable_single_level_autograd_function()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+from ard_kernels.arguments import check_int, described, is_int
 
 
 def segment_offsets(lengths: Sequence[int], tokens: int) -> list[int]:
@@ -21,21 +21,29 @@ def segment_offsets(lengths: Sequence[int], tokens: int) -> list[int]:
     return offsets
 
 
-def check_segment_length(op: str, segment_length: int | Sequence[int], name: str, tokens: int) -> list[int]:
-    """The op's `lengths` list for the `tokens` tokens of tensor `name`, or a ValueError that says what was expected."""
-    if not isinstance(segment_length, int) and hasattr(segment_length, "tolist"):  # lengths in a tensor or array
+def check_segment_length(
+    op: str, segment_length: int | Sequence[int], name: str, tokens: int, where: str = ""
+) -> list[int]:
+    """The op's `lengths` list for the `tokens` tokens of tensor `name`, or a ValueError that says what was expected.
+
+    where: how the tokens were counted, for the message.
+    """
+    if not is_int(segment_length) and hasattr(segment_length, "tolist"):  # lengths in a tensor or array
         segment_length = segment_length.tolist()
-    if isinstance(segment_length, (int, torch.SymInt)):
-        if segment_length < 1:
-            raise ValueError(f"{op}: segment_length is {segment_length}; expected a positive number of tokens")
-        if tokens % segment_length != 0:
-            raise ValueError(
-                f"{op}: {name} has {tokens} tokens; expected a multiple of segment_length={segment_length}"
-            )
-        return [segment_length]
-    lengths = list(segment_length) if isinstance(segment_length, Sequence) else [segment_length]
-    if not lengths or any(not isinstance(length, (int, torch.SymInt)) or length < 1 for length in lengths):
-        raise ValueError(f"{op}: segment_length is {lengths}; expected one or more positive ints")
+    if is_int(segment_length):
+        length = check_int(op, "segment_length", segment_length, 1, "tokens")
+        if tokens % length != 0:
+            raise ValueError(f"{op}: {name} has {tokens} tokens; expected a multiple of segment_length={length}{where}")
+        return [length]
+    if not isinstance(segment_length, Sequence) or isinstance(segment_length, str) or not segment_length:
+        got = described(segment_length)
+        raise ValueError(f"{op}: segment_length is {got}; expected an int or a sequence of ints, one per segment")
+    lengths = [check_int(op, f"segment_length[{i}]", n, 1, "tokens") for i, n in enumerate(segment_length)]
     if sum(lengths) != tokens:
-        raise ValueError(f"{op}: segment_length sums to {sum(lengths)}; expected the {tokens} tokens of {name}")
+        raise ValueError(f"{op}: segment_length sums to {sum(lengths)}; expected the {tokens} tokens of {name}{where}")
     return lengths
+
+
+def check_lengths(op: str, lengths: Sequence[int], tokens: int) -> None:
+    """ValueError unless `lengths`, as ops take it, fits `tokens` tokens."""
+    check_segment_length(op, lengths[0] if len(lengths) == 1 else lengths, "the input", tokens)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
+from ard_kernels.arguments import check_scale
 from ard_kernels.autocast import cast_to_autocast
 from ard_kernels.backends import resolve
 from ard_kernels.block_causal_attention import spec
@@ -36,17 +36,20 @@ def block_causal_attention(
     Args:
         q, k, v: (B, H, T, D), or (B, T, H, D) with layout "bthd"; fp32, bf16 or fp16 (fp64 on the torch backend),
             D a multiple of 8 up to 256. Any strides with a contiguous last dim are read in place, so the three may be
-            views of one packed qkv projection.
+            views of one packed qkv projection; tokens that overlap in memory are copied first.
         segment_length: tokens per segment L (T = S * L), or the S lengths of ragged segments.
-        window: segments a query sees, its own included; None sees all earlier ones. `window=1` is block-diagonal.
+        window: *segments* (not tokens) a query sees, its own included; None sees all earlier ones, and so does any
+            window >= S. `window=1` is block-diagonal.
         sink: the first `sink` segments are seen by every later query.
-        scale: softmax scale; default 1 / sqrt(D).
+        scale: softmax scale, a number; default 1 / sqrt(D).
         return_lse: also return the log-sum-exp of each query's scores, (B, H, T) fp32, not differentiable.
         backend: None chooses; see `ard_kernels.backends()`.
 
     Returns:
         out, like q in shape, layout and dtype, its memory ordered (B, T, H, D); with return_lse (out, lse).
         Accumulation is fp32. Under autocast q, k, v are cast to its dtype first, as scaled_dot_product_attention does.
+        A NaN or infinity reaches the queries that see it and no others; on GPU backends also queries whose tile holds
+        its segment (a product with a zero weight).
 
     Raises:
         ValueError: a shape, dtype, device, segment, window, sink or backend outside this contract.
@@ -54,11 +57,13 @@ def block_causal_attention(
     Source: ARD, arXiv 2504.11295, Sec. 3 and Fig. 4 (masks M1 window=1, M2 window=2, M3 window=1 sink=1, M4 None).
     """
     spec.check_qkv(OP, q, k, v, layout)
-    lengths = check_segment_length(OP, segment_length, "q", q.shape[layout.index("t")])
-    spec.check_window(OP, window, sink)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in cast_to_autocast(q, k, v))
+    token_dim = layout.index("t")
+    where = f" (layout {layout!r}: tokens are dim {token_dim} of {tuple(q.shape)})"
+    lengths = check_segment_length(OP, segment_length, "q", q.shape[token_dim], where)
+    window, sink = spec.check_window(OP, window, sink)
+    scale = check_scale(OP, scale, q.shape[-1])
+    q, k, v = (x if spec.rows_apart(x, token_dim) else x.contiguous() for x in cast_to_autocast(q, k, v))
     chosen = resolve(OP, backend, q.device, q.dtype, q.shape[-1])
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if layout == "bthd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out, lse = forward_op(q, k, v, lengths, window, sink, scale, chosen)
@@ -91,12 +96,14 @@ def block_causal_attention_packed(
     """
     op = "block_causal_attention_packed"
     spec.check_packed(op, qkv)
-    lengths = check_segment_length(op, segment_length, "qkv", qkv.shape[1])
-    spec.check_window(op, window, sink)
+    lengths = check_segment_length(
+        op, segment_length, "qkv", qkv.shape[1], f" (tokens are dim 1 of {tuple(qkv.shape)})"
+    )
+    window, sink = spec.check_window(op, window, sink)
+    scale = check_scale(op, scale, qkv.shape[-1])
     (qkv,) = cast_to_autocast(qkv)
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    qkv = qkv if spec.rows_apart(qkv, 1) else qkv.contiguous()
     chosen = resolve(OP, backend, qkv.device, qkv.dtype, qkv.shape[-1])
-    scale = 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale)
     out, lse = packed_op(qkv, lengths, window, sink, scale, chosen)
     out = out.transpose(1, 2)
     return (out, lse) if return_lse else out

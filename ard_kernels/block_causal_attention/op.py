@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 
 from ard_kernels import triton_support
-from ard_kernels.backends import register_backend
-from ard_kernels.block_causal_attention import cuda, torch_impl
-from ard_kernels.block_causal_attention.spec import useful_pairs
+from ard_kernels.backends import check_backend, register_backend
+from ard_kernels.block_causal_attention import cuda, spec, torch_impl
 from ard_kernels.library import define_op
+from ard_kernels.segments import check_lengths
+
+OP = "block_causal_attention"
 
 IMPLEMENTATIONS = {
     "cuda": cuda,
@@ -20,16 +22,35 @@ IMPLEMENTATIONS = {
     "torch": torch_impl,
 }
 
-register_backend("block_causal_attention", "cuda", cuda.refuses)
-register_backend("block_causal_attention", "torch", torch_impl.refuses)
-register_backend("block_causal_attention", "triton", triton_support.refuses)
+register_backend(OP, "cuda", cuda.refuses)
+register_backend(OP, "torch", torch_impl.refuses)
+register_backend(OP, "triton", triton_support.refuses)
 register_backend(
-    "block_causal_attention",
+    OP,
     "cpu",
     lambda device, dtype, width=None: (
         "attention on the CPU is the torch backend: PyTorch's fused kernel runs near the matmul rate"
     ),
 )
+
+
+def _check(q, k, v, lengths, window, sink, scale, backend):
+    spec.check_qkv(OP, q, k, v, "bhtd")
+    spec.check_rows_apart(OP, {"q": q, "k": k, "v": v})
+    _check_settings(q, lengths, window, sink, backend)
+
+
+def _check_settings(q, lengths, window, sink, backend):
+    check_lengths(OP, lengths, q.shape[2])
+    spec.check_window(OP, window, sink)
+    check_backend(OP, backend, q.device, q.dtype, q.shape[-1])
+
+
+def _check_backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, backend):
+    _check(q, k, v, lengths, window, sink, scale, backend)
+    spec.check_like_q(OP, q, {"grad_out": grad_out, "out": out})
+    spec.check_rows_apart(OP, {"out": out})
+    spec.check_lse(OP, lse, q)
 
 
 def _forward(q, k, v, lengths, window, sink, scale, backend):
@@ -41,9 +62,13 @@ def _forward_fake(q, k, v, lengths, window, sink, scale, backend):
     return torch_impl.out_like(q), q.new_empty(B, H, T, dtype=torch_impl.lse_dtype(q.dtype))
 
 
+def _readable(grad_out):
+    """A copy of an expanded gradient, as sum().backward() makes."""
+    return grad_out if spec.rows_apart(grad_out, 2) else grad_out.contiguous()
+
+
 def _backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, backend):
-    if grad_out.stride(-1) != 1:  # an expanded gradient, as sum().backward() makes
-        grad_out = grad_out.contiguous()
+    grad_out = _readable(grad_out)
     return IMPLEMENTATIONS[backend].backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale)
 
 
@@ -63,23 +88,38 @@ def _autograd(ctx, grad_out, _grad_lse):
     return (*grads, *(None for _ in ctx.settings))
 
 
-def _flops(q_shape, lengths, window, sink, matmuls: int) -> int:
+def _composite(q, k, v, lengths, window, sink, scale, backend):
+    return torch_impl.composite(q, k, v, lengths, window, sink, scale)
+
+
+def _flops(q, lengths, window, sink, matmuls: int) -> int:
     """Each matmul costs 2 FLOPs per pair and head-dim element; a pair the mask drops costs nothing."""
-    B, H, T, D = q_shape
-    return matmuls * 2 * B * H * D * useful_pairs(lengths, T, window, sink)
+    B, H, T, D = q.shape
+    return matmuls * 2 * B * H * D * spec.useful_pairs(lengths, T, window, sink)
 
 
-def _forward_flops(q, k, v, lengths, window, sink, *args, **kwargs) -> int:
+def _forward_flops(q, k, v, lengths, window, sink, *args) -> int:
     return _flops(q, lengths, window, sink, matmuls=2)  # Q K^T, P V
 
 
-def _backward_flops(grad_out, q, k, v, out, lse, lengths, window, sink, *args, **kwargs) -> int:
+def _backward_flops(grad_out, q, k, v, out, lse, lengths, window, sink, *args) -> int:
     return _flops(q, lengths, window, sink, matmuls=5)  # Q K^T again, dO V^T, P^T dO, dS K, dS^T Q
 
 
 def _split(qkv):
     """q, k, v (B, H, T, D) views of qkv (B, T, 3, H, D)."""
     return tuple(x.transpose(1, 2) for x in qkv.unbind(2))
+
+
+def _check_packed(qkv, lengths, window, sink, scale, backend):
+    spec.check_packed(OP, qkv)
+    spec.check_rows_apart(OP, {"qkv": qkv}, 1)
+    _check_settings(_split(qkv)[0], lengths, window, sink, backend)
+
+
+def _check_packed_backward(grad_out, qkv, out, lse, *settings):
+    _check_packed(qkv, *settings)
+    _check_backward(grad_out, *_split(qkv), out, lse, *settings)
 
 
 def _packed(qkv, *settings):
@@ -92,8 +132,7 @@ def _packed_fake(qkv, *settings):
 
 def _packed_backward(grad_out, qkv, out, lse, *settings):
     *settings, backend = settings
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
+    grad_out = _readable(grad_out)
     grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     IMPLEMENTATIONS[backend].backward(grad_out, *_split(qkv), out, lse, *settings, _split(grad))
     return grad
@@ -115,17 +154,16 @@ def _packed_autograd(ctx, grad_out, _grad_lse):
     return grad, *(None for _ in ctx.settings)
 
 
-def _packed_flops(matmuls, qkv, lengths, window, sink) -> int:
-    B, T, _, H, D = qkv
-    return _flops((B, H, T, D), lengths, window, sink, matmuls)
+def _packed_composite(qkv, *settings):
+    return _composite(*_split(qkv), *settings)
 
 
-def _packed_forward_flops(qkv, lengths, window, sink, *args, **kwargs) -> int:
-    return _packed_flops(2, qkv, lengths, window, sink)
+def _packed_forward_flops(qkv, *settings) -> int:
+    return _forward_flops(*_split(qkv), *settings)
 
 
-def _packed_backward_flops(grad_out, qkv, out, lse, lengths, window, sink, *args, **kwargs) -> int:
-    return _packed_flops(5, qkv, lengths, window, sink)
+def _packed_backward_flops(grad_out, qkv, out, lse, *settings) -> int:
+    return _backward_flops(grad_out, *_split(qkv), out, lse, *settings)
 
 
 backward_op = define_op(
@@ -133,6 +171,7 @@ backward_op = define_op(
     "SymInt[] lengths, int? window, int sink, float scale, str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    check=_check_backward,
     flops=_backward_flops,
 )
 forward_op = define_op(
@@ -140,8 +179,10 @@ forward_op = define_op(
     "str backend) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
+    check=_check,
     backward=_autograd,
     setup_context=_setup_context,
+    composite=_composite,
     flops=_forward_flops,
 )
 packed_backward_op = define_op(
@@ -149,6 +190,7 @@ packed_backward_op = define_op(
     "int? window, int sink, float scale, str backend) -> Tensor",
     _packed_backward,
     _packed_backward_fake,
+    check=_check_packed_backward,
     flops=_packed_backward_flops,
 )
 packed_op = define_op(
@@ -156,7 +198,9 @@ packed_op = define_op(
     "-> (Tensor, Tensor)",
     _packed,
     _packed_fake,
+    check=_check_packed,
     backward=_packed_autograd,
     setup_context=_packed_setup_context,
+    composite=_packed_composite,
     flops=_packed_forward_flops,
 )

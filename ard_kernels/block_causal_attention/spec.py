@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ard_kernels.arguments import check_int, check_tensor, described, is_int
 from ard_kernels.segments import segment_offsets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -52,52 +53,95 @@ def useful_pairs(lengths: Sequence[int], tokens: int, window: int | None, sink: 
     return pairs
 
 
+def segment_ids(lengths: Sequence[int], tokens: int, device: torch.device | None = None) -> torch.Tensor:
+    """(T,) segment of each token."""
+    stops = torch.tensor(segment_offsets(lengths, tokens)[1:], device=device)
+    return torch.bucketize(torch.arange(tokens, device=device), stops, right=True)
+
+
+def sees(query_Q: torch.Tensor, key_K: torch.Tensor, window: int | None, sink: int) -> torch.Tensor:
+    """(Q, K) bool: the mask predicate itself, on the segments of queries and keys."""
+    query_Q1, key_1K = query_Q[:, None], key_K[None, :]
+    in_window = key_1K <= query_Q1
+    if window is not None:
+        in_window &= key_1K > query_Q1 - window
+    return in_window | ((key_1K < sink) & (key_1K <= query_Q1))
+
+
 def dense_mask(
     lengths: Sequence[int], tokens: int, window: int | None, sink: int, device: torch.device | None = None
 ) -> torch.Tensor:
-    """(T, T) bool, True where query (row) sees key (column). The mask predicate itself, written token by token."""
-    offsets = torch.tensor(segment_offsets(lengths, tokens)[1:], device=device)
-    segment_T = torch.bucketize(torch.arange(tokens, device=device), offsets, right=True)
-    query_T1, key_1T = segment_T[:, None], segment_T[None, :]
-    in_window = key_1T <= query_T1
-    if window is not None:
-        in_window &= key_1T > query_T1 - window
-    return in_window | ((key_1T < sink) & (key_1T <= query_T1))
+    """(T, T) bool, True where query (row) sees key (column)."""
+    segment_T = segment_ids(lengths, tokens, device)
+    return sees(segment_T, segment_T, window, sink)
 
 
-def check_window(op: str, window: int | None, sink: int) -> None:
-    """ValueError unless window is None or >= 1 and sink >= 0 (both in segments)."""
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"{op}: window is {window!r}; expected None or an int >= 1 (segments)")
-    if isinstance(sink, bool) or not isinstance(sink, int) or sink < 0:
-        raise ValueError(f"{op}: sink is {sink!r}; expected an int >= 0 (segments)")
+def check_window(op: str, window: int | None, sink: int) -> tuple[int | None, int]:
+    """window and sink as ints, or a ValueError unless window is None or >= 1 and sink >= 0 (both in segments)."""
+    if window is not None and (not is_int(window) or window < 1):
+        raise ValueError(f"{op}: window is {described(window)}; expected None or an int >= 1 (segments)")
+    return None if window is None else int(window), check_int(op, "sink", sink, 0, "segments")
 
 
 def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
     """ValueError unless q, k, v are alike: 4-D, one shape, dtype and device, head dim a multiple of 8 up to 256."""
     if layout not in ("bhtd", "bthd"):
-        raise ValueError(f"{op}: layout is {layout!r}; expected 'bhtd' or 'bthd'")
+        raise ValueError(f"{op}: layout is {described(layout)}; expected 'bhtd' or 'bthd'")
+    check_tensor(op, "q", q)
     if q.dim() != 4:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected 4 dims ({', '.join(layout.upper())})")
-    for name, other in (("k", k), ("v", v)):
+    check_like_q(op, q, {"k": k, "v": v})
+    check_dtype_and_head_dim(op, "q", q.dtype, q.shape[-1])
+
+
+def check_like_q(op: str, q: torch.Tensor, others: dict[str, torch.Tensor]) -> None:
+    """ValueError unless the others have q's shape, dtype and device."""
+    for name, other in others.items():
+        check_tensor(op, name, other)
         if other.shape != q.shape:
             raise ValueError(f"{op}: {name} has shape {tuple(other.shape)}; expected q's {tuple(q.shape)}")
         if other.dtype != q.dtype:
             raise ValueError(f"{op}: {name} has dtype {other.dtype}; expected q's {q.dtype}")
         if other.device != q.device:
             raise ValueError(f"{op}: {name} is on {other.device}; expected q's {q.device}")
-    _check_dtype_and_head_dim(op, "q", q)
 
 
 def check_packed(op: str, qkv: torch.Tensor) -> None:
     """ValueError unless qkv is (B, T, 3, H, D) of a supported dtype, D a multiple of 8 up to 256."""
+    check_tensor(op, "qkv", qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv has shape {tuple(qkv.shape)}; expected 5 dims (B, T, 3, H, D)")
-    _check_dtype_and_head_dim(op, "qkv", qkv)
+    check_dtype_and_head_dim(op, "qkv", qkv.dtype, qkv.shape[-1])
 
 
-def _check_dtype_and_head_dim(op: str, name: str, x: torch.Tensor) -> None:
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{op}: {name} has dtype {x.dtype}; expected float32, bfloat16, float16 or float64")
-    if x.shape[-1] % 8 != 0 or not 8 <= x.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(f"{op}: {name} has head dim {x.shape[-1]}; expected a multiple of 8 from 8 to {MAX_HEAD_DIM}")
+def check_dtype_and_head_dim(op: str, name: str, dtype: torch.dtype, head_dim: int) -> None:
+    """ValueError unless attention takes the dtype and the head dim."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{op}: {name} has dtype {described(dtype)}; expected float32, bfloat16, float16 or float64")
+    if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: {name} has head dim {head_dim}; expected a multiple of 8 from 8 to {MAX_HEAD_DIM}")
+
+
+def rows_apart(x: torch.Tensor, token_dim: int) -> bool:
+    """Whether every token's D elements are contiguous and no other token's: matrix kernels read such memory in place.
+
+    Windows that overlap (`unfold`) and tokens that are one row (`expand`) are not so.
+    """
+    return x.stride(-1) == 1 and (x.shape[token_dim] <= 1 or x.stride(token_dim) >= x.shape[-1])
+
+
+def check_rows_apart(op: str, tensors: dict[str, torch.Tensor], token_dim: int = 2) -> None:
+    """ValueError unless kernels can read the tensors in place: for what comes without the public functions' copies."""
+    for name, x in tensors.items():
+        if not rows_apart(x, token_dim):
+            raise ValueError(
+                f"{op}: {name} has strides {x.stride()}; expected a contiguous last dim and tokens that do not overlap"
+            )
+
+
+def check_lse(op: str, lse: torch.Tensor, q: torch.Tensor) -> None:
+    """ValueError unless lse is what the forward returns for q (B, H, T, D)."""
+    check_tensor(op, "lse", lse)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if lse.shape != q.shape[:3] or lse.dtype != dtype or lse.device != q.device or not lse.is_contiguous():
+        raise ValueError(f"{op}: lse is {described(lse)}; expected contiguous {dtype} of shape {tuple(q.shape[:3])}")

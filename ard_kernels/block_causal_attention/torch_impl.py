@@ -1,33 +1,41 @@
-"""Block-causal attention as a composition of PyTorch ops: no wasted FLOPs, no T x T mask (but for tiny T).
+"""Block-causal attention as a composition of PyTorch ops: no T x T mask (but for tiny T).
 
-Forward, one attention call per query segment over the keys it sees. Backward, one call per *key* segment over the
-queries that see it: that set is contiguous for every mask, dK and dV of the segment come out complete, and only
-dQ is accumulated (half the additions of a loop over query segments). This is exact because each call gets the
-global output and log-sum-exp. Block-diagonal masks over equal segments become one call by a batch reshape.
+Forward, one attention call per group of query segments over the keys they see. Backward, one call per group of *key*
+segments over the queries that see them: that set is contiguous for every mask, dK and dV of the group come out
+complete, and only dQ is accumulated (half the additions of a loop over query segments). This is exact because each call
+gets the global output and log-sum-exp. A group is one segment, whose call wastes no FLOP, or several short ones under a
+mask. Block-diagonal masks over equal segments become one call by a batch reshape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
-from ard_kernels.block_causal_attention.spec import dense_mask, key_ranges, query_range, useful_pairs
+from ard_kernels.block_causal_attention.spec import key_ranges, query_range, sees, segment_ids
+from ard_kernels.library import private
 from ard_kernels.segments import segment_offsets
 
-# One masked call over all T tokens costs its wasted (query, key) pairs but saves S - 1 calls. Measured on a 2-core
-# Zen 5, fp32, H 16, D 72: a call costs ~30 us, a pair of one head ~0.03 ns per element of D, so a call is worth ~1e6
-# pair-elements (S=4: dense wins up to L=16, loses from L=32 on).
-DENSE_PAIR_ELEMENTS_PER_CALL = 1_000_000
-MOST_DENSE_TOKENS = 1024  # a mask of 4 MiB in fp32; many tiny segments would ask for more
+# Segments shorter than ALONE share calls, GROUP tokens or more in each; longer ones have a call each. Measured with
+# AVX-512, fp32, 1 thread, forward + backward in ms by tokens of a group (first: a call per segment):
+#   L=1  S=4096 B=1 H=4  D=64   > 2500 | 32: 788 | 64: 656 | 128: 646 | 256: 608 | one mask: 1316
+#   L=16 S=4    B=16 H=16 D=72      44 | 32:  39 | 64:  34 (one mask)
+#   L=16 S=4    B=64 H=4  D=16    12.1 | 32: 11.7 | 64: 8.7 (one mask)
+#   L=32 S=16   B=4 H=8 D=64 w=4    47 |           64:  56 | 128: 61
+#   L=64 S=4    B=1 H=16  D=72      18 |                     128: 21 | 256: 29
+ALONE, GROUP = 32, 64
+MOST_KEPT_PAIRS = 1 << 20  # masks of 4 MiB in fp32 are kept for the next call of their shape; larger ones are made anew
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-# What scaled_dot_product_attention calls on the CPU; called directly for its log-sum-exp and its backward.
-_FLASH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+# What scaled_dot_product_attention calls on the CPU; called directly for its log-sum-exp and its backward. None in a
+# version of torch that has them under other names: matmuls serve there too.
+_FLASH_FORWARD = private("ops.aten._scaled_dot_product_flash_attention_for_cpu.default")
+_FLASH_BACKWARD = private("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default")
 
 
 def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
@@ -50,13 +58,18 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _fused(device: torch.device) -> bool:
-    return device.type == "cpu"
+    return device.type == "cpu" and _FLASH_FORWARD is not None
 
 
 def attend(q, k, v, scale: float, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T + mask) v and lse (B, H, T). The CPU has a fused kernel; elsewhere fp32 matmuls."""
     if _fused(q.device):
         return _FLASH_FORWARD(q, k, v, attn_mask=mask, scale=scale)
+    return _attend(q, k, v, scale, mask)
+
+
+def _attend(q, k, v, scale: float, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` by matmuls."""
     acc = lse_dtype(q.dtype)
     scores = q.to(acc) @ k.to(acc).transpose(-1, -2) * scale
     if mask is not None:
@@ -80,42 +93,92 @@ def attend_backward(grad_out, q, k, v, out, lse, scale: float, mask=None) -> tup
     return (ds @ k_).to(q.dtype), (ds.transpose(-1, -2) @ q_).to(q.dtype), (p.transpose(-1, -2) @ grad_out_).to(q.dtype)
 
 
+class Block(NamedTuple):
+    """One attention call: the queries of one or several segments (backward: the keys), and what any of them sees."""
+
+    rows: tuple[int, int]
+    columns: list[tuple[int, int]]
+    make_mask: Callable[[], torch.Tensor] | None  # None: all rows see all columns
+
+    def mask(self) -> torch.Tensor | None:
+        """(queries, keys) of 0 and -inf."""
+        return None if self.make_mask is None else self.make_mask()
+
+
 class Plan(NamedTuple):
     """How to run one shape; made once, since tiny ones would notice."""
 
-    offsets: list[int]
-    keys: list[list[tuple[int, int]]]  # per query segment
-    queries: list[tuple[int, int]]  # per key segment
-    folded: bool  # block-diagonal over equal segments: one call on a batch of segments
-    mask: torch.Tensor | None  # (T, T) of 0 and -inf, where one masked call is cheapest
+    folded: int  # tokens per segment where a block-diagonal mask is one call on a batch of segments; else 0
+    forward: list[Block]
+    backward: list[Block]
 
 
-@lru_cache(maxsize=16)
-def _additive_mask(tokens, dtype, device, lengths, window, sink) -> torch.Tensor:
-    seen = dense_mask(lengths, tokens, window, sink, device)
+def _groups(offsets: Sequence[int], grouped: bool) -> list[tuple[int, int]]:
+    """(first, stop) segments that share a call."""
+    groups, first = [], 0
+    for stop in range(1, len(offsets)):
+        long = offsets[stop] - offsets[stop - 1] >= ALONE
+        if long and first < stop - 1:
+            groups.append((first, stop - 1))
+            first = stop - 1
+        if not grouped or long or offsets[stop] - offsets[first] >= GROUP or stop == len(offsets) - 1:
+            groups.append((first, stop))
+            first = stop
+    return groups
+
+
+def _union(ranges: Sequence[list[tuple[int, int]]]) -> list[tuple[int, int]]:
+    """Token ranges that any of the segments' ranges hold, in order; touching ones are merged."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted({pair for own in ranges for pair in own}):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _additive_mask(segment_T, window, sink, queries, keys, dtype) -> torch.Tensor:
+    """(queries, keys) of 0 and -inf for token ranges of both."""
+    query_Q, key_K = (torch.cat([segment_T[slice(*each)] for each in ranges]) for ranges in (queries, keys))
+    seen = sees(query_Q, key_K, window, sink)
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
+
+
+def _blocks(offsets: Sequence[int], ranges: list[list[tuple[int, int]]], grouped: bool, make: Callable) -> list[Block]:
+    """The calls for what each segment sees; `make` makes the mask of (rows, columns)."""
+    blocks, pairs = [], 0
+    for first, stop in _groups(offsets, grouped):
+        rows, columns = (offsets[first], offsets[stop]), _union(ranges[first:stop])
+        alike = all(own == ranges[first] for own in ranges[first:stop])
+        pairs += 0 if alike else (rows[1] - rows[0]) * sum(b - a for a, b in columns)
+        blocks.append(Block(rows, columns, None if alike else partial(make, [rows], columns)))
+    if pairs > MOST_KEPT_PAIRS:
+        return blocks
+    return [block._replace(make_mask=block.make_mask and cache(block.make_mask)) for block in blocks]
 
 
 @lru_cache(maxsize=64)
 def _make_plan(
-    shape_BHTD: torch.Size, dtype: torch.dtype, device: torch.device, lengths: tuple[int, ...], window: int | None,
-    sink: int,
+    T: int, dtype: torch.dtype, device: torch.device, lengths: tuple[int, ...], window: int | None, sink: int,
+    grouped: bool,
 ) -> Plan:  # fmt: skip
-    B, H, T, D = shape_BHTD
+    """grouped: whether segments may share a call under a mask."""
     offsets = segment_offsets(lengths, T)
     segments = range(len(offsets) - 1)
-    folded = len(segments) == 1 or (window == 1 and sink == 0 and len(lengths) == 1)
-    wasted = T * T - useful_pairs(lengths, T, window, sink)
-    mask = None
-    cheap = wasted * B * H * D <= (len(segments) - 1) * DENSE_PAIR_ELEMENTS_PER_CALL
-    if not folded and cheap and T <= MOST_DENSE_TOKENS:
-        mask = _additive_mask(T, dtype, device, lengths, window, sink)
+    if len(segments) == 1 or (window == 1 and sink == 0 and len(lengths) == 1):
+        return Plan(offsets[1], [], [])
+    segment_T = segment_ids(lengths, T, device)
+
+    def mask(queries, keys):
+        return _additive_mask(segment_T, window, sink, queries, keys, dtype)
+
+    keys = [key_ranges(offsets, segment, window, sink) for segment in segments]
+    queries = [[query_range(offsets, segment, window, sink)] for segment in segments]
     return Plan(
-        offsets,
-        [key_ranges(offsets, segment, window, sink) for segment in segments],
-        [query_range(offsets, segment, window, sink) for segment in segments],
-        folded,
-        mask,
+        0,
+        _blocks(offsets, keys, grouped, mask),
+        _blocks(offsets, queries, grouped, lambda rows, cols: mask(cols, rows)),
     )
 
 
@@ -162,24 +225,30 @@ def forward(
     window: int | None,
     sink: int,
     scale: float,
+    grouped: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k, v (B, H, T, D) -> out (B, H, T, D) with (B, T, H, D) memory, lse (B, H, T) contiguous."""
+    """q, k, v (B, H, T, D) -> out (B, H, T, D) with (B, T, H, D) memory, lse (B, H, T) contiguous.
+
+    grouped: see `_make_plan`; None: where PyTorch's kernel is fused.
+    """
     B, H, T, _ = q.shape
     if q.numel() == 0:
         return out_like(q), q.new_empty(B, H, T, dtype=lse_dtype(q.dtype))
-    plan = _make_plan(q.shape, q.dtype, q.device, tuple(lengths), window, sink)
+    grouped = _fused(q.device) if grouped is None else grouped
+    plan = _make_plan(q.shape[2], q.dtype, q.device, tuple(lengths), window, sink, grouped)
     if plan.folded:
-        out, lse = attend(*(_fold(x, plan.offsets[1]) for x in (q, k, v)), scale)
+        out, lse = attend(*(_fold(x, plan.folded) for x in (q, k, v)), scale)
         return as_output(_unfold(out, B)), _unfold(lse[..., None], B)[..., 0].contiguous()
-    if plan.mask is not None:
-        out, lse = attend(q, k, v, scale, plan.mask)
-        return as_output(out), lse.contiguous()
     parts = []
-    for segment, ranges in enumerate(plan.keys):
-        rows = slice(plan.offsets[segment], plan.offsets[segment + 1])
-        parts.append(attend(q[:, :, rows], gather(k, ranges), gather(v, ranges), scale))
+    for block in plan.forward:
+        keys, values = gather(k, block.columns), gather(v, block.columns)
+        parts.append(attend(q[:, :, slice(*block.rows)], keys, values, scale, block.mask()))
     outs, lses = zip(*parts, strict=True)
-    return _cat_tokens(outs), torch.cat(lses, 2)
+    one = len(parts) == 1
+    out, lse = (as_output(outs[0]), lses[0].contiguous()) if one else (_cat_tokens(outs), torch.cat(lses, 2))
+    if any(block.make_mask for block in plan.forward) and not _finite(out):
+        return forward(q, k, v, lengths, window, sink, scale, grouped=False)
+    return out, lse
 
 
 def backward(
@@ -194,33 +263,62 @@ def backward(
     sink: int,
     scale: float,
     into: Gradients | None = None,
+    grouped: bool | None = None,
 ) -> Gradients:
-    """dq, dk, dv, written to `into` where given: three (B, H, T, D) tensors of any strides."""
-    T = q.shape[2]
+    """dq, dk, dv, written to `into` where given: (B, H, T, D) tensors of any strides. grouped: as in `forward`."""
     if q.numel() == 0:
         return into or gradients_like(q, k, v)
-    plan = _make_plan(q.shape, q.dtype, q.device, tuple(lengths), window, sink)
+    grouped = _fused(q.device) if grouped is None else grouped
+    plan = _make_plan(q.shape[2], q.dtype, q.device, tuple(lengths), window, sink, grouped)
     if plan.folded:
-        length = plan.offsets[1]
-        folded = (_fold(x, length) for x in (grad_out, q, k, v, out))
-        grads = attend_backward(*folded, _fold(lse[..., None], length)[..., 0], scale)
+        folded = (_fold(x, plan.folded) for x in (grad_out, q, k, v, out))
+        grads = attend_backward(*folded, _fold(lse[..., None], plan.folded)[..., 0], scale)
         return _finished([_unfold(grad, q.shape[0]) for grad in grads], into)
-    if plan.mask is not None:
-        return _finished(attend_backward(grad_out, q, k, v, out, lse, scale, plan.mask), into)
-    into = into or gradients_like(q, k, v)
+    if len(plan.backward) == 1:
+        grads = _finished(attend_backward(grad_out, q, k, v, out, lse, scale, plan.backward[0].mask()), into)
+    else:
+        grads = into or gradients_like(q, k, v)
+        _accumulate(plan.backward, grad_out, q, k, v, out, lse, scale, grads)
+    if any(block.make_mask for block in plan.backward) and not _finite(*grads):
+        return backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, grads, grouped=False)
+    return grads
+
+
+def _accumulate(blocks: list[Block], grad_out, q, k, v, out, lse, scale: float, into: Gradients) -> None:
+    """dk and dv block by block, and dq as the sum of the blocks' shares, in fp32 also for half precision."""
     dq, dk, dv = into
     dq_sum = None
-    for segment, (start, stop) in enumerate(plan.queries):
-        keys = slice(plan.offsets[segment], plan.offsets[segment + 1])
+    for block in blocks:
+        keys, ((start, stop),) = slice(*block.rows), block.columns
         queries = (x[:, :, start:stop] for x in (grad_out, q))
         statistics = (x[:, :, start:stop] for x in (out, lse))
         part, dk[:, :, keys], dv[:, :, keys] = attend_backward(
-            *queries, k[:, :, keys], v[:, :, keys], *statistics, scale
+            *queries, k[:, :, keys], v[:, :, keys], *statistics, scale, block.mask()
         )
-        if dq_sum is None and (start, stop) == (0, T):  # dQ accumulates in fp32, also for half precision
+        if dq_sum is None and (start, stop) == (0, q.shape[2]):
             dq_sum = part.to(lse_dtype(q.dtype))
             continue
         dq_sum = torch.zeros_like(q, dtype=lse_dtype(q.dtype)) if dq_sum is None else dq_sum
         dq_sum[:, :, start:stop].add_(part)
     dq.copy_(dq_sum)
-    return into
+
+
+def _finite(*tensors: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite. False may be an overflow of the sum.
+
+    Under a mask a weight of 0 makes NaN of an infinity that its query may not see: then each segment gets its own call.
+    """
+    return all(x.sum(dtype=lse_dtype(x.dtype)).isfinite() for x in tensors)
+
+
+def composite(q, k, v, lengths, window, sink, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward` of PyTorch ops that can be differentiated in any mode and order: per segment, scores in memory."""
+    offsets = segment_offsets(lengths, q.shape[2])
+    parts = []
+    for segment, (start, stop) in enumerate(pairwise(offsets)):
+        ranges = key_ranges(offsets, segment, window, sink)
+        parts.append(_attend(q[:, :, start:stop], gather(k, ranges), gather(v, ranges), scale))
+    if not parts:
+        return forward(q, k, v, lengths, window, sink, scale)
+    outs, lses = zip(*parts, strict=True)
+    return _cat_tokens(outs), torch.cat(lses, 2).detach()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
+from torch.compiler import is_compiling, is_exporting
 
-from ard_kernels.autocast import cast_to_autocast
+from ard_kernels.arguments import check_int, check_scale, described, is_int
+from ard_kernels.autocast import autocast_dtype, cast_to_autocast
 from ard_kernels.backends import resolve
 from ard_kernels.block_causal_attention import block_causal_attention, block_causal_attention_packed
-from ard_kernels.block_causal_attention.spec import check_qkv, check_window
+from ard_kernels.block_causal_attention.spec import check_qkv, check_window, rows_apart
 from ard_kernels.history.cache import HistoryCache
 from ard_kernels.history.norm import HeadNorm, check_norm
-from ard_kernels.history.op import history_op, norm_fields
-from ard_kernels.history.spec import check_cache, visible_tokens
+from ard_kernels.history.op import check_memory, history_op, norm_fields
+from ard_kernels.history.spec import check_layer, check_segment
 
 __all__ = ["HeadNorm", "HistoryCache", "HistoryRouting", "history_attention"]
 
@@ -40,8 +41,8 @@ def history_attention(
 
     Args:
         q, k, v: (B, H, L, D) of one new segment, or (B, L, H, D) with layout "bthd"; dtype and device of the cache.
-            Segments may differ in length.
-        cache: written in place at `layer`.
+            Segments may differ in length. Whatever comes in one call is one segment, all of it visible to all of it.
+        cache: written in place at `layer`. A step appends once to every layer, in any order.
         layer: row of the cache, 0 .. cache.layers - 1.
         window, sink, scale, layout, backend: as in `block_causal_attention`.
         q_norm, k_norm: normalise q, k over the head dim first (qk-norm). The cache then holds the normalised k. Backend
@@ -50,30 +51,38 @@ def history_attention(
     Returns:
         out, like q in shape, layout and dtype. Not differentiable: sampling only.
 
+    torch.compile makes one graph for all steps of a shape: where the cache stands is read when it runs.
+
     Raises:
-        ValueError: an argument outside this contract, or no room left; the cache then keeps its contents.
+        ValueError: an argument outside this contract, no room left, or a cache whose layers have not all taken the
+            step before; the cache then keeps its contents.
         RuntimeError: a gradient is recorded for q, k, v or a norm's weight or bias (use torch.no_grad()).
+        NotImplementedError: in torch.export, whose program would hold the cache's contents as constants.
     """
     op = "history_attention"
+    if is_exporting():
+        raise NotImplementedError(f"{op}: torch.export would freeze the cache into the program; expected torch.compile")
     check_qkv(op, q, k, v, layout)
-    check_window(op, window, sink)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in cast_to_autocast(q, k, v))
+    window, sink = check_window(op, window, sink)
+    scale = check_scale(op, scale, q.shape[-1])
+    if not isinstance(cache, HistoryCache):
+        raise ValueError(f"{op}: cache is {described(cache)}; expected an ard_kernels.HistoryCache")
+    if not is_compiling():  # there the op checks when it runs
+        check_memory(cache.keys, cache.values, cache.workspace, cache.positions)
+    check_layer(op, layer, cache.layers)
+    token_dim = layout.index("t")
+    q, k, v = (x if rows_apart(x, token_dim) else x.contiguous() for x in cast_to_autocast(q, k, v))
     if layout == "bthd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     check_norm(op, "q_norm", q_norm, q)
     check_norm(op, "k_norm", k_norm, k)
     if torch.is_grad_enabled() and _requires_grad(q, k, v, q_norm, k_norm):
         raise RuntimeError(f"{op}: q, k, v or a norm requires a gradient; expected sampling under torch.no_grad()")
-    check_cache(op, cache, layer, k)
+    check_segment(op, k, cache.keys, autocast_dtype(k.device))
     chosen = resolve(op, backend, q.device, q.dtype, q.shape[-1])
-    offsets = cache.offsets[layer] + [cache.offsets[layer][-1] + k.shape[2]]
-    sink_stop, window_start = visible_tokens(offsets, window, sink)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    keys, values = cache.keys[layer], cache.values[layer]
-    place = (offsets[-2], sink_stop, window_start, scale)
+    memory = (cache.keys, cache.values, cache.workspace, cache.positions)
     norms = (*norm_fields(q_norm), *norm_fields(k_norm))
-    out = history_op(q, k, v, keys, values, cache.workspace, *place, *norms, chosen)
-    cache.offsets[layer] = offsets
+    out = history_op(q, k, v, *memory, layer, window, sink, scale, *norms, chosen)
     return out.transpose(1, 2) if layout == "bthd" else out
 
 
@@ -94,12 +103,12 @@ class HistoryRouting:
     """
 
     def __init__(self, depth: int, history_layers: int, window: int | None = None, sink: int = 0):
-        if not isinstance(depth, int) or depth < 1:
-            raise ValueError(f"HistoryRouting: depth is {depth!r}; expected an int >= 1")
-        if not isinstance(history_layers, int) or not 0 <= history_layers <= depth:
-            raise ValueError(f"HistoryRouting: history_layers is {history_layers!r}; expected 0 to depth={depth}")
-        check_window("HistoryRouting", window, sink)
-        self.depth, self.history_layers, self.window, self.sink = depth, history_layers, window, sink
+        depth = check_int("HistoryRouting", "depth", depth, 1)
+        if not is_int(history_layers) or not 0 <= history_layers <= depth:
+            got = described(history_layers)
+            raise ValueError(f"HistoryRouting: history_layers is {got}; expected 0 to depth={depth}")
+        self.depth, self.history_layers = depth, int(history_layers)
+        self.window, self.sink = check_window("HistoryRouting", window, sink)
 
     def attention(
         self,
@@ -143,8 +152,7 @@ class HistoryRouting:
 
     def reads_history(self, layer: int) -> bool:
         """Whether `layer` attends to earlier segments. ValueError for a layer the model does not have."""
-        if not 0 <= layer < self.depth:
-            raise ValueError(f"HistoryRouting: layer is {layer}; expected 0 to {self.depth - 1}")
+        check_layer("HistoryRouting", layer, self.depth)
         return layer < self.history_layers
 
     def mask(self, layer: int) -> dict[str, int | None]:

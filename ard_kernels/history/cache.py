@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ard_kernels.arguments import check_int, described
+from ard_kernels.block_causal_attention.spec import check_dtype_and_head_dim
+from ard_kernels.history.spec import new_positions, offsets_of
 from ard_kernels.history.splits import workspace_elements
 
 
@@ -16,10 +19,16 @@ class HistoryCache:
         capacity: tokens a layer can hold, S * L for S steps.
         dtype, device: of the keys and values.
 
+    Attributes are read-only; what the tensors hold may be changed, not what they are.
+
     Attributes:
         keys, values: (layers, B, H, capacity, D); only the first `offsets[layer][-1]` tokens of a layer are valid.
         workspace: fp32, for the partial results of a batch too small to fill a GPU (a few MB; empty on the CPU).
-        offsets: per layer, the token at which each held segment starts, then the number of tokens held.
+        positions: int64 on the CPU, which segments each layer holds and where they start; `offsets` reads it. A tensor,
+            so that a compiled step finds its place when it runs.
+
+    Raises:
+        ValueError: a size, head dim or dtype that `history_attention` does not take.
     """
 
     def __init__(
@@ -34,20 +43,31 @@ class HistoryCache:
     ):
         sizes = {"layers": layers, "batch": batch, "heads": heads, "head_dim": head_dim, "capacity": capacity}
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 0:
-                raise ValueError(f"HistoryCache: {name} is {size!r}; expected an int >= 0")
-        if not dtype.is_floating_point:
-            raise ValueError(f"HistoryCache: dtype is {dtype}; expected a floating-point dtype")
-        self.layers, self.batch, self.heads, self.head_dim, self.capacity = layers, batch, heads, head_dim, capacity
+            sizes[name] = check_int("HistoryCache", name, size, 0)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"HistoryCache: dtype is {described(dtype)}; expected a torch.dtype")
+        check_dtype_and_head_dim("HistoryCache", "the cache", dtype, head_dim)
+        self.layers, self.batch, self.heads, self.head_dim, self.capacity = sizes.values()
         self.keys = torch.empty(layers, batch, heads, capacity, head_dim, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.dtype, self.device = dtype, self.keys.device
-        self.workspace = torch.empty(workspace_elements(head_dim, self.device), device=self.device)
-        self.offsets = [[0] for _ in range(layers)]
+        elements = workspace_elements(head_dim, self.device)
+        self.workspace = torch.empty(elements, dtype=torch.float32, device=self.device)
+        self.positions = new_positions(self.layers, self.capacity)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in self.__dict__:
+            raise AttributeError(f"HistoryCache.{name} is read-only; expected a new HistoryCache for other tensors")
+        super().__setattr__(name, value)
 
     def reset(self) -> None:
         """Forget every segment; the memory stays."""
-        self.offsets = [[0] for _ in range(self.layers)]
+        self.positions.zero_()
+
+    @property
+    def offsets(self) -> list[list[int]]:
+        """Per layer, the token at which each held segment starts, then the number of tokens held."""
+        return [offsets_of(self.positions, self.layers, layer) for layer in range(self.layers)]
 
     @property
     def length(self) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ard_kernels.arguments import check_number, check_tensor, described
+
 KINDS = ("rms", "layer")
 
 
@@ -33,9 +35,9 @@ class HeadNorm:
     eps: float = 1e-6
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"HeadNorm: kind is {self.kind!r}; expected 'rms' or 'layer'")
-        if not isinstance(self.eps, (int, float)) or not self.eps >= 0:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
+            raise ValueError(f"HeadNorm: kind is {described(self.kind)}; expected 'rms' or 'layer'")
+        if not check_number("HeadNorm", "eps", self.eps, "a number >= 0") >= 0:
             raise ValueError(f"HeadNorm: eps is {self.eps!r}; expected a number >= 0")
         if self.kind == "rms" and self.bias is not None:
             raise ValueError("HeadNorm: bias is given with kind 'rms'; expected None (kind 'layer' has one)")
@@ -46,11 +48,12 @@ def check_norm(op: str, name: str, norm: HeadNorm | None, x: torch.Tensor) -> No
     if norm is None:
         return
     if not isinstance(norm, HeadNorm):
-        raise ValueError(f"{op}: {name} is {norm!r}; expected None or an ard_kernels.HeadNorm")
+        raise ValueError(f"{op}: {name} is {described(norm)}; expected None or an ard_kernels.HeadNorm")
     for part, parameter in (("weight", norm.weight), ("bias", norm.bias)):
         if parameter is None:
             continue
         where = f"{op}: {name}.{part}"
+        check_tensor(op, f"{name}.{part}", parameter)
         if parameter.shape != x.shape[-1:]:
             raise ValueError(f"{where} has shape {tuple(parameter.shape)}; expected (head_dim,) = {(x.shape[-1],)}")
         if parameter.dtype not in (x.dtype, torch.float32):

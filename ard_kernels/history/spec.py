@@ -1,7 +1,11 @@
-"""History attention, said once: which cached tokens a new segment sees, and validation.
+"""History attention, said once: which cached tokens a new segment sees, where a cache stands, and validation.
 
 The cache holds segments 0 .. s-1 of a layer; the new segment s sees, as in block-causal attention, the tokens
 [0, sink_stop) of the first `sink` segments and [window_start, stop) of its window, its own included.
+
+`positions` is int64 on the host: the number of segments that each layer holds, then the token at which segment i
+starts, for i = 0 .. capacity. All layers take the same steps, so they share the second part; within a step some layers
+hold one segment more than others.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ard_kernels.arguments import check_tensor, described, is_int
 from ard_kernels.block_causal_attention.spec import key_ranges
 
 
@@ -21,23 +26,91 @@ def visible_tokens(offsets: Sequence[int], window: int | None, sink: int) -> tup
     return ranges[0][1], ranges[1][0]
 
 
-def check_cache(op: str, cache, layer: int, k_BHTD: torch.Tensor) -> None:
-    """ValueError unless `cache` has room in `layer` for k (B, H, L, D) and agrees with it; the cache is untouched."""
-    if not 0 <= layer < cache.layers:
-        raise ValueError(f"{op}: layer is {layer}; expected 0 to {cache.layers - 1}")
+def new_positions(layers: int, capacity: int) -> torch.Tensor:
+    """Of an empty cache."""
+    return torch.zeros(layers + capacity + 1, dtype=torch.int64, device="cpu")
+
+
+def offsets_of(positions: torch.Tensor, layers: int, layer: int) -> list[int]:
+    """First token of each segment that `layer` holds, then the number of tokens."""
+    return positions[layers : layers + int(positions[layer]) + 1].tolist()
+
+
+def next_offsets(op: str, positions: torch.Tensor, layers: int, capacity: int, layer: int, length: int) -> list[int]:
+    """`offsets_of` the layer with a new segment of `length` tokens; `advance` makes it so.
+
+    Raises:
+        ValueError: no room; an earlier step that left layers behind; another length than the step has in other layers.
+    """
+    segments, starts = positions.numpy()[:layers], positions.numpy()[layers:]
+    own = int(segments[layer])
+    behind = [i for i in range(layers) if segments[i] < own]
+    if behind:
+        raise ValueError(
+            f"{op}: layer {layer} of the cache holds {own} segments, but layer {behind[0]} holds "
+            f"{segments[behind[0]]}: an earlier step did not reach it; expected every step to append to every layer "
+            "(reset() empties the cache)"
+        )
+    start = int(starts[own])
+    if own < segments.max() and start + length != starts[own + 1]:
+        raise ValueError(
+            f"{op}: k has {length} tokens in layer {layer}; expected {starts[own + 1] - start}, as in the layers that "
+            "have taken this step"
+        )
+    if start + length > capacity:
+        raise ValueError(
+            f"{op}: layer {layer} of the cache holds {start} of {capacity} tokens; expected room for {length} more "
+            "(reset() empties it)"
+        )
+    return [*starts[: own + 1].tolist(), start + length]
+
+
+def advance(positions: torch.Tensor, layers: int, layer: int, offsets: Sequence[int]) -> None:
+    """Note that `layer` holds the segments of `offsets`, the last of which is new."""
+    own = len(offsets) - 1
+    positions[layer], positions[layers + own] = own, offsets[-1]
+
+
+def check_layer(op: str, layer: int, layers: int) -> None:
+    """ValueError unless 0 <= layer < layers."""
+    if not is_int(layer) or not 0 <= layer < layers:
+        raise ValueError(f"{op}: layer is {described(layer)}; expected 0 to {layers - 1}")
+
+
+def check_segment(op: str, k_BHTD: torch.Tensor, keys: torch.Tensor, autocast: torch.dtype | None = None) -> None:
+    """ValueError unless k (B, H, L, D) can go into the cache's keys (layers, B, H, capacity, D)."""
     B, H, L, D = k_BHTD.shape
-    expected = (cache.batch, cache.heads, cache.head_dim)
-    if expected != (B, H, D):
-        raise ValueError(f"{op}: k has (batch, heads, head_dim) {(B, H, D)}; expected the cache's {expected}")
-    if k_BHTD.dtype != cache.dtype:
-        raise ValueError(f"{op}: k has dtype {k_BHTD.dtype}; expected the cache's {cache.dtype}")
-    if k_BHTD.device != cache.device:
-        raise ValueError(f"{op}: k is on {k_BHTD.device}; expected the cache's {cache.device}")
+    _, *sizes, _, head_dim = keys.shape
+    if (*sizes, head_dim) != (B, H, D):
+        raise ValueError(
+            f"{op}: k has (batch, heads, head_dim) {(B, H, D)}; expected the cache's {(*sizes, head_dim)} "
+            "(is the layout right?)"
+        )
+    if k_BHTD.dtype != keys.dtype:
+        why = f" (autocast to {autocast} is on: make the cache in that dtype)" if autocast == k_BHTD.dtype else ""
+        raise ValueError(f"{op}: k has dtype {k_BHTD.dtype}; expected the cache's {keys.dtype}{why}")
+    if k_BHTD.device != keys.device:
+        raise ValueError(f"{op}: k is on {k_BHTD.device}; expected the cache's {keys.device}")
     if L < 1:
         raise ValueError(f"{op}: k has {L} tokens; expected a segment of at least 1")
-    held = cache.offsets[layer][-1]
-    if held + L > cache.capacity:
+
+
+def check_memory(op: str, keys: torch.Tensor, values: torch.Tensor, workspace: torch.Tensor, positions: torch.Tensor):
+    """ValueError unless these are the tensors that a HistoryCache makes; `resize_` or `.data` may have changed them."""
+    for name, x, like in (("keys", keys, keys), ("values", values, keys)):
+        check_tensor(op, f"cache.{name}", x)
+        if x.dim() != 5 or x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
+            raise ValueError(
+                f"{op}: cache.{name} is {described(x)}; expected (layers, B, H, capacity, D), keys and values alike"
+            )
+        if not x.is_contiguous():
+            raise ValueError(f"{op}: cache.{name} has strides {x.stride()}; expected contiguous memory")
+    if workspace.dtype != torch.float32 or workspace.device != keys.device or not workspace.is_contiguous():
         raise ValueError(
-            f"{op}: layer {layer} of the cache holds {held} of {cache.capacity} tokens; expected room for {L} more "
-            "(reset() empties it)"
+            f"{op}: cache.workspace is {described(workspace)}; expected contiguous float32 beside the keys"
+        )
+    layers, capacity = keys.shape[0], keys.shape[3]
+    if positions.shape != (layers + capacity + 1,) or positions.dtype != torch.int64 or positions.device.type != "cpu":
+        raise ValueError(
+            f"{op}: cache.positions is {described(positions)}; expected int64 of shape {(layers + capacity + 1,)}"
         )

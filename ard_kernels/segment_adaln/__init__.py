@@ -49,7 +49,7 @@ def adaln_modulate(
     op = "adaln_modulate"
     spec.check_activation(op, "x", x)
     lengths = spec.check_rows(op, x, {"shift": shift, "scale": scale}, segment_length)
-    spec.check_eps(op, eps)
+    eps = spec.check_eps(op, eps)
     chosen = resolve(op, backend, x.device, x.dtype, x.shape[-1])
     x, shift, scale = _dense_last(x, shift, scale)
     return modulate_op(x, shift, scale, lengths, eps, autocast_dtype(x.device) or x.dtype, chosen)[0]
@@ -83,7 +83,7 @@ def gate_residual_adaln(
     spec.check_activation(op, "x", x)
     spec.check_activation(op, "branch", branch, like=x)
     lengths = spec.check_rows(op, x, {"gate": gate, "shift": shift, "scale": scale}, segment_length)
-    spec.check_eps(op, eps)
+    eps = spec.check_eps(op, eps)
     chosen = resolve(op, backend, x.device, x.dtype, x.shape[-1])
     x, branch, gate, shift, scale = _dense_last(x, branch, gate, shift, scale)
     y_dtype = autocast_dtype(x.device) or x.dtype

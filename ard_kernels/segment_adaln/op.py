@@ -6,9 +6,9 @@ A backend gives two functions, `forward` and `backward`, that serve all three op
 from __future__ import annotations
 
 from ard_kernels import triton_support
-from ard_kernels.backends import register_backend
+from ard_kernels.backends import check_backend, register_backend
 from ard_kernels.library import define_op
-from ard_kernels.segment_adaln import cpu, cuda, torch_impl
+from ard_kernels.segment_adaln import cpu, cuda, spec, torch_impl
 
 IMPLEMENTATIONS = {
     "cuda": cuda,
@@ -37,7 +37,30 @@ def _dense(grad):
     return grad if grad is None or grad.stride(-1) == 1 else grad.contiguous()
 
 
+def _check(op, tokens, rows, lengths, backend, y_dtype=None):
+    """What `torch.ops.ard` is called with; a public function has checked its own."""
+    spec.check_raw(op, tokens, rows, lengths)
+    first = next(x for x in tokens.values() if x is not None)
+    if y_dtype is not None and y_dtype not in spec.DTYPES:
+        raise ValueError(f"{op}: y_dtype is {y_dtype}; expected float32, bfloat16, float16 or float64")
+    check_backend(op, backend, first.device, first.dtype, first.shape[-1])
+
+
 # adaln_modulate
+
+
+def _check_modulate(x, shift, scale, lengths, eps, y_dtype, backend):
+    _check("adaln_modulate", {"x": x}, {"shift": shift, "scale": scale}, lengths, backend, y_dtype)
+
+
+def _check_modulate_backward(grad_y, x, scale, mean, rstd, lengths, backend):
+    _check("adaln_modulate", {"x": x, "grad_y": _dense(grad_y)}, {"scale": scale}, lengths, backend)
+    spec.check_statistics("adaln_modulate", x, mean=mean, rstd=rstd)
+
+
+def _modulate_composite(x, shift, scale, lengths, eps, y_dtype, backend):
+    _, y, mean, rstd = torch_impl.forward(x, None, None, shift, scale, lengths, eps, y_dtype)
+    return y, mean.detach(), rstd.detach()
 
 
 def _modulate(x, shift, scale, lengths, eps, y_dtype, backend):
@@ -77,17 +100,36 @@ modulate_backward_op = define_op(
     "str backend) -> (Tensor, Tensor, Tensor)",
     _modulate_backward,
     _modulate_backward_fake,
+    check=_check_modulate_backward,
 )
 modulate_op = define_op(
     "adaln_modulate(Tensor x, Tensor shift, Tensor scale, SymInt[] lengths, float eps, ScalarType y_dtype, "
     "str backend) -> (Tensor, Tensor, Tensor)",
     _modulate,
     _modulate_fake,
+    check=_check_modulate,
     backward=_modulate_autograd,
     setup_context=_modulate_setup,
+    composite=_modulate_composite,
 )
 
 # gate_residual_adaln
+
+
+def _check_gated(x, branch, gate, shift, scale, lengths, eps, y_dtype, backend):
+    rows = {"gate": gate, "shift": shift, "scale": scale}
+    _check("gate_residual_adaln", {"x": x, "branch": branch}, rows, lengths, backend, y_dtype)
+
+
+def _check_gated_backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths, backend):
+    tokens = {"h": h, "branch": branch, "grad_h": _dense(grad_h), "grad_y": _dense(grad_y)}
+    _check("gate_residual_adaln", tokens, {"gate": gate, "scale": scale}, lengths, backend)
+    spec.check_statistics("gate_residual_adaln", h, mean=mean, rstd=rstd)
+
+
+def _gated_composite(x, branch, gate, shift, scale, lengths, eps, y_dtype, backend):
+    h, y, mean, rstd = torch_impl.forward(x, branch, gate, shift, scale, lengths, eps, y_dtype)
+    return h, y, mean.detach(), rstd.detach()
 
 
 def _gated(x, branch, gate, shift, scale, lengths, eps, y_dtype, backend):
@@ -131,17 +173,32 @@ gated_backward_op = define_op(
     "Tensor mean, Tensor rstd, SymInt[] lengths, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gated_backward,
     _gated_backward_fake,
+    check=_check_gated_backward,
 )
 gated_op = define_op(
     "gate_residual_adaln(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, SymInt[] lengths, "
     "float eps, ScalarType y_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _gated,
     _gated_fake,
+    check=_check_gated,
     backward=_gated_autograd,
     setup_context=_gated_setup,
+    composite=_gated_composite,
 )
 
 # gate_residual
+
+
+def _check_gate(x, branch, gate, lengths, backend):
+    _check("gate_residual", {"x": x, "branch": branch}, {"gate": gate}, lengths, backend)
+
+
+def _check_gate_backward(grad_h, branch, gate, lengths, backend):
+    _check("gate_residual", {"branch": branch, "grad_h": _dense(grad_h)}, {"gate": gate}, lengths, backend)
+
+
+def _gate_composite(x, branch, gate, lengths, backend):
+    return torch_impl.forward(x, branch, gate, None, None, lengths, 1.0, None)[0]
 
 
 def _gate(x, branch, gate, lengths, backend):
@@ -175,11 +232,14 @@ gate_backward_op = define_op(
     "-> (Tensor, Tensor)",
     _gate_backward,
     _gate_backward_fake,
+    check=_check_gate_backward,
 )
 gate_op = define_op(
     "gate_residual(Tensor x, Tensor branch, Tensor gate, SymInt[] lengths, str backend) -> Tensor",
     _gate,
     _gate_fake,
+    check=_check_gate,
     backward=_gate_autograd,
     setup_context=_gate_setup,
+    composite=_gate_composite,
 )

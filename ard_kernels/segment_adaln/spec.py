@@ -14,13 +14,15 @@ from collections.abc import Sequence
 
 import torch
 
-from ard_kernels.segments import check_segment_length, segment_offsets
+from ard_kernels.arguments import check_number, check_tensor, described
+from ard_kernels.segments import check_lengths, check_segment_length, segment_offsets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_activation(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> None:
     """ValueError unless x is (B, T, C) of a supported dtype and, given `like`, has its shape and device."""
+    check_tensor(op, name, x)
     if x.dim() != 3:
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected 3 dims (B, T, C)")
     if x.dtype not in DTYPES:
@@ -40,6 +42,7 @@ def check_rows(
     segments = T // lengths[0] if len(lengths) == 1 else len(lengths)
     first_name, first = next(iter(rows.items()))
     for name, row in rows.items():
+        check_tensor(op, name, row)
         if tuple(row.shape) != (B, segments, C) and tuple(row.shape) != (B, T, C):
             raise ValueError(
                 f"{op}: {name} has shape {tuple(row.shape)}; expected {(B, segments, C)} (per segment) "
@@ -54,10 +57,41 @@ def check_rows(
     return lengths if first.shape[1] == segments else [1]
 
 
-def check_eps(op: str, eps: float) -> None:
-    """ValueError unless eps is positive."""
-    if not eps > 0:
+def check_eps(op: str, eps: float) -> float:
+    """eps as a float, or a ValueError unless it is positive."""
+    value = check_number(op, "eps", eps, "a positive number")
+    if not value > 0:
         raise ValueError(f"{op}: eps is {eps}; expected a positive number")
+    return value
+
+
+def check_raw(
+    op: str, tokens: dict[str, torch.Tensor | None], rows: dict[str, torch.Tensor | None], lengths: Sequence[int]
+) -> None:
+    """ValueError unless what `torch.ops.ard` was called with is what a public function would pass on.
+
+    tokens: (B, T, C) tensors, the first present; rows: those per segment of `lengths`; None: absent.
+    """
+    names = [name for name, x in tokens.items() if x is not None]
+    first = tokens[names[0]]
+    for name in names:
+        check_activation(op, name, tokens[name], like=first)
+    check_lengths(op, lengths, first.shape[1])
+    present = {name: row for name, row in rows.items() if row is not None}
+    if check_rows(op, first, present, lengths[0] if len(lengths) == 1 else lengths) != list(lengths):
+        raise ValueError(f"{op}: lengths is {list(lengths)}; expected [1] for rows per token")
+    for name in (*names, *present):
+        x = tokens[name] if name in tokens else rows[name]
+        if x.stride(-1) != 1:
+            raise ValueError(f"{op}: {name} has strides {x.stride()}; expected a contiguous last dim")
+
+
+def check_statistics(op: str, x_BTC: torch.Tensor, **statistics: torch.Tensor) -> None:
+    """ValueError unless the statistics are (B, T), contiguous, of the accumulation dtype."""
+    dtype = torch.float64 if x_BTC.dtype == torch.float64 else torch.float32
+    for name, x in statistics.items():
+        if x.shape != x_BTC.shape[:2] or x.dtype != dtype or x.device != x_BTC.device or not x.is_contiguous():
+            raise ValueError(f"{op}: {name} is {described(x)}; expected contiguous {dtype} {tuple(x_BTC.shape[:2])}")
 
 
 def row_of_token(lengths: Sequence[int], tokens: int, device: torch.device | None = None) -> torch.Tensor:

@@ -82,33 +82,37 @@ def test_equal_segments_cuda(dtype, mask, D, chip, poisoned):
 KINDS = ["packed", "contiguous", "offset", "transposed_last"]
 
 
+def alone(patch):
+    """Backend torch gives short segments, too, a call each."""
+    make = torch_impl._make_plan
+    patch.setattr(torch_impl, "_make_plan", lambda *shape_and_mask: make(*shape_and_mask[:-1], False))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_layouts_without_the_dense_shortcut(backend, kind, mask, monkeypatch, poisoned):
-    monkeypatch.setattr(torch_impl, "DENSE_PAIR_ELEMENTS_PER_CALL", 0)
+def test_layouts_of_segments_alone(backend, kind, mask, monkeypatch, poisoned):
+    alone(monkeypatch)
     B, H = (2, 3) if backend == "torch" else (2, 1)
     check(backend, [24], mask, B, H, D=72, kind=kind)
 
 
 draw_cases = given(
-    lengths=st.lists(st.integers(1, 19), min_size=1, max_size=6),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
     mask=st.tuples(st.one_of(st.none(), st.integers(1, 7)), st.integers(0, 6)),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([8, 16, 24, 72, 80])),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     kind=st.sampled_from(KINDS),
-    dense=st.booleans(),
+    grouped=st.booleans(),
 )
 
 
 @draw_cases
-def test_drawn_cases(lengths, mask, shape, dtype, kind, dense):
-    saved = torch_impl.DENSE_PAIR_ELEMENTS_PER_CALL
-    torch_impl.DENSE_PAIR_ELEMENTS_PER_CALL = saved if dense else 0
-    try:
+def test_drawn_cases(lengths, mask, shape, dtype, kind, grouped):
+    with pytest.MonkeyPatch.context() as patch:
+        if not grouped:
+            alone(patch)
         check("torch", lengths, mask, *shape, dtype, kind)
-    finally:
-        torch_impl.DENSE_PAIR_ELEMENTS_PER_CALL = saved
 
 
 @settings(max_examples=60)
@@ -239,7 +243,6 @@ def test_packed_equals_three_tensors(backend, dtype, D, lengths, mask, poisoned)
 def test_matmul_path_of_devices_without_the_fused_kernel(mask, monkeypatch):
     """The composition that serves every non-CPU device, run here on CPU tensors."""
     monkeypatch.setattr(torch_impl, "_fused", lambda device: False)
-    monkeypatch.setattr(torch_impl, "DENSE_PAIR_ELEMENTS_PER_CALL", 0)
     check("torch", [16], mask, D=72)
     check("torch", [5, 9, 30], mask, D=72, dtype=torch.bfloat16)
 
@@ -280,9 +283,10 @@ def test_empty(backend, shape):
     assert q.grad.shape == shape
 
 
-@pytest.mark.parametrize("dense_elements", [0, 1_000_000], ids=["segments", "dense"])
-def test_gradcheck(dense_elements, monkeypatch):
-    monkeypatch.setattr(torch_impl, "DENSE_PAIR_ELEMENTS_PER_CALL", dense_elements)
+@pytest.mark.parametrize("grouped", [True, False])
+def test_gradcheck(grouped, monkeypatch):
+    if not grouped:
+        alone(monkeypatch)
     for mask in MASKS.values():
         q, k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
 

@@ -42,21 +42,21 @@ def make_segments(B, H, lengths, D, dtype=torch.float32, packed=True):
 
 def check(backend, lengths, mask, B=2, H=3, D=72, dtype=torch.float32, packed=True):
     segments = make_segments(B, H, lengths, D, dtype, packed)
-    cache = HistoryCache(2, B, H, D, sum(lengths), dtype)
+    cache = HistoryCache(1, B, H, D, sum(lengths), dtype)
     cache.keys.fill_(float("nan"))
     cache.values.fill_(float("nan"))
     steps = []
     for step, (q, k, v) in enumerate(segments):
-        out = history_attention(q, k, v, cache, layer=1, window=mask[0], sink=mask[1], backend=backend)
+        out = history_attention(q, k, v, cache, layer=0, window=mask[0], sink=mask[1], backend=backend)
         so_far = segments[: step + 1]
         expected = reference(so_far, *mask)
         plain_in = [torch.cat(parts, 2) for parts in zip(*so_far, strict=True)]
         plain = dense_plain(*plain_in, lengths[: step + 1], *mask)[:, :, -lengths[step] :]
         steps.append((out, plain, expected))
     assert_close(*(torch.cat(parts, 2) for parts in zip(*steps, strict=True)))
-    assert torch.equal(cache.keys[1], torch.cat([k for _, k, _ in segments], 2))
-    assert torch.equal(cache.values[1], torch.cat([v for _, _, v in segments], 2))
-    assert cache.offsets == [[0], segment_offsets(lengths, sum(lengths)) if len(lengths) > 1 else [0, lengths[0]]]
+    assert torch.equal(cache.keys[0], torch.cat([k for _, k, _ in segments], 2))
+    assert torch.equal(cache.values[0], torch.cat([v for _, _, v in segments], 2))
+    assert cache.offsets == [segment_offsets(lengths, sum(lengths)) if len(lengths) > 1 else [0, lengths[0]]]
 
 
 def dense_plain(q, k, v, lengths, window, sink):
@@ -246,7 +246,7 @@ def test_gradients_are_refused():
 def test_bad_cache_sizes():
     with pytest.raises(ValueError, match=r"HistoryCache: heads is -1; expected an int >= 0"):
         HistoryCache(1, 1, -1, 16, 16)
-    with pytest.raises(ValueError, match=r"HistoryCache: dtype is torch.int32"):
+    with pytest.raises(ValueError, match=r"HistoryCache: the cache has dtype torch.int32"):
         HistoryCache(1, 1, 1, 16, 16, torch.int32)
 
 
@@ -281,11 +281,12 @@ def test_compiles_to_one_graph():
 def test_opcheck(backend, norm):
     dtype = torch.bfloat16 if backend == "cuda" else torch.float32
     q, k, v = make_segments(2, 3, [8], 64, dtype)[0]
-    cache_k, cache_v = torch.randn(2, 2, 3, 32, 64).to(dtype)
-    workspace = HistoryCache(1, 2, 3, 64, 32).workspace
+    cache = HistoryCache(1, 2, 3, 64, 32, dtype)
+    history_attention(q, k, v, cache, layer=0, backend="torch")
+    memory = cache.keys, cache.values, cache.workspace, cache.positions
     weight, bias = torch.randn(64).to(dtype) if norm else None, torch.randn(64) if norm == "layer" else None
     norms = (norm, weight, None, 1e-6, norm, None, bias, 1e-6)
-    inputs = (q, k, v, cache_k, cache_v, workspace, 16, 8, 12, 0.25, *norms, backend)
+    inputs = (q, k, v, *memory, 0, 2, 1, 0.25, *norms, backend)
     torch.library.opcheck(torch.ops.ard.history_attention, inputs)
 
 
@@ -305,20 +306,19 @@ def test_routing_trains_and_samples_alike(mask, layout):
     q, k, v = (torch.randn(2, 3, 48, 24) for _ in range(3))
     if layout == "bthd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    for layer in range(3):
+    segments = [[x.narrow(axis, t, 16) for x in (q, k, v)] for t in (0, 16, 32)]
+    steps = [
+        [routing.attention(layer, *own, segment_length=16, cache=cache, layout=layout) for layer in range(3)]
+        for own in segments
+    ]
+    for layer, sampled in enumerate(zip(*steps, strict=True)):
         window, sink = mask if layer < 2 else (1, 0)
         trained = routing.attention(layer, q, k, v, segment_length=16, layout=layout)
         heads_first = [x.transpose(1, 2) if layout == "bthd" else x for x in (q, k, v)]
         expected = dense_reference(*heads_first, [16], window, sink)[0]
         expected = expected.transpose(1, 2) if layout == "bthd" else expected
         torch.testing.assert_close(trained, expected.float(), rtol=1e-4, atol=1e-5)
-        steps = [
-            routing.attention(
-                layer, *(x.narrow(axis, t, 16) for x in (q, k, v)), segment_length=16, cache=cache, layout=layout
-            )
-            for t in (0, 16, 32)
-        ]
-        torch.testing.assert_close(torch.cat(steps, axis), trained, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.cat(sampled, axis), trained, rtol=1e-5, atol=1e-6)
     assert cache.length == 48
 
 
