@@ -11,6 +11,7 @@ What each way of differentiating gets:
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from functools import reduce
@@ -110,7 +111,7 @@ def _directly(op: Callable, kernel: Callable, with_gradient: Callable) -> Callab
         needs_gradient = False
         for x in inputs:
             if isinstance(x, Tensor):
-                if type(x) not in _PLAIN or x.is_meta or x.is_neg() or (x.data_ptr() == 0 and x.numel()):
+                if type(x) not in _PLAIN or x.is_meta or x.is_neg() or not _in_memory(x):
                     return op(*inputs)
                 needs_gradient = needs_gradient or x.requires_grad
         if needs_gradient and torch.is_grad_enabled():
@@ -119,6 +120,14 @@ def _directly(op: Callable, kernel: Callable, with_gradient: Callable) -> Callab
             return kernel(*inputs)
 
     return call
+
+
+def _in_memory(x: Tensor) -> bool:
+    """Whether x has elements to point to, or none at all; not so the zero tensors of autograd and what torch.func left."""
+    try:
+        return x.data_ptr() != 0 or x.numel() == 0
+    except RuntimeError:
+        return False
 
 
 def _materialized(x: object) -> object:
@@ -162,21 +171,34 @@ def _autograd_kernel(
     """
     gradient = _gradient_function(op, run_backward, setup_context)
     # Under torch.func this kernel is called once per level, for that level alone; Function.apply would do all levels.
-    of_this_level = super(torch.autograd.Function, gradient).apply
+    level_gradient = _gradient_function(_on_lower_levels(op), run_backward, setup_context)
+    of_this_level = super(torch.autograd.Function, level_gradient).apply
 
     def kernel(*inputs):
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-            return _with_tangents(name, composite, inputs)
+        in_transform = _transforms is not None and _transforms() is not None
+        if in_transform or getattr(forward_ad, "_current_level", 0) >= 0:
+            if any(forward_ad.unpack_dual(x, level=0).tangent is not None for x in tensors):
+                return _with_tangents(name, composite, inputs)
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            if _transforms is None or _transforms() is None:
+            if not in_transform:
                 return gradient.apply(*inputs)
-            with _single_level():
+            with _functorch("enable_single_level_autograd_function")():
                 return of_this_level(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
 
     return kernel
+
+
+def _on_lower_levels(op: Callable) -> Callable:
+    """`op` inside an autograd.Function of one level, which has switched off what the levels below record."""
+
+    def run(*inputs):
+        with torch.enable_grad(), _functorch("_set_fwd_grad_enabled")(True):
+            return op(*inputs)
+
+    return run
 
 
 def _with_tangents(name: str, composite: Callable | None, inputs: tuple):
@@ -191,10 +213,9 @@ def _with_tangents(name: str, composite: Callable | None, inputs: tuple):
     return composite(*inputs)
 
 
-def _single_level():
-    """What PyTorch asks for around an autograd.Function of one torch.func level."""
-    try:
-        from torch._functorch.autograd_function import enable_single_level_autograd_function
-    except ImportError:
-        raise NotImplementedError("ard_kernels: torch.func.grad is not supported with this version of torch") from None
-    return enable_single_level_autograd_function()
+def _functorch(name: str) -> Callable:
+    """What PyTorch's own autograd.Function uses under torch.func."""
+    found = getattr(importlib.import_module("torch._functorch.autograd_function"), name, None)
+    if found is None:
+        raise NotImplementedError("ard_kernels: torch.func.grad is not supported with this version of torch")
+    return found

@@ -59,8 +59,7 @@ def _check_modulate_backward(grad_y, x, scale, mean, rstd, lengths, backend):
 
 
 def _modulate_composite(x, shift, scale, lengths, eps, y_dtype, backend):
-    _, y, mean, rstd = torch_impl.forward(x, None, None, shift, scale, lengths, eps, y_dtype)
-    return y, mean.detach(), rstd.detach()
+    return torch_impl.composite(x, None, None, shift, scale, lengths, eps, y_dtype)[1:]
 
 
 def _modulate(x, shift, scale, lengths, eps, y_dtype, backend):
@@ -128,8 +127,7 @@ def _check_gated_backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, le
 
 
 def _gated_composite(x, branch, gate, shift, scale, lengths, eps, y_dtype, backend):
-    h, y, mean, rstd = torch_impl.forward(x, branch, gate, shift, scale, lengths, eps, y_dtype)
-    return h, y, mean.detach(), rstd.detach()
+    return torch_impl.composite(x, branch, gate, shift, scale, lengths, eps, y_dtype)
 
 
 def _gated(x, branch, gate, shift, scale, lengths, eps, y_dtype, backend):
@@ -198,7 +196,7 @@ def _check_gate_backward(grad_h, branch, gate, lengths, backend):
 
 
 def _gate_composite(x, branch, gate, lengths, backend):
-    return torch_impl.forward(x, branch, gate, None, None, lengths, 1.0, None)[0]
+    return torch_impl.composite(x, branch, gate, None, None, lengths, 1.0, None)[0]
 
 
 def _gate(x, branch, gate, lengths, backend):

@@ -43,7 +43,25 @@ def _row_sum(terms_BSLC: torch.Tensor, lengths: Sequence[int], dtype: torch.dtyp
     return torch.stack([terms_BTC[:, a:b].sum(1) for a, b in pairwise(offsets)], 1).to(dtype)
 
 
-def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.dtype | None):
+def _layer_norm(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(normalised, mean, rstd) over the last dim."""
+    return torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+
+
+def _composed_layer_norm(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_layer_norm` for derivatives of any order: gradients of native_layer_norm's tangent are wrong (torch 2.13)."""
+    mean = x.mean(-1, keepdim=True)
+    rstd = torch.rsqrt((x - mean).square().mean(-1, keepdim=True) + eps)
+    return (x - mean) * rstd, mean, rstd
+
+
+def composite(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.dtype | None):
+    """`forward` that can be differentiated in any mode and order, but for mean and rstd."""
+    h, y, *statistics = forward(x, branch, gate, shift, scale, lengths, eps, y_dtype, _composed_layer_norm)
+    return h, y, *(None if x is None else x.detach() for x in statistics)
+
+
+def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.dtype | None, layer_norm=_layer_norm):
     """(h, y, mean (B, T), rstd (B, T)); branch and gate, or shift and scale, may be None, then so is their output."""
     B, T, C = x.shape
     acc = statistics_dtype(x.dtype)
@@ -52,7 +70,7 @@ def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.d
         h = torch.addcmul(_tile(x, lengths, acc), _rows(gate, lengths, T, acc), _tile(branch, lengths, acc))
         x = h = h.to(x.dtype).reshape(B, T, C)
     if shift is not None:
-        normalised, mean, rstd = torch.native_layer_norm(_tile(x, lengths, acc), (C,), None, None, eps)
+        normalised, mean, rstd = layer_norm(_tile(x, lengths, acc), eps)
         y = torch.addcmul(_rows(shift, lengths, T, acc), normalised, 1 + _rows(scale, lengths, T, acc))
         y, mean, rstd = y.to(y_dtype).reshape(B, T, C), mean.reshape(B, T), rstd.reshape(B, T)
     return h, y, mean, rstd
