@@ -12,7 +12,7 @@ def described(value: object) -> str:
     """`value` for an error message: its repr, but a tensor by dtype and shape, and nothing long."""
     if isinstance(value, torch.Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:60]}... ({type(value).__name__})"
 
 

@@ -58,13 +58,15 @@ def define_op(
     setup_context: Callable | None = None,
     composite: Callable | None = None,
     flops: Callable | None = None,
+    reads_host: bool = False,
 ) -> Callable:
     """Register `ard::<schema>` and return what calls it.
 
     `kernel` runs on every device; its last argument is the backend. `check` raises ValueError for inputs that the
     kernel would not survive: `torch.ops.ard.*` asks it, a public function has checked what it passes.
     `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` are those of an autograd.Function. `flops` gets the
-    op's inputs, tensors as they are after the call.
+    op's inputs, tensors as they are after the call. `reads_host`: what is launched depends on a tensor of the host, so
+    that torch.compile must not replay it in a CUDA graph.
     """
     name = schema.split("(", 1)[0]
 
@@ -74,7 +76,9 @@ def define_op(
         return kernel(*inputs)
 
     # Strides of inputs are part of the contract (packed views come without a copy), so the compiler must keep them.
-    _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    tags = [torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag]
+    tags += [torch.Tag.cudagraph_unsafe] if reads_host and hasattr(torch.Tag, "cudagraph_unsafe") else []
+    _library.define(schema, tags=tags)
     _library.impl(name, checked, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ard::{name}", fake, lib=_library)
     packet = getattr(torch.ops.ard, name)
@@ -123,7 +127,7 @@ def _directly(op: Callable, kernel: Callable, with_gradient: Callable) -> Callab
 
 
 def _in_memory(x: Tensor) -> bool:
-    """Whether x has elements to point to, or none at all; not so the zero tensors of autograd and what torch.func left."""
+    """Whether x has elements to point to, or none at all. Zero tensors of autograd do not, nor what torch.func left."""
     try:
         return x.data_ptr() != 0 or x.numel() == 0
     except RuntimeError:
@@ -177,9 +181,9 @@ def _autograd_kernel(
     def kernel(*inputs):
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         in_transform = _transforms is not None and _transforms() is not None
-        if in_transform or getattr(forward_ad, "_current_level", 0) >= 0:
-            if any(forward_ad.unpack_dual(x, level=0).tangent is not None for x in tensors):
-                return _with_tangents(name, composite, inputs)
+        may_be_dual = in_transform or getattr(forward_ad, "_current_level", 0) >= 0
+        if may_be_dual and any(forward_ad.unpack_dual(x, level=0).tangent is not None for x in tensors):
+            return _with_tangents(name, composite, inputs)
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             if not in_transform:
                 return gradient.apply(*inputs)

@@ -109,4 +109,5 @@ history_op = define_op(
     _history_fake,
     check=_check,
     flops=_history_flops,
+    reads_host=True,
 )

@@ -179,23 +179,6 @@ def test_offsets_beyond_int32(backend):
     assert torch.equal(outputs[0][0], block_causal_attention(far, far, far, segment_length=4, backend=attention))
 
 
-def test_a_full_cache_raises_and_keeps_its_contents():
-    cache = HistoryCache(1, 1, 2, 16, 40)
-    q, k, v = (torch.randn(1, 2, 16, 16) for _ in range(3))
-    for _ in range(2):
-        history_attention(q, k, v, cache, layer=0)
-    before = cache.keys.clone(), cache.values.clone(), [list(o) for o in cache.offsets]
-    with pytest.raises(ValueError, match=r"layer 0 of the cache holds 32 of 40 tokens; expected room for 16 more"):
-        history_attention(q, k, v, cache, layer=0)
-    assert torch.equal(cache.keys[:, :, :, :32], before[0][:, :, :, :32]) and cache.offsets == before[2]
-    assert cache.length == 32
-    history_attention(q[:, :, :8], k[:, :, :8], v[:, :, :8], cache, layer=0)
-    assert cache.length == 40
-    cache.reset()
-    assert cache.length == 0
-    assert cache.nbytes == 2 * 2 * 40 * 16 * 4
-
-
 BAD = {
     "layer": (lambda q: (q, q, q), {"layer": 2}, "layer is 2; expected 0 to 1"),
     "heads": (lambda q: (q[:, :1],) * 3, {}, r"k has \(batch, heads, head_dim\) \(1, 1, 16\); expected the cache's"),
@@ -241,13 +224,6 @@ def test_gradients_are_refused():
     norm = HeadNorm(weight=torch.ones(16, requires_grad=True))
     with pytest.raises(RuntimeError, match="or a norm requires a gradient; expected sampling under"):
         history_attention(*[q.detach()] * 3, HistoryCache(1, 1, 2, 16, 16), layer=0, k_norm=norm)
-
-
-def test_bad_cache_sizes():
-    with pytest.raises(ValueError, match=r"HistoryCache: heads is -1; expected an int >= 0"):
-        HistoryCache(1, 1, -1, 16, 16)
-    with pytest.raises(ValueError, match=r"HistoryCache: the cache has dtype torch.int32"):
-        HistoryCache(1, 1, 1, 16, 16, torch.int32)
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)

@@ -1,0 +1,155 @@
+"""Inputs that outsiders tried: refused with the argument, what was expected and what came; or simply right."""
+
+import numpy as np
+import pytest
+import torch
+
+from ard_kernels import (
+    HeadNorm,
+    HistoryCache,
+    HistoryRouting,
+    adaln_modulate,
+    block_causal_attention,
+    block_causal_attention_packed,
+    gate_residual,
+    history_attention,
+)
+
+Q = torch.randn(1, 2, 8, 8)
+X, ROW = torch.randn(1, 8, 16), torch.randn(1, 2, 16)
+
+
+def attend(q=Q, k=Q, v=Q, segment_length=4, **arguments):
+    return block_causal_attention(q, k, v, segment_length=segment_length, **arguments)
+
+
+def modulate(x=X, shift=ROW, scale=ROW, segment_length=4, **arguments):
+    return adaln_modulate(x, shift, scale, segment_length=segment_length, **arguments)
+
+
+def sample(q=Q, cache=None, layer=0, **arguments):
+    cache = HistoryCache(1, 1, 2, 8, 16) if cache is None else cache
+    return history_attention(q, q, q, cache, layer=layer, **arguments)
+
+
+def under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        return sample()
+
+
+LEAF = torch.tensor(0.5, requires_grad=True)
+REFUSED = {
+    "scale that learns": (lambda: attend(scale=LEAF), "scale is a tensor that requires a gradient"),
+    "scale in words": (lambda: attend(scale="0.5"), "scale is '0.5'; expected a finite number"),
+    "scale nan": (lambda: attend(scale=float("nan")), "scale is nan; expected a finite number"),
+    "scale inf, history": (lambda: sample(scale=float("inf")), "scale is inf; expected a finite number"),
+    "scale True": (lambda: attend(scale=True), "scale is True; expected a finite number"),
+    "segment_length True": (lambda: attend(segment_length=True), "segment_length is True; expected an int or"),
+    "segment_length in words": (lambda: modulate(segment_length="8"), "segment_length is '8'; expected an int or"),
+    "a length True": (lambda: attend(segment_length=[7, True]), r"segment_length\[1\] is True; expected an int >= 1"),
+    "window True": (lambda: attend(window=True), "window is True; expected None or an int >= 1"),
+    "sink None": (lambda: sample(sink=None), r"sink is None; expected an int >= 0 \(segments\)"),
+    "v None": (lambda: attend(v=None), "v is None; expected a tensor"),
+    "q a list": (lambda: attend(q=[1.0]), r"q is \[1.0\]; expected a tensor"),
+    "qkv an array": (
+        lambda: block_causal_attention_packed(np.zeros((1, 8, 3, 2, 8)), segment_length=4),
+        r"qkv is array.*\(ndarray\); expected a tensor",
+    ),
+    "gate None": (lambda: gate_residual(X, X, None, segment_length=4), "gate is None; expected a tensor"),
+    "layout forgotten": (
+        lambda: attend(*[torch.randn(1, 64, 4, 16)] * 3, segment_length=16),
+        r"expected a multiple of segment_length=16 \(layout 'bhtd': tokens are dim 2 of \(1, 64, 4, 16\)\)",
+    ),
+    "layout forgotten, history": (
+        lambda: sample(Q.transpose(1, 2)),
+        r"expected the cache's .* \(is the layout right\?\)",
+    ),
+    "layout None": (lambda: attend(layout=None), "layout is None; expected 'bhtd' or 'bthd'"),
+    "eps in words": (lambda: modulate(eps="1e-6"), "eps is '1e-6'; expected a positive number"),
+    "eps nan": (lambda: modulate(eps=float("nan")), "eps is nan; expected a positive number"),
+    "cache None": (
+        lambda: history_attention(Q, Q, Q, None, layer=0),
+        "cache is None; expected an ard_kernels.HistoryC",
+    ),
+    "cache a dict": (lambda: history_attention(Q, Q, Q, {}, layer=0), "cache is {}; expected an ard_kernels.HistoryC"),
+    "layer None": (lambda: sample(layer=None), "layer is None; expected 0 to 0"),
+    "layer True": (lambda: sample(layer=True), "layer is True; expected 0 to 0"),
+    "float32 cache, autocast": (
+        under_autocast,
+        r"expected the cache's torch.float32 \(autocast to torch.bfloat16 is on",
+    ),
+    "head_dim 20": (lambda: HistoryCache(1, 1, 1, 20, 8), "head dim 20; expected a multiple of 8 from 8 to 256"),
+    "layers True": (lambda: HistoryCache(True, 1, 1, 8, 8), "layers is True; expected an int >= 0"),
+    "dtype in words": (lambda: HistoryCache(1, 1, 1, 8, 8, "bfloat16"), "dtype is 'bfloat16'; expected a torch.dtype"),
+    "norm of a tensor": (lambda: HeadNorm(torch.ones(8)), r"kind is a float32 tensor of shape \(8,\); expected 'rms'"),
+    "eps of a norm": (lambda: HeadNorm(eps="1"), "eps is '1'; expected a number >= 0"),
+    "depth True": (lambda: HistoryRouting(True, 0), "depth is True; expected an int >= 1"),
+    "sparse": (lambda: attend(Q.to_sparse()), "q is a torch.sparse_coo tensor; expected a dense one"),
+    "mkldnn": (lambda: modulate(X.to_mkldnn()), "x is a torch._mkldnn tensor; expected a dense one"),
+    "nested": (lambda: attend(torch.nested.nested_tensor([Q[0]])), "q is a nested tensor; expected a dense one"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_numbers_of_numpy():
+    n = np.int64
+    expected = attend(scale=0.5, window=1)
+    assert torch.equal(attend(segment_length=n(4), window=n(1), sink=n(0), scale=np.float32(0.5)), expected)
+    torch.testing.assert_close(attend(scale=torch.tensor(0.5), window=1, segment_length=np.array([4, 4])), expected)
+    cache = HistoryCache(*map(n, (1, 1, 2, 8, 16)))
+    assert torch.equal(sample(cache=cache, layer=n(0)), attend(segment_length=8))
+    assert HistoryRouting(n(4), n(2)).mask(n(3)) == {"window": 1, "sink": 0}
+
+
+def raw_attention(q=Q, k=Q, v=Q, lengths=(4,), backend="torch"):
+    return torch.ops.ard.block_causal_attention(q, k, v, lengths, None, 0, 0.3, backend)
+
+
+def raw_attention_backward(grad=Q, out=Q, lse=None):
+    lse = torch.zeros(1, 2, 8) if lse is None else lse
+    return torch.ops.ard.block_causal_attention_backward(grad, Q, Q, Q, out, lse, [4], None, 0, 0.3, "torch")
+
+
+def raw_adaln(lengths, row=ROW):
+    return torch.ops.ard.adaln_modulate(X, row, row, lengths, 1e-6, torch.float32, "cpu")
+
+
+def raw_adaln_backward(mean=None, grad=X):
+    statistic = torch.zeros(1, 8)
+    return torch.ops.ard.adaln_modulate_backward(
+        grad, X, ROW, statistic if mean is None else mean, statistic, [4], "cpu"
+    )
+
+
+RAW = {
+    "attention, k": (lambda: raw_attention(k=Q[:, :, :4]), "k has shape"),
+    "attention, strides": (lambda: raw_attention(q=Q.transpose(2, 3)), "q has strides"),
+    "attention, lengths": (lambda: raw_attention(lengths=(4, 5)), "segment_length sums to 9; expected the 8 tokens"),
+    "attention, backend": (lambda: raw_attention(backend="triton2"), "backend 'triton2' .* unknown backend"),
+    "attention backward, lse": (lambda: raw_attention_backward(lse=torch.zeros(1, 2, 4)), "lse is a float32 tensor"),
+    "attention backward, out": (lambda: raw_attention_backward(out=Q[:, :1]), "out has shape"),
+    "packed": (
+        lambda: torch.ops.ard.block_causal_attention_packed(torch.randn(1, 8, 2, 2, 8), [4], None, 0, 0.3, "torch"),
+        "qkv has shape",
+    ),
+    "adaln, lengths": (lambda: raw_adaln([5]), "the input has 8 tokens; expected a multiple of segment_length=5"),
+    "adaln, too few rows": (lambda: raw_adaln([2]), r"shift has shape \(1, 2, 16\); expected \(1, 4, 16\)"),
+    "adaln, rows per token": (lambda: raw_adaln([8], X), r"lengths is \[8\]; expected \[1\] for rows per token"),
+    "adaln, strides": (lambda: raw_adaln([4], ROW.mT.contiguous().mT), "shift has strides"),
+    "adaln backward, mean": (lambda: raw_adaln_backward(mean=torch.zeros(1, 4)), "mean is a float32 tensor"),
+    "adaln backward, grad": (lambda: raw_adaln_backward(grad=X[:, :4]), "grad_y has shape"),
+    "gate, branch": (lambda: torch.ops.ard.gate_residual(X, X[:, :4], ROW, [4], "cpu"), "branch has shape"),
+    "gate, row": (lambda: torch.ops.ard.gate_residual(X, X, ROW[..., :8], [4], "cpu"), "gate has shape"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), RAW.values(), ids=RAW)
+def test_raw_ops_check_what_they_point_to(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
