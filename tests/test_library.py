@@ -1,5 +1,9 @@
 """Ops are called without the dispatcher in plain eager code only: whatever watches, counts or traces sees the op."""
 
+import os
+import subprocess
+import sys
+import threading
 import traceback
 
 import pytest
@@ -10,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ard_kernels
 from ard_kernels import library
+from ard_kernels.backends import resolve
 from ard_kernels.block_causal_attention import op
 
 L = 4
@@ -119,3 +124,104 @@ def test_needs_a_gradient_only_where_one_is_recorded():
     assert attention(q, k, v).requires_grad
     with torch.no_grad():
         assert not attention(q, k, v).requires_grad
+
+
+PRIVATE = [
+    "_C._get_tracing_state",
+    "_C._len_torch_dispatch_stack",
+    "_C._len_torch_function_stack",
+    "_C._functorch.peek_interpreter_stack",
+    "autograd._profiler_enabled",
+    "autograd.forward_ad._current_level",
+    "ops.aten._scaled_dot_product_flash_attention_for_cpu",
+]
+# Removes a name of torch before ard_kernels is imported, then trains and samples a step.
+WITHOUT = """
+import functools, sys, torch
+holder, name = sys.argv[1].rsplit(".", 1)
+if holder == "ops.aten":
+    real = type(torch.ops.aten).__getattr__
+    def missing(self, asked):
+        if asked.startswith(name):
+            raise AttributeError(asked)
+        return real(self, asked)
+    type(torch.ops.aten).__getattr__ = missing
+else:
+    delattr(functools.reduce(getattr, holder.split("."), torch), name)
+import ard_kernels
+from ard_kernels import HistoryCache, adaln_modulate, block_causal_attention, history_attention, library
+q = torch.randn(1, 2, 8, 8, requires_grad=True)
+x, row = torch.randn(1, 8, 16, requires_grad=True), torch.randn(1, 2, 16)
+block_causal_attention(q, q, q, segment_length=4).sum().backward()
+adaln_modulate(x, row, row, segment_length=4).sum().backward()
+with torch.no_grad():
+    own = q[:, :, :4]
+    history_attention(own, own, own, HistoryCache(1, 1, 2, 8, 8), layer=0)
+print(library.DIRECT, bool(q.grad.isfinite().all()), x.grad.shape)
+"""
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_private_name_that_torch_drops_breaks_nothing(name):
+    done = subprocess.run([sys.executable, "-c", WITHOUT, name], capture_output=True, text=True, check=False)
+    direct = name.startswith("ops.")
+    assert done.stdout.strip() == f"{direct} True torch.Size([1, 8, 16])", done.stderr[-2000:]
+
+
+def test_a_users_kernel_is_seen_with_ARD_DISPATCH():
+    program = """
+import torch, ard_kernels
+library = torch.library.Library("ard", "IMPL")
+library.impl("gate_residual", lambda x, *rest: torch.full_like(x, 7.0), "CPU")
+x, gate = torch.zeros(1, 4, 8), torch.zeros(1, 1, 8)
+print(ard_kernels.gate_residual(x, x, gate, segment_length=4).unique().tolist())
+"""
+    for value, expected in (("0", "[0.0]"), ("1", "[7.0]")):
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"ARD_DISPATCH": value}, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == expected, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_zero_tensors_of_autograd(direct):
+    x, row = torch._efficientzerotensor(1, 8, 16), torch.randn(1, 2, 16)
+    modulate = ard_kernels.adaln_modulate
+    raw = torch.ops.ard.adaln_modulate
+    got = modulate(x, row, row, segment_length=L) if direct else raw(x, row, row, [L], 1e-6, torch.float32, "cpu")[0]
+    assert torch.equal(got, modulate(torch.zeros(1, 8, 16), row, row, segment_length=L))
+
+
+def test_a_backward_after_its_transform_has_ended():
+    """torch.func.vjp hands out a function that is called when nothing of the transform is left."""
+    q, k, v = inputs()
+    out, pull = torch.func.vjp(lambda q: attention(q, k, v), q)
+    leaf = q.clone().requires_grad_()
+    expected = torch.autograd.grad(attention(leaf, k, v), leaf, torch.ones_like(out))[0]
+    assert torch.equal(pull(torch.ones_like(out))[0], expected)
+
+
+def chosen():
+    return resolve("adaln_modulate", None, torch.device("cpu"), torch.float32, 16)
+
+
+def test_use_backend_of_two_threads_that_overlap():
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+
+    def first():
+        with ard_kernels.use_backend("triton"):
+            first_in.set()
+            second_in.wait(10)
+        first_out.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    first_in.wait(10)
+    with ard_kernels.use_backend("torch"):
+        second_in.set()
+        first_out.wait(10)
+        assert chosen() == "torch"
+    thread.join()
+    assert chosen() == "cpu", "the automatic choice again"
+    with ard_kernels.use_backend("cpu"), ard_kernels.use_backend("torch"):
+        assert chosen() == "torch"

@@ -28,6 +28,8 @@ from ard_kernels.segments import segment_offsets
 #   L=32 S=16   B=4 H=8 D=64 w=4    47 |           64:  56 | 128: 61
 #   L=64 S=4    B=1 H=16  D=72      18 |                     128: 21 | 256: 29
 ALONE, GROUP = 32, 64
+# With fewer keys than a vector has lanes, PyTorch's kernel makes 0 of a NaN (torch 2.13), but not so under a mask.
+FEWEST_KEYS = 16
 MOST_KEPT_PAIRS = 1 << 20  # masks of 4 MiB in fp32 are kept for the next call of their shape; larger ones are made anew
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -64,6 +66,8 @@ def _fused(device: torch.device) -> bool:
 def attend(q, k, v, scale: float, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T + mask) v and lse (B, H, T). The CPU has a fused kernel; elsewhere fp32 matmuls."""
     if _fused(q.device):
+        if mask is None and k.shape[2] < FEWEST_KEYS:
+            mask = q.new_zeros(q.shape[2], k.shape[2])
         return _FLASH_FORWARD(q, k, v, attn_mask=mask, scale=scale)
     return _attend(q, k, v, scale, mask)
 

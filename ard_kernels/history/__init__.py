@@ -51,8 +51,8 @@ def history_attention(
     Returns:
         out, like q in shape, layout and dtype. Not differentiable: sampling only.
 
-    torch.compile makes one graph for all steps of a shape: where the cache stands is read when it runs. A CUDA graph that
-    you capture yourself replays the places it was captured at: capture all steps from `cache.reset()` on.
+    torch.compile makes one graph for all steps of a shape: where the cache stands is read when it runs. A CUDA graph
+    that you capture yourself replays the places it was captured at: capture all steps from `cache.reset()` on.
 
     Raises:
         ValueError: an argument outside this contract, no room left, or a cache whose layers have not all taken the

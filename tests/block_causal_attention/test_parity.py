@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import BACKWARD_FACTOR, assert_all_close, assert_close
+from torch.profiler import ProfilerActivity, profile
 
 from ard_kernels import block_causal_attention, block_causal_attention_packed, extension, tuning
 from ard_kernels.block_causal_attention import cuda, tiles, torch_impl
@@ -265,6 +266,58 @@ def test_expanded_inputs_and_gradients(backend):
     block_causal_attention(x, x, x, segment_length=16, backend=backend).sum().backward()
     expected = torch.autograd.grad(reference(x, x, x, [16])[0].sum(), q)[0]
     torch.testing.assert_close(q.grad, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [4, 64])
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
+def test_tokens_that_overlap_in_memory(backend, length, dtype):
+    """A sliding window over a signal, one row as all tokens, and a gradient that is the same for all tokens."""
+    if backend == "cuda" and dtype == torch.float32:
+        pytest.skip("the tensor cores of cuda would round fp32")
+    signal = torch.randn(1, 1, 2 * length + 63).to(dtype)
+    sliding, repeated = signal.unfold(-1, 64, 1), torch.randn(1, 1, 1, 64).to(dtype).expand(1, 1, 2 * length, 64)
+    assert sliding.stride(2) == 1 and repeated.stride(2) == 0
+    for q, k, v in ((sliding,) * 3, (repeated, sliding, repeated)):
+        results = []
+        for inputs in ((q, k, v), (q.contiguous(), k.contiguous(), v.contiguous())):
+            leaves = [x.detach().as_strided(x.shape, x.stride()).requires_grad_() for x in inputs]
+            out = block_causal_attention(*leaves, segment_length=length, backend=backend)
+            grads = torch.autograd.grad(out.sum(2), leaves, torch.ones(1, 1, 64, dtype=dtype))
+            results.append((out, *grads))
+        for got, expected in zip(*results, strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "grad_out"])
+@pytest.mark.parametrize("length", [1, 4, 16, 64])
+def test_what_is_not_finite_reaches_who_sees_it_and_nobody_else(which, length, value):
+    """Whatever the shape, and so whatever the calls that the torch backend makes of it."""
+    tensors = [torch.randn(1, 2, 4 * length, 16) for _ in range(4)]
+    spoiled = [x.clone() for x in tensors]
+    spoiled[which][:, :, 2 * length] = value  # of segment 2, which segments 0 and 1 do not see
+    results = []
+    for *inputs, grad_out in (tensors, spoiled):
+        leaves = [x.requires_grad_() for x in inputs]
+        out = block_causal_attention(*leaves, segment_length=length)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad_out)])
+    for name, clean, got in zip(["out", "dq", "dk", "dv"], *results, strict=True):
+        # queries before segment 2 see nothing of it; keys after it are not seen by it
+        untouched = slice(0, 2 * length) if name in ("out", "dq") else slice(3 * length, 4 * length)
+        if which in (1, 2) and name in ("dk", "dv"):  # queries of segments 2 and 3 are spoiled, and see all keys
+            continue
+        torch.testing.assert_close(got[:, :, untouched], clean[:, :, untouched], rtol=1e-5, atol=1e-5)
+        assert name not in ("out", "dq") or (name == "out" and which == 3) or not got[:, :, 2 * length].isfinite().any()
+
+
+def test_many_tiny_segments_share_calls():
+    """One token a segment: not a call for each."""
+    q, k, v = (torch.randn(1, 2, 512, 16, requires_grad=True) for _ in range(3))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        block_causal_attention(q, k, v, segment_length=1, window=3).sum().backward()
+    calls = {event.key: event.count for event in profiler.key_averages() if "flash_attention" in event.key}
+    assert sum(calls.values()) == 2 * 512 // torch_impl.GROUP
 
 
 def test_scale_and_single_segment():
