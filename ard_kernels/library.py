@@ -115,7 +115,13 @@ def _directly(op: Callable, kernel: Callable, with_gradient: Callable) -> Callab
         needs_gradient = False
         for x in inputs:
             if isinstance(x, Tensor):
-                if type(x) not in _PLAIN or x.is_meta or x.is_neg() or not _in_memory(x):
+                if type(x) not in _PLAIN or x.is_meta or x.is_neg():
+                    return op(*inputs)
+                try:
+                    nowhere = x.data_ptr() == 0
+                except RuntimeError:  # what torch.func has left
+                    return op(*inputs)
+                if nowhere and x.numel():  # the zero tensors of autograd
                     return op(*inputs)
                 needs_gradient = needs_gradient or x.requires_grad
         if needs_gradient and torch.is_grad_enabled():
@@ -124,14 +130,6 @@ def _directly(op: Callable, kernel: Callable, with_gradient: Callable) -> Callab
             return kernel(*inputs)
 
     return call
-
-
-def _in_memory(x: Tensor) -> bool:
-    """Whether x has elements to point to, or none at all. Zero tensors of autograd do not, nor what torch.func left."""
-    try:
-        return x.data_ptr() != 0 or x.numel() == 0
-    except RuntimeError:
-        return False
 
 
 def _materialized(x: object) -> object:

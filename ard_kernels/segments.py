@@ -22,26 +22,34 @@ def segment_offsets(lengths: Sequence[int], tokens: int) -> list[int]:
 
 
 def check_segment_length(
-    op: str, segment_length: int | Sequence[int], name: str, tokens: int, where: str = ""
+    op: str, segment_length: int | Sequence[int], name: str, tokens: int, of: tuple = ()
 ) -> list[int]:
     """The op's `lengths` list for the `tokens` tokens of tensor `name`, or a ValueError that says what was expected.
 
-    where: how the tokens were counted, for the message.
+    of: (dim, shape, layout) that the tokens were counted in, for the message.
     """
     if not is_int(segment_length) and hasattr(segment_length, "tolist"):  # lengths in a tensor or array
         segment_length = segment_length.tolist()
     if is_int(segment_length):
         length = check_int(op, "segment_length", segment_length, 1, "tokens")
         if tokens % length != 0:
-            raise ValueError(f"{op}: {name} has {tokens} tokens; expected a multiple of segment_length={length}{where}")
+            raise ValueError(
+                f"{op}: {name} has {tokens} tokens; expected a multiple of segment_length={length}{_counted(*of)}"
+            )
         return [length]
     if not isinstance(segment_length, Sequence) or isinstance(segment_length, str) or not segment_length:
         got = described(segment_length)
         raise ValueError(f"{op}: segment_length is {got}; expected an int or a sequence of ints, one per segment")
     lengths = [check_int(op, f"segment_length[{i}]", n, 1, "tokens") for i, n in enumerate(segment_length)]
     if sum(lengths) != tokens:
-        raise ValueError(f"{op}: segment_length sums to {sum(lengths)}; expected the {tokens} tokens of {name}{where}")
+        raise ValueError(
+            f"{op}: segment_length sums to {sum(lengths)}; expected the {tokens} tokens of {name}{_counted(*of)}"
+        )
     return lengths
+
+
+def _counted(dim: int | None = None, shape: Sequence[int] = (), layout: str = "") -> str:
+    return "" if dim is None else f" (tokens are dim {dim} of {tuple(shape)}{layout and f', layout {layout!r}'})"
 
 
 def check_lengths(op: str, lengths: Sequence[int], tokens: int) -> None:

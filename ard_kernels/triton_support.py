@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import types
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -37,14 +38,44 @@ def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) 
     return refuses_device(device)
 
 
-def strides(*tensors: torch.Tensor) -> tuple[int, list[tuple[int, ...]]]:
-    """(unit, the tensors' strides but the last, in units of `unit` elements); unit is 8 when all of them allow it.
+def strides(*layouts: tuple[torch.Size, tuple[int, ...]]) -> tuple[int, list[tuple[int, ...]]]:
+    """(unit, strides but the last, in units of `unit` elements) of (shape, strides) each; unit is 8 when all allow it.
 
     Triton only learns whether an argument is a multiple of 16. The stride of a token is C or 3C or D elements, often a
     multiple of 8 alone (D = 72, say), and 8 halves make one 16-byte access: multiplying by the constant tells it.
     """
     values = [
-        [stride if size > 1 else 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)] for x in tensors
+        [stride if size > 1 else 0 for size, stride in zip(shape[:-1], own[:-1], strict=True)] for shape, own in layouts
     ]
     unit = 8 if all(stride % 8 == 0 for each in values for stride in each) else 1
     return unit, [tuple(stride // unit for stride in each) for each in values]
+
+
+class Launch:
+    """A kernel and all it is launched with but tensors and a few ints, for calls of one shape.
+
+    Skips Triton's look-up of the compiled kernel, most of a launch's time on the host. What Triton specialises on is
+    bound here, but for the alignment of the tensors, which is looked at in every call; ints that are passed in a call
+    stand in the kernel's do_not_specialize.
+
+    Args:
+        kernel: parameters in the order: tensors, `bound`, ints of a call, constants.
+        grid: programs.
+        bound: tables, strides, sizes.
+        constants: constexpr parameters and options (num_warps, ...) by name.
+    """
+
+    def __init__(self, kernel, grid: tuple[int, ...], bound: tuple, constants: dict[str, object]):
+        self.kernel, self.grid, self.bound, self.constants = kernel, grid, bound, constants
+        self.compiled: dict[tuple[bool, ...], Callable] = {}  # by which tensors start on 16 bytes
+        self.rest = () if INTERPRETING else tuple(constants[n] for n in kernel.arg_names if n in constants)
+
+    def __call__(self, tensors: Sequence[torch.Tensor | None], ints: tuple[int, ...] = ()) -> None:
+        aligned = tuple([x is None or x.data_ptr() % 16 == 0 for x in tensors])
+        run = self.compiled.get(aligned)
+        if run is not None:
+            run(*tensors, *self.bound, *ints, *self.rest)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.bound, *ints, **self.constants)
+        if compiled is not None:  # the interpreter compiles nothing
+            self.compiled[aligned] = compiled[(*self.grid, 1, 1)[:3]]

@@ -58,13 +58,21 @@ REFUSED = {
     "gate None": (lambda: gate_residual(X, X, None, segment_length=4), "gate is None; expected a tensor"),
     "layout forgotten": (
         lambda: attend(*[torch.randn(1, 64, 4, 16)] * 3, segment_length=16),
-        r"expected a multiple of segment_length=16 \(layout 'bhtd': tokens are dim 2 of \(1, 64, 4, 16\)\)",
+        r"segment_length=16 \(tokens are dim 2 of \(1, 64, 4, 16\), layout 'bhtd'\)",
     ),
     "layout forgotten, history": (
         lambda: sample(Q.transpose(1, 2)),
         r"expected the cache's .* \(is the layout right\?\)",
     ),
     "layout None": (lambda: attend(layout=None), "layout is None; expected 'bhtd' or 'bthd'"),
+    "float64 rows": (
+        lambda: modulate(shift=ROW.double(), scale=ROW.double()),
+        "shift has dtype torch.float64; expected",
+    ),
+    "float64 branch": (
+        lambda: gate_residual(X, X.double(), ROW, segment_length=4),
+        "branch has dtype torch.float64; expected it with float64 x only",
+    ),
     "eps in words": (lambda: modulate(eps="1e-6"), "eps is '1e-6'; expected a positive number"),
     "eps nan": (lambda: modulate(eps=float("nan")), "eps is nan; expected a positive number"),
     "cache None": (
@@ -95,6 +103,13 @@ REFUSED = {
 def test_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_windows_and_sinks_beyond_every_segment():
+    expected = attend()
+    for mask in ({"window": 2**80}, {"sink": 2**80}, {"window": 2**63, "sink": 2**63}):
+        assert torch.equal(attend(**mask), expected)
+        assert torch.equal(torch.compile(attend, backend="aot_eager")(**mask), expected)
 
 
 def test_numbers_of_numpy():

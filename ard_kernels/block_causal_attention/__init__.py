@@ -58,8 +58,7 @@ def block_causal_attention(
     """
     spec.check_qkv(OP, q, k, v, layout)
     token_dim = layout.index("t")
-    where = f" (layout {layout!r}: tokens are dim {token_dim} of {tuple(q.shape)})"
-    lengths = check_segment_length(OP, segment_length, "q", q.shape[token_dim], where)
+    lengths = check_segment_length(OP, segment_length, "q", q.shape[token_dim], (token_dim, q.shape, layout))
     window, sink = spec.check_window(OP, window, sink)
     scale = check_scale(OP, scale, q.shape[-1])
     q, k, v = (x if spec.rows_apart(x, token_dim) else x.contiguous() for x in cast_to_autocast(q, k, v))
@@ -96,9 +95,7 @@ def block_causal_attention_packed(
     """
     op = "block_causal_attention_packed"
     spec.check_packed(op, qkv)
-    lengths = check_segment_length(
-        op, segment_length, "qkv", qkv.shape[1], f" (tokens are dim 1 of {tuple(qkv.shape)})"
-    )
+    lengths = check_segment_length(op, segment_length, "qkv", qkv.shape[1], (1, qkv.shape))
     window, sink = spec.check_window(op, window, sink)
     scale = check_scale(op, scale, qkv.shape[-1])
     (qkv,) = cast_to_autocast(qkv)

@@ -20,6 +20,7 @@ from ard_kernels.segments import segment_offsets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
+MOST_SEGMENTS = 1 << 31  # a window or sink beyond is no other mask, but would not fit into the ops' int64
 
 
 def first_window_segment(segment: int, window: int | None) -> int:
@@ -80,7 +81,8 @@ def check_window(op: str, window: int | None, sink: int) -> tuple[int | None, in
     """window and sink as ints, or a ValueError unless window is None or >= 1 and sink >= 0 (both in segments)."""
     if window is not None and (not is_int(window) or window < 1):
         raise ValueError(f"{op}: window is {described(window)}; expected None or an int >= 1 (segments)")
-    return None if window is None else int(window), check_int(op, "sink", sink, 0, "segments")
+    sink = check_int(op, "sink", sink, 0, "segments")
+    return None if window is None else min(int(window), MOST_SEGMENTS), min(sink, MOST_SEGMENTS)
 
 
 def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
@@ -127,7 +129,8 @@ def rows_apart(x: torch.Tensor, token_dim: int) -> bool:
 
     Windows that overlap (`unfold`) and tokens that are one row (`expand`) are not so.
     """
-    return x.stride(-1) == 1 and (x.shape[token_dim] <= 1 or x.stride(token_dim) >= x.shape[-1])
+    strides, shape = x.stride(), x.shape
+    return strides[-1] == 1 and (strides[token_dim] >= shape[-1] or shape[token_dim] <= 1)
 
 
 def check_rows_apart(op: str, tensors: dict[str, torch.Tensor], token_dim: int = 2) -> None:

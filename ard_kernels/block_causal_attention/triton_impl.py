@@ -17,6 +17,7 @@ moves more time than it saves (T = 1024: 3 MB per head against 0.19 GFLOP).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -35,7 +36,7 @@ from ard_kernels.triton_parts import (
     store_rows,
     zero_rows,
 )
-from ard_kernels.triton_support import strides
+from ard_kernels.triton_support import Launch, strides
 
 # Arguments of which Triton shall not compile one variant that are multiples of 16 and one that are not.
 SIZES = ["H", "T", "batch_heads", "group", "tiles"]
@@ -273,21 +274,31 @@ def precision_of(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-class _Launch:
-    """What the three launches share: the tile schedule, its grid and the compile-time constants."""
+@lru_cache(maxsize=1024)
+def _prepare(kernel, shape_BHTD, strides_of, dtype, device, mask, by_key: bool, scale, constants, config):
+    """The launch of `kernel` for tensors of one shape and these strides; `mask`: lengths, window, sink."""
+    B, H, T, D = shape_BHTD
+    constants = dict(config + constants)
+    lengths, window, sink = mask
+    tables = schedule(lengths, T, window, sink, constants["BLOCK_M"], constants["BLOCK_N"], by_key, device)
+    unit, each = strides(*((shape_BHTD, own) for own in strides_of))
+    constants |= {"D": D, "PARTS": parts_of(D), "UNIT": unit}
+    constants |= {"HAS_MASKED": tables.has_masked, "PRECISION": precision_of(dtype)}
+    tiles = len(tables.items)
+    sizes = H, T, B * H, heads_per_group(B * H, 2 * T * D * dtype.itemsize), tiles
+    return Launch(kernel, (tiles * B * H,), (*tables, *each, *sizes, scale), constants), tables
 
-    def __init__(self, kernel, q, lengths, window, sink, by_key=False):
-        B, H, T, D = q.shape
-        self.config = tuning.lookup(kernel, q.device, q.dtype, D, length=lengths[0] if len(lengths) == 1 else 0)
-        block_m, block_n = self.config["BLOCK_M"], self.config["BLOCK_N"]
-        self.tables = keep_if_captured(schedule(tuple(lengths), T, window, sink, block_m, block_n, by_key, q.device))
-        group = heads_per_group(B * H, 2 * T * D * q.element_size())
-        tiles = len(self.tables.items)
-        self.grid = (tiles * B * H,)
-        self.sizes = (H, T, B * H, group, tiles)
-        self.constants = {
-            "D": D, "PARTS": parts_of(D), "HAS_MASKED": self.tables.has_masked, "PRECISION": precision_of(q.dtype),
-        }  # fmt: skip
+
+def _launch(name: str, kernel, tensors, strided, lengths, window, sink: int, scale: float, by_key=False, **constants):
+    """Launch `kernel`, tuned as `name`; it takes the strides of `strided`, of which the first is like q."""
+    like, device = strided[0], strided[0].device
+    config = tuning.lookup(name, device, like.dtype, like.shape[-1], length=lengths[0] if len(lengths) == 1 else 0)
+    run, tables = _prepare(
+        kernel, like.shape, tuple([x.stride() for x in strided]), like.dtype, device, (tuple(lengths), window, sink),
+        by_key, scale, tuple(constants.items()), tuple(config.items()),
+    )  # fmt: skip
+    keep_if_captured(tables)
+    run(tensors)
 
 
 @on_device
@@ -306,12 +317,9 @@ def forward(
     lse = q.new_empty(B, H, T, dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
-    launch = _Launch("attention_forward", q, lengths, window, sink)
-    unit, each = strides(q, k, v, out)
-    _forward[launch.grid](
-        q, k, v, out, lse, *launch.tables, *each, *launch.sizes, abs(scale) * LOG2_E.value,
-        UNIT=unit, SIGN=-1.0 if scale < 0 else 1.0, **launch.constants, **launch.config,
-    )  # fmt: skip
+    tensors, mask = (q, k, v, out, lse), (lengths, window, sink)
+    size, sign = abs(scale) * LOG2_E.value, -1.0 if scale < 0 else 1.0
+    _launch("attention_forward", _forward, tensors, tensors[:4], *mask, size, SIGN=sign)
     return out, lse
 
 
@@ -322,17 +330,10 @@ def backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, into=Non
     if q.numel() == 0:
         return into
     dq, dk, dv = into
-    delta = torch.empty_like(lse)
-    launch = _Launch("attention_backward_dq", q, lengths, window, sink)
-    unit, each = strides(grad_out, q, k, v, out, dq)
-    _backward_dq[launch.grid](
-        grad_out, q, k, v, out, lse, delta, dq, *launch.tables, *each, *launch.sizes, scale,
-        UNIT=unit, **launch.constants, **launch.config,
-    )  # fmt: skip
-    launch = _Launch("attention_backward_dkv", q, lengths, window, sink, by_key=True)
-    unit, each = strides(grad_out, q, k, v, dk, dv)
-    _backward_dkv[launch.grid](
-        grad_out, q, k, v, lse, delta, dk, dv, *launch.tables, *each, *launch.sizes, scale,
-        UNIT=unit, **launch.constants, **launch.config,
-    )  # fmt: skip
+    delta, mask = torch.empty_like(lse), (lengths, window, sink)
+    tensors = grad_out, q, k, v, out, lse, delta, dq
+    _launch("attention_backward_dq", _backward_dq, tensors, (grad_out, q, k, v, out, dq), *mask, scale)
+    tensors = grad_out, q, k, v, lse, delta, dk, dv
+    strided = grad_out, q, k, v, dk, dv
+    _launch("attention_backward_dkv", _backward_dkv, tensors, strided, *mask, scale, by_key=True)
     return into

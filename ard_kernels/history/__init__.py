@@ -42,6 +42,7 @@ def history_attention(
     Args:
         q, k, v: (B, H, L, D) of one new segment, or (B, L, H, D) with layout "bthd"; dtype and device of the cache.
             Segments may differ in length. Whatever comes in one call is one segment, all of it visible to all of it.
+            Not memory of the cache itself.
         cache: written in place at `layer`. A step appends once to every layer, in any order.
         layer: row of the cache, 0 .. cache.layers - 1.
         window, sink, scale, layout, backend: as in `block_causal_attention`.

@@ -19,7 +19,7 @@ class HistoryCache:
         capacity: tokens a layer can hold, S * L for S steps.
         dtype, device: of the keys and values.
 
-    Attributes are read-only; what the tensors hold may be changed, not what they are.
+    Attributes are read-only; what keys and values hold may be changed, not what they are.
 
     Attributes:
         keys, values: (layers, B, H, capacity, D); only the first `offsets[layer][-1]` tokens of a layer are valid.

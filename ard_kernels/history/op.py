@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from ard_kernels import triton_support
-from ard_kernels.arguments import described
 from ard_kernels.backends import check_backend, register_backend
 from ard_kernels.block_causal_attention.spec import check_qkv, check_rows_apart, check_window
 from ard_kernels.block_causal_attention.torch_impl import as_output, out_like
@@ -44,10 +43,7 @@ def _norm_of(kind, weight, bias, eps) -> HeadNorm | None:
 
 def check_memory(keys, values, workspace, positions) -> None:
     """ValueError unless these are the tensors of a HistoryCache."""
-    spec.check_memory(OP, keys, values, workspace, positions)
-    least = workspace_elements(keys.shape[-1], keys.device)
-    if workspace.numel() < least:
-        raise ValueError(f"{OP}: cache.workspace is {described(workspace)}; expected at least {least} elements")
+    spec.check_memory(OP, keys, values, workspace, positions, workspace_elements(keys.shape[-1], keys.device))
 
 
 def _check(q, k, v, keys, values, workspace, positions, layer, window, sink, scale, *norms_and_backend):

@@ -11,10 +11,11 @@ hold one segment more than others.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
-from ard_kernels.arguments import check_tensor, described, is_int
+from ard_kernels.arguments import described, is_int
 from ard_kernels.block_causal_attention.spec import key_ranges
 
 
@@ -28,7 +29,8 @@ def visible_tokens(offsets: Sequence[int], window: int | None, sink: int) -> tup
 
 def new_positions(layers: int, capacity: int) -> torch.Tensor:
     """Of an empty cache."""
-    return torch.zeros(layers + capacity + 1, dtype=torch.int64, device="cpu")
+    with torch.inference_mode(False):  # steps outside of inference mode may move them on, too
+        return torch.zeros(layers + capacity + 1, dtype=torch.int64, device="cpu")
 
 
 def offsets_of(positions: torch.Tensor, layers: int, layer: int) -> list[int]:
@@ -42,17 +44,23 @@ def next_offsets(op: str, positions: torch.Tensor, layers: int, capacity: int, l
     Raises:
         ValueError: no room; an earlier step that left layers behind; another length than the step has in other layers.
     """
-    segments, starts = positions.numpy()[:layers], positions.numpy()[layers:]
-    own = int(segments[layer])
-    behind = [i for i in range(layers) if segments[i] < own]
+    array = positions.numpy()
+    segments = array[:layers].tolist()
+    own, most = segments[layer], max(segments)
+    starts = array[layers : layers + most + 1].tolist()
+    if min(segments) < 0 or most > capacity or not _ascend(starts, capacity):
+        raise ValueError(
+            f"{op}: cache.positions is damaged; expected what the op has written (reset() empties the cache)"
+        )
+    behind = [i for i, count in enumerate(segments) if count < own]
     if behind:
         raise ValueError(
             f"{op}: layer {layer} of the cache holds {own} segments, but layer {behind[0]} holds "
             f"{segments[behind[0]]}: an earlier step did not reach it; expected every step to append to every layer "
             "(reset() empties the cache)"
         )
-    start = int(starts[own])
-    if own < segments.max() and start + length != starts[own + 1]:
+    start = starts[own]
+    if own < most and start + length != starts[own + 1]:
         raise ValueError(
             f"{op}: k has {length} tokens in layer {layer}; expected {starts[own + 1] - start}, as in the layers that "
             "have taken this step"
@@ -62,13 +70,17 @@ def next_offsets(op: str, positions: torch.Tensor, layers: int, capacity: int, l
             f"{op}: layer {layer} of the cache holds {start} of {capacity} tokens; expected room for {length} more "
             "(reset() empties it)"
         )
-    return [*starts[: own + 1].tolist(), start + length]
+    return [*starts[: own + 1], start + length]
+
+
+def _ascend(starts: list[int], capacity: int) -> bool:
+    return starts[0] == 0 and starts[-1] <= capacity and all([a < b for a, b in pairwise(starts)])
 
 
 def advance(positions: torch.Tensor, layers: int, layer: int, offsets: Sequence[int]) -> None:
     """Note that `layer` holds the segments of `offsets`, the last of which is new."""
-    own = len(offsets) - 1
-    positions[layer], positions[layers + own] = own, offsets[-1]
+    own, array = len(offsets) - 1, positions.numpy()
+    array[layer], array[layers + own] = own, offsets[-1]
 
 
 def check_layer(op: str, layer: int, layers: int) -> None:
@@ -95,22 +107,24 @@ def check_segment(op: str, k_BHTD: torch.Tensor, keys: torch.Tensor, autocast: t
         raise ValueError(f"{op}: k has {L} tokens; expected a segment of at least 1")
 
 
-def check_memory(op: str, keys: torch.Tensor, values: torch.Tensor, workspace: torch.Tensor, positions: torch.Tensor):
-    """ValueError unless these are the tensors that a HistoryCache makes; `resize_` or `.data` may have changed them."""
-    for name, x, like in (("keys", keys, keys), ("values", values, keys)):
-        check_tensor(op, f"cache.{name}", x)
-        if x.dim() != 5 or x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
-            raise ValueError(
-                f"{op}: cache.{name} is {described(x)}; expected (layers, B, H, capacity, D), keys and values alike"
-            )
+def check_memory(
+    op: str, keys: torch.Tensor, values: torch.Tensor, workspace: torch.Tensor, positions: torch.Tensor, elements: int
+) -> None:
+    """ValueError unless these are the tensors that a HistoryCache makes; `resize_` or `.data` may have changed them.
+
+    elements: the least that the workspace has.
+    """
+    shape, device = keys.shape, keys.device
+    if len(shape) != 5 or values.shape != shape or values.dtype != keys.dtype or values.device != device:
+        got = f"{described(keys)}, cache.values {described(values)}"
+        raise ValueError(f"{op}: cache.keys is {got}; expected (layers, B, H, capacity, D), both alike")
+    for name, x in (("keys", keys), ("values", values), ("workspace", workspace), ("positions", positions)):
         if not x.is_contiguous():
             raise ValueError(f"{op}: cache.{name} has strides {x.stride()}; expected contiguous memory")
-    if workspace.dtype != torch.float32 or workspace.device != keys.device or not workspace.is_contiguous():
-        raise ValueError(
-            f"{op}: cache.workspace is {described(workspace)}; expected contiguous float32 beside the keys"
-        )
-    layers, capacity = keys.shape[0], keys.shape[3]
-    if positions.shape != (layers + capacity + 1,) or positions.dtype != torch.int64 or positions.device.type != "cpu":
-        raise ValueError(
-            f"{op}: cache.positions is {described(positions)}; expected int64 of shape {(layers + capacity + 1,)}"
-        )
+    if workspace.dtype != torch.float32 or workspace.device != device or workspace.numel() < elements:
+        got = described(workspace)
+        raise ValueError(f"{op}: cache.workspace is {got}; expected {elements} float32 elements on {device} or more")
+    count = shape[0] + shape[3] + 1
+    if positions.shape != (count,) or positions.dtype != torch.int64 or positions.device.type != "cpu":
+        got = described(positions)
+        raise ValueError(f"{op}: cache.positions is {got}; expected int64 of shape {(count,)} on the CPU")

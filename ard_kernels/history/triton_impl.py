@@ -7,6 +7,8 @@ rows to the cache. With few rows (batch 1) several programs share a tile's keys;
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -31,7 +33,7 @@ from ard_kernels.triton_parts import (
     store_rows,
     zero_rows,
 )
-from ard_kernels.triton_support import strides
+from ard_kernels.triton_support import Launch, strides
 
 # See there: `start` must not compile anything anew. (SPLIT and EVEN do, once each: warm up with all S steps.)
 SIZES = ["H", "L", "batch_heads", "tiles_per_split", "start", "sink_stop", "window_start", "splits"]
@@ -143,6 +145,18 @@ def _add_splits(
     store_rows(out_rows, scale_rows(sums, (1.0 / total)[:, None]), here, D, PARTS)
 
 
+@lru_cache(maxsize=1024)
+def _prepare(layouts, dtype, grid: tuple[int, int], sign: float, even: bool, config) -> tuple[Launch, Launch]:
+    """The launches for (shape, strides) of q, k, v, cache_k, cache_v, out: attend, and add the splits up."""
+    B, H, L, D = layouts[0][0]
+    unit, each = strides(*layouts)
+    splits, shared = grid[1], {"D": D, "PARTS": parts_of(D), "UNIT": unit}
+    constants = {"SIGN": sign, "EVEN": even, "SPLIT": splits > 1, "PRECISION": precision_of(dtype)}
+    attend = Launch(_append_and_attend, grid, (*each, H, L, B * H), constants | shared | dict(config))
+    rows, add = (triton.cdiv(L, 16) * B * H,), {"BLOCK": 16, "num_warps": 4}
+    return attend, Launch(_add_splits, rows, (each[-1], H, L, B * H, splits), add | shared)
+
+
 @on_device
 def forward(q, k, v, cache_k, cache_v, workspace, start, sink_stop, window_start, scale) -> torch.Tensor:
     """See torch_impl.forward; allocates the output only."""
@@ -150,20 +164,15 @@ def forward(q, k, v, cache_k, cache_v, workspace, start, sink_stop, window_start
     out = q.new_empty(B, L, H, D).transpose(1, 2)
     config = tuning.lookup("attention_history", q.device, q.dtype, D, L)
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
-    row_tiles = triton.cdiv(L, block_m) * B * H
+    row_tiles = -(-L // block_m) * B * H  # triton.cdiv takes 3 us
     runs = (sink_stop, start - window_start, L)
-    column_tiles = sum(triton.cdiv(run, block_n) for run in runs)
+    column_tiles = sum([-(-run // block_n) for run in runs])
     splits, tiles_per_split = share_tiles(row_tiles, column_tiles, multiprocessors(q.device))
-    unit, each = strides(q, k, v, cache_k, cache_v, out)
-    constants = {"D": D, "PARTS": parts_of(D), "UNIT": unit}
-    _append_and_attend[(row_tiles, splits)](
-        q, k, v, cache_k, cache_v, out, workspace, *each,
-        H, L, B * H, tiles_per_split, start, sink_stop, window_start, abs(scale) * LOG2_E.value,
-        SIGN=-1.0 if scale < 0 else 1.0, EVEN=all(run % block_n == 0 for run in runs), SPLIT=splits > 1,
-        PRECISION=precision_of(q.dtype), **constants, **config,
-    )  # fmt: skip
+    tensors = (q, k, v, cache_k, cache_v, out)
+    layouts = tuple([(x.shape, x.stride()) for x in tensors])
+    sign, even = -1.0 if scale < 0 else 1.0, all(run % block_n == 0 for run in runs)
+    attend, add_splits = _prepare(layouts, q.dtype, (row_tiles, splits), sign, even, tuple(config.items()))
+    attend((*tensors, workspace), (tiles_per_split, start, sink_stop, window_start, abs(scale) * LOG2_E.value))
     if splits > 1:
-        _add_splits[(triton.cdiv(L, 16) * B * H,)](
-            workspace, out, each[-1], H, L, B * H, splits, BLOCK=16, num_warps=4, **constants
-        )
+        add_splits((workspace, out))
     return out

@@ -31,7 +31,8 @@ def adaln_modulate(
 
     Args:
         x: (B, T, C) fp32, bf16 or fp16 (fp64 on the torch backend); any strides with a contiguous last dim.
-        shift, scale: (B, S, C) one row per segment, or (B, T, C) one per token; one dtype, which may differ from x's.
+        shift, scale: (B, S, C) one row per segment, or (B, T, C) one per token; one dtype, which may differ from x's
+            (float64 with float64 x only).
             Strided chunks of one (B, S, 6C) projection are read in place.
         segment_length: tokens per segment L (T = S * L), or the S lengths of ragged segments.
         eps: added to the variance.

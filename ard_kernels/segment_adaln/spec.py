@@ -31,6 +31,8 @@ def check_activation(op: str, name: str, x: torch.Tensor, like: torch.Tensor | N
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected x's {tuple(like.shape)}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{op}: {name} is on {x.device}; expected x's {like.device}")
+    if like is not None and x.dtype == torch.float64 != like.dtype:
+        raise ValueError(f"{op}: {name} has dtype {x.dtype}; expected it with float64 x only, and x is {like.dtype}")
 
 
 def check_rows(
@@ -52,6 +54,8 @@ def check_rows(
             raise ValueError(f"{op}: {name} has shape {tuple(row.shape)}; expected {first_name}'s {tuple(first.shape)}")
         if row.dtype != first.dtype or row.dtype not in DTYPES:
             raise ValueError(f"{op}: {name} has dtype {row.dtype}; expected a float dtype equal to {first_name}'s")
+        if row.dtype == torch.float64 != x.dtype:
+            raise ValueError(f"{op}: {name} has dtype {row.dtype}; expected it with float64 x only, and x is {x.dtype}")
         if row.device != x.device:
             raise ValueError(f"{op}: {name} is on {row.device}; expected x's {x.device}")
     return lengths if first.shape[1] == segments else [1]

@@ -12,6 +12,8 @@ Rows per token are read, and their gradients written, with the token.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -33,7 +35,7 @@ from ard_kernels.triton_parts import (
     widen_rows,
     zero_rows,
 )
-from ard_kernels.triton_support import strides
+from ard_kernels.triton_support import Launch, strides
 
 # Arguments of which Triton shall not compile one variant that are multiples of 16 and one that are not.
 SIZES = ["T", "chunk_count", "S"]
@@ -231,25 +233,41 @@ def _add_chunks(
         tl.store(out + row.to(tl.int64) * C + columns, total.to(out.dtype.element_ty), mask=inside)
 
 
-class _Launch:
-    """The grid, the tables and the compile-time constants of one call. `like` (B, T, C) is any token tensor of it."""
+@lru_cache(maxsize=1024)
+def _prepare(kernel, shape_BTC, layouts, device, lengths, per_token: bool, few: int, eps, constants, config):
+    """The launch of `kernel` for tensors of these layouts (None: absent); its tables.
 
-    def __init__(self, kernel: str, like: torch.Tensor, rows: torch.Tensor, lengths, has_gate: bool, has_norm: bool):
-        B, T, C = like.shape
-        config = dict(tuning.lookup(kernel, like.device, like.dtype, C))
-        per_token = rows.shape[1] == T
-        most = chunk_tokens(T, B, config.pop("TOKENS"), multiprocessors(like.device))
-        self.tables = keep_if_captured(chunks((T,) if per_token else tuple(lengths), T, most, like.device))
-        self.count = len(self.tables.chunks)
-        self.grid = (B * self.count,)
-        self.constants = {"HAS_GATE": has_gate, "HAS_NORM": has_norm, "PER_TOKEN": per_token, **config}
-        self.keep_rows = not per_token and C <= KEPT_WIDTH
-        self.constants |= {"C": C, "PARTS": split_width(C, least=8, most=3)}
+    few: multiprocessors. `eps`: (eps,) of the forward, () of the backward.
+    """
+    B, T, C = shape_BTC
+    constants = dict(config + constants)
+    tables = chunks((T,) if per_token else lengths, T, chunk_tokens(T, B, constants.pop("TOKENS"), few), device)
+    plain = shape_BTC, (T * C, C, 1)  # the strides of an absent tensor are never used
+    unit, each = strides(*(plain if layout is None else layout[:2] for layout in layouts))
+    constants |= {"C": C, "PARTS": split_width(C, least=8, most=3), "UNIT": unit, "PER_TOKEN": per_token}
+    if kernel is _backward:  # see KEPT_WIDTH
+        constants["KEEP_ROWS"] = not per_token and C <= KEPT_WIDTH
+    count = len(tables.chunks)
+    return Launch(kernel, (B * count,), (tables.chunks, *each, T, count, *eps), constants), tables
 
 
-def _strides(like: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[int, list[tuple[int, ...]]]:
-    """Unit and strides as of `triton_support.strides`; an absent tensor gets those of `like`, never used."""
-    return strides(*(like if x is None else x for x in tensors))
+@lru_cache(maxsize=1024)
+def _prepare_sum(shape_BSC, dtype, device, chunk_count: int, has_gate: bool, has_norm: bool) -> Launch:
+    """The launch that adds the chunks' partial row gradients up."""
+    B, S, C = shape_BSC
+    constants = {"C": C, "HAS_GATE": has_gate, "HAS_NORM": has_norm, "BLOCK": 256, "num_warps": 2}
+    return Launch(_add_chunks, (B * S, triton.cdiv(C, 256)), (chunk_count, S), constants)
+
+
+def _prepared(name: str, kernel, like, strided, per_token: bool, lengths, eps=(), **constants):
+    """`_prepare` of `kernel`, tuned as `name`, which takes the strides of `strided`; `like` is (B, T, C)."""
+    config = tuning.lookup(name, like.device, like.dtype, like.shape[2])
+    layouts = tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in strided])
+    run, tables = _prepare(
+        kernel, like.shape, layouts, like.device, tuple(lengths), per_token, multiprocessors(like.device), eps,
+        tuple(constants.items()), tuple(config.items()),
+    )  # fmt: skip
+    return run, keep_if_captured(tables)
 
 
 def _empty(x: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
@@ -266,13 +284,13 @@ def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.d
         mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
     if x.numel() == 0:
         return h, y, mean, rstd
-    launch = _Launch("adaln_forward", x, gate if gate is not None else shift, lengths, gate is not None, y is not None)
+    has_gate, has_norm = gate is not None, y is not None
+    per_token = (gate if has_gate else shift).shape[1] == x.shape[1]
     tensors = (x, branch, gate, shift, scale, h, y)
-    unit, each = _strides(x, *tensors)
-    _forward[launch.grid](
-        *tensors, mean, rstd, launch.tables.chunks, *each, x.shape[1], launch.count, eps,
-        UNIT=unit, **launch.constants,
-    )  # fmt: skip
+    run, _ = _prepared(
+        "adaln_forward", _forward, x, tensors, per_token, lengths, (eps,), HAS_GATE=has_gate, HAS_NORM=has_norm
+    )
+    run((*tensors, mean, rstd))
     return h, y, mean, rstd
 
 
@@ -288,20 +306,16 @@ def backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths):
                 rows.zero_()
         return dx, dbranch, dgate, dshift, dscale
     has_gate, has_norm = gate is not None, grad_y is not None
-    launch = _Launch("adaln_backward", like, gate if has_gate else scale, lengths, has_gate, has_norm)
     B, T, C = like.shape
-    sums = 0 if launch.constants["PER_TOKEN"] else has_gate + 2 * has_norm
-    workspace = like.new_empty(B * launch.count * sums * C, dtype=torch.float32)
+    per_token = (gate if has_gate else scale).shape[1] == T
     tensors = (grad_h, grad_y, h, branch, gate, scale, dx, dbranch, dgate, dshift, dscale)
-    unit, each = _strides(like, *tensors)
-    _backward[launch.grid](
-        *tensors[:6], mean, rstd, *tensors[6:], workspace, launch.tables.chunks, *each, T, launch.count,
-        UNIT=unit, HAS_GRAD_H=grad_h is not None, KEEP_ROWS=launch.keep_rows, **launch.constants,
-    )  # fmt: skip
+    flags = {"HAS_GRAD_H": grad_h is not None, "HAS_GATE": has_gate, "HAS_NORM": has_norm}
+    run, tables = _prepared("adaln_backward", _backward, like, tensors, per_token, lengths, **flags)
+    sums, count = 0 if per_token else has_gate + 2 * has_norm, len(tables.chunks)
+    workspace = like.new_empty(B * count * sums * C, dtype=torch.float32)
+    run((*tensors[:6], mean, rstd, *tensors[6:], workspace))
     if sums:
-        S = len(launch.tables.spans)
-        _add_chunks[(B * S, triton.cdiv(C, 256))](
-            workspace, dgate, dshift, dscale, launch.tables.spans, launch.count, S,
-            C=C, HAS_GATE=has_gate, HAS_NORM=has_norm, BLOCK=256, num_warps=2,
-        )  # fmt: skip
+        rows = dgate if has_gate else dshift
+        add = _prepare_sum(rows.shape, rows.dtype, rows.device, count, has_gate, has_norm)
+        add((workspace, dgate, dshift, dscale, tables.spans))
     return dx, dbranch, dgate, dshift, dscale

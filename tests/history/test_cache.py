@@ -119,8 +119,19 @@ def test_memory_spoiled_behind_the_cache_is_refused(spoil):
         history_attention(q, q, q, cache, layer=0)
     cache = HistoryCache(1, 1, 2, 16, 64)
     cache.values.resize_(1, 1, 2, 32, 16)
-    with pytest.raises(ValueError, match=r"cache\.values is a float32 tensor of shape \(1, 1, 2, 32, 16\)"):
+    with pytest.raises(ValueError, match=r"cache\.values a float32 tensor of shape \(1, 1, 2, 32, 16\)"):
         history_attention(q, q, q, cache, layer=0)
+
+
+@pytest.mark.parametrize(
+    "damage", [[1, 1, 9, -2], [1, 1, 0, -3], [-7] * 8, [2, 2, 0, 9, 5], [17, 17], [16, 16], [1, 1, 0, 99], [-1, 0]]
+)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_damaged_positions_are_refused(damage, backend):
+    q, cache = torch.randn(1, 2, 4, 8), HistoryCache(2, 1, 2, 8, 16)
+    cache.positions[: len(damage)] = torch.tensor(damage)
+    with pytest.raises(ValueError, match=r"cache\.positions is damaged"):
+        history_attention(q, q, q, cache, layer=0, backend=backend)
 
 
 def test_the_raw_op_checks_its_layer_and_memory():
@@ -130,7 +141,7 @@ def test_the_raw_op_checks_its_layer_and_memory():
         torch.ops.ard.history_attention(q, q, q, *memory, 7, None, 0, 0.3, *norms, "cpu")
     for i, name in enumerate(["keys", "values", "workspace", "positions"]):
         wrong = [*memory[:i], memory[i].to(torch.float16), *memory[i + 1 :]]
-        with pytest.raises(ValueError, match=rf"cache.(values|{name}) is a float16 tensor|cache.values is a float32"):
+        with pytest.raises(ValueError, match=rf"cache\.{name} (is )?a float16 tensor"):
             torch.ops.ard.history_attention(q, q, q, *wrong, 0, None, 0, 0.3, *norms, "cpu")
     assert cache.length == 0
 
@@ -153,6 +164,12 @@ def test_inference_mode():
         cache = HistoryCache(1, 1, 2, 16, 64)
         history_attention(q, q, q, cache, layer=0)
     assert cache.length == 16
+    history_attention(q, q, q, cache, layer=0, backend="cpu")
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        history_attention(q, q, q, cache, layer=0, backend="torch")
+    assert cache.length == 32
+    cache.reset()
+    assert cache.length == 0
 
 
 def test_meta_and_fake_caches():
