@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import os
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -66,16 +66,16 @@ class Launch:
     """
 
     def __init__(self, kernel, grid: tuple[int, ...], bound: tuple, constants: dict[str, object]):
-        self.kernel, self.grid, self.bound, self.constants = kernel, grid, bound, constants
-        self.compiled: dict[tuple[bool, ...], Callable] = {}  # by which tensors start on 16 bytes
+        self.kernel, self.grid, self.bound, self.constants = kernel, (*grid, 1, 1)[:3], bound, constants
+        self.compiled: dict[tuple[bool, ...], object] = {}  # by which tensors start on 16 bytes
         self.rest = () if INTERPRETING else tuple(constants[n] for n in kernel.arg_names if n in constants)
 
     def __call__(self, tensors: Sequence[torch.Tensor | None], ints: tuple[int, ...] = ()) -> None:
         aligned = tuple([x is None or x.data_ptr() % 16 == 0 for x in tensors])
-        run = self.compiled.get(aligned)
-        if run is not None:
-            run(*tensors, *self.bound, *ints, *self.rest)
+        compiled = self.compiled.get(aligned)
+        if compiled is not None:
+            compiled[self.grid](*tensors, *self.bound, *ints, *self.rest)
             return
         compiled = self.kernel[self.grid](*tensors, *self.bound, *ints, **self.constants)
         if compiled is not None:  # the interpreter compiles nothing
-            self.compiled[aligned] = compiled[(*self.grid, 1, 1)[:3]]
+            self.compiled[aligned] = compiled

@@ -130,7 +130,7 @@ def rows_apart(x: torch.Tensor, token_dim: int) -> bool:
     Windows that overlap (`unfold`) and tokens that are one row (`expand`) are not so.
     """
     strides, shape = x.stride(), x.shape
-    return strides[-1] == 1 and (strides[token_dim] >= shape[-1] or shape[token_dim] <= 1)
+    return (strides[-1] == 1 and (strides[token_dim] >= shape[-1] or shape[token_dim] <= 1)) or x.numel() == 0
 
 
 def check_rows_apart(op: str, tensors: dict[str, torch.Tensor], token_dim: int = 2) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import BACKWARD_FACTOR, assert_all_close, assert_close
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from ard_kernels import block_causal_attention, block_causal_attention_packed, extension, tuning
 from ard_kernels.block_causal_attention import cuda, tiles, torch_impl
@@ -246,6 +247,31 @@ def test_matmul_path_of_devices_without_the_fused_kernel(mask, monkeypatch):
     monkeypatch.setattr(torch_impl, "_fused", lambda device: False)
     check("torch", [16], mask, D=72)
     check("torch", [5, 9, 30], mask, D=72, dtype=torch.bfloat16)
+
+
+def test_autocast_leaves_the_matmuls_in_float32(monkeypatch):
+    """Of the composition that serves other devices, and of forward mode."""
+    q, k, v = (torch.randn(1, 2, 24, 64).bfloat16().requires_grad_() for _ in range(3))
+
+    def run(q):
+        return block_causal_attention(q, k, v, segment_length=6, return_lse=True, backend="torch")
+
+    def results():
+        out, lse = run(q)
+        tangent = torch.func.jvp(lambda q: run(q)[0], (q.detach(),), (k.detach(),))[1]
+        return [out, lse, tangent, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
+
+    monkeypatch.setattr(torch_impl, "_fused", lambda device: False)
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = results()
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_empty_tensors_of_any_strides():
+    x = torch.randn(2, 0, 16, 16)[..., ::2]
+    with FlopCounterMode(display=False):
+        assert block_causal_attention(x, x, x, segment_length=4).shape == x.shape
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)

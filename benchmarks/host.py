@@ -1,0 +1,140 @@
+"""`python -m benchmarks.host`: what a call costs on the host, in us, on the way to a GPU kernel that is not launched.
+
+Triton's driver names an H100 and has a launcher that does nothing; the CUDA module's functions do nothing either. So no
+GPU is needed, and what is left is the Python of this library, PyTorch's allocations and autograd, and Triton's. Small
+shapes: DiT-XL/2 heads, L 64, S 4, bf16. Thread CPU time, the least of many rounds: the machine may be busy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from ard_kernels import (
+    HistoryCache,
+    adaln_modulate,
+    block_causal_attention,
+    block_causal_attention_packed,
+    extension,
+    gate_residual_adaln,
+    history_attention,
+)
+from ard_kernels.backends import _refusals
+
+B, H, D, L, S = 1, 16, 72, 64, 4
+T, C = S * L, H * D
+ROUNDS, CALLS = 100, 20
+
+
+class Nothing:
+    """Stands in for Triton's driver and for the CUDA module: whatever is called does nothing."""
+
+    attention_shared_bytes = dict.fromkeys((64, 72, 80, 96, 128), 0)
+    utils = property(lambda self: self)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 << 10}
+
+    def load_binary(self, *_) -> tuple[int, ...]:
+        return 1, 1, 0, 0, 1024
+
+    def launcher_cls(self, *_) -> Callable:
+        return lambda *_: None
+
+    def attention_forward_kernel(self, *_) -> tuple[bool, int, int]:
+        return True, 128, 128
+
+    def attention_backward_block(self) -> tuple[int, int]:
+        return 64, 64
+
+    def attention_history_block(self, head_dim: int) -> tuple[int, int]:
+        return 64, 64
+
+    def adaln_geometry(self, *_) -> tuple[int, int, int]:
+        return 1, 256, 4
+
+    def __getattr__(self, name: str) -> Callable:
+        return lambda *_: None
+
+
+def calls(backend: str) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    how = {"segment_length": L, "backend": backend}
+    qkv = torch.randn(B, T, 3, H, D).bfloat16()
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    x, branch = torch.randn(2, B, T, C).bfloat16()
+    shift, scale, gate = torch.randn(B, S, 3 * C).bfloat16().chunk(3, -1)
+    cache = HistoryCache(1, B, H, D, T, torch.bfloat16)
+
+    def with_backward(run: Callable, x: torch.Tensor) -> Callable[[], object]:
+        leaf = x.clone().requires_grad_()
+
+        def both():
+            out = run(leaf)
+            return torch.autograd.grad(out, leaf, out)
+
+        return both
+
+    def sample():
+        if cache.length == T:
+            cache.reset()
+        history_attention(*(x[:, :, :L] for x in (q, k, v)), cache, layer=0, backend=backend)
+
+    def packed(qkv):
+        return block_causal_attention_packed(qkv, **how)
+
+    def modulate(x):
+        return adaln_modulate(x, shift, scale, **how)
+
+    def gated(x):
+        return gate_residual_adaln(x, branch, gate, shift, scale, **how)
+
+    return {
+        "block_causal_attention": lambda: block_causal_attention(q, k, v, **how),
+        "block_causal_attention_packed, forward and backward": with_backward(packed, qkv),
+        "adaln_modulate": lambda: modulate(x),
+        "adaln_modulate, forward and backward": with_backward(modulate, x),
+        "gate_residual_adaln": lambda: gated(x),
+        "gate_residual_adaln, forward and backward": with_backward(gated, x),
+        "history_attention": sample,
+    }
+
+
+def microseconds(run: Callable[[], object]) -> float:
+    for _ in range(CALLS):
+        run()
+    rounds = []
+    for _ in range(ROUNDS):
+        begin = time.thread_time()
+        for _ in range(CALLS):
+            run()
+        rounds.append((time.thread_time() - begin) / CALLS)
+    return min(rounds) * 1e6
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    driver.set_active(Nothing())
+    extension.emulated = Nothing()
+    for refusals in _refusals.values():  # Triton's would ask for its interpreter
+        refusals["triton"] = lambda *_: None
+    for backend in ("triton", "cuda"):
+        for name, run in calls(backend).items():
+            print(f"{backend:<7} {name:<52} {microseconds(run):6.1f} us")
+
+
+if __name__ == "__main__":
+    main()
