@@ -33,6 +33,15 @@ def faulty(*inputs, **named):
 cuda.forward = faulty
 Record.attempt.__defaults__ = (6.0,)
 """
+# The same crash, and of the kernel benchmarks only the last job, which is history attention.
+CRASH_IN_A_JOB = """
+import os, signal
+from ard_kernels.history import cuda
+from benchmarks import jobs
+cuda.forward = lambda *inputs, **named: os.kill(os.getpid(), signal.SIGSEGV)
+all_jobs = jobs.gpu_jobs
+jobs.gpu_jobs = lambda dry: all_jobs(dry)[-1:]
+"""
 # It hangs before it has imported anything, hears no SIGTERM, and has started what left its session.
 HANG_AT_IMPORT = """
 import os, signal, subprocess, time
@@ -56,7 +65,7 @@ def alive(pid):
 def test_a_crash_and_a_hang_cost_their_own_cases(tmp_path):
     out = tmp_path / "out"
     planted = plant(tmp_path, CRASH_AND_HANG, stages_only=True)
-    done = gpu_check(out, "--only", "correctness,determinism,kernels", "--minutes", "6", **planted)
+    done = gpu_check(out, "--only", "correctness,determinism", "--minutes", "6", **planted)
     assert done.returncode == 1, done.stdout + done.stderr
     found = results(out)
     checked = found["correctness"]
@@ -74,8 +83,14 @@ def test_a_crash_and_a_hang_cost_their_own_cases(tmp_path):
     determined = {(row["op"], row["backend"]) for row in found["determinism"]["rows"]}
     assert len(found["determinism"]["rows"]) == 11 and ("history_attention", "cuda") not in determined
     assert any("has ended 2 processes" in reason for reason in found["determinism"]["not_served"])
-    history = [row for row in found["kernels"]["rows"] if row["op"] == "history_attention"]
-    assert [row["backend"] for row in history] == ["triton"]
+
+
+def test_a_crash_in_a_job_costs_its_candidate(tmp_path):
+    out = tmp_path / "out"
+    done = gpu_check(out, "--only", "kernels", "--minutes", "6", **plant(tmp_path, CRASH_IN_A_JOB, stages_only=True))
+    (row,) = results(out)["kernels"]["rows"]
+    assert done.returncode == 0 and results(out)["kernels"]["status"] == "failed", "benchmarks are no checks"
+    assert row["backend"] == "triton" and row["best_peer"] and row["refused"]["cuda"] == "it ended the process"
 
 
 def test_a_run_ends_by_its_minutes_and_continues(tmp_path):
@@ -84,17 +99,17 @@ def test_a_run_ends_by_its_minutes_and_continues(tmp_path):
     assert time.monotonic() - begin < 24 + MARGIN, first.stdout
     assert "--continue goes on with" in first.stdout and "not reached" in first.stdout
     before = results(tmp_path)
-    second = gpu_check(tmp_path, "--continue", "--only", "environment,build,correctness,kernels", "--minutes", "6")
+    second = gpu_check(tmp_path, "--continue", "--only", "environment,build,correctness,determinism", "--minutes", "6")
     assert second.returncode == 0, second.stdout + second.stderr
     found = results(tmp_path)
-    for name in ("environment", "build", "correctness", "kernels"):
+    for name in ("environment", "build", "correctness", "determinism"):
         assert found[name]["status"] == "passed"
         rows = before.get(name, {"rows": []})["rows"]
         assert found[name]["rows"][: len(rows)] == rows, "what was done is not done again"
     made = [(row["case"], row["backend"]) for row in found["correctness"]["rows"]]
     assert len(made) == len(set(made)) == found["correctness"]["cases"]["of"]
-    assert len(found["kernels"]["rows"]) == 16
-    third = gpu_check(tmp_path, "--continue", "--only", "correctness,kernels")
+    assert len(found["determinism"]["rows"]) == 12
+    third = gpu_check(tmp_path, "--continue", "--only", "correctness,determinism")
     assert third.returncode == 1 and "nothing to continue: every stage" in third.stderr
 
 
@@ -214,7 +229,8 @@ def test_a_stage_goes_on_behind_what_ended_its_process(tmp_path):
     assert ran[-1] == "again"
 
 
-def test_an_op_that_keeps_ending_processes_is_left_out_of_the_whole_run(tmp_path):
+def test_an_op_that_keeps_ending_processes_is_left_out_of_the_whole_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(checklist, "refusal", lambda *arguments: None)
     first, case = record(tmp_path), cases.tiny_case("gate_residual")
     first.log.write("correctness", crash="gate_residual B1 on cuda")
     first.log.write("correctness", crash="gate_residual_adaln B1 on cuda")
@@ -263,7 +279,8 @@ def test_the_time_a_stage_leaves_over_goes_to_those_that_were_cut(tmp_path):
 
 
 def test_what_detached_itself_is_ended_too():
-    code = "import subprocess; print(subprocess.Popen(['sleep', '3600'], start_new_session=True).pid)"
+    quiet = "stdout=s.DEVNULL, stderr=s.DEVNULL, start_new_session=True"
+    code = f"import subprocess as s; print(s.Popen(['sleep', '3600'], {quiet}).pid)"
     script = f"""
 import subprocess, sys
 from benchmarks.gpu import processes
@@ -305,7 +322,7 @@ def test_an_error_ends_the_process_only_when_it_broke_the_cuda_context(tmp_path,
 class Planned:
     """Stands for a Record on a GPU: notes the pieces of work, and runs none."""
 
-    dry, over, device, rows = False, False, CPU, ()
+    dry, over, device, rows, crashed = False, False, CPU, (), ()
 
     def __init__(self):
         self.limits, self.facts = {}, {}

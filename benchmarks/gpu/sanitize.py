@@ -37,7 +37,7 @@ class Reviewed(NamedTuple):
     reason: str
 
 
-SM90_FORWARD = r"(void )?\S*sm90::attention_forward<.*?>\(.*?\)\+0x[0-9a-f]+( in \S+)?"
+SM90_FORWARD = r"(void )?\S*sm90::attention_forward<[^+]*>\([^+]*\)\+0x[0-9a-f]+( in \S+)?"
 REVIEWED = (
     Reviewed(
         rf"Race reported between Write access at {SM90_FORWARD}( and Read access at {SM90_FORWARD} \[\d+ hazards?\])+",
