@@ -198,6 +198,12 @@ def test_a_run_of_a_part_or_with_a_wrong_candidate_writes_nothing(tmp_path):
     assert content is None and "1 failed" in text and "a test of it failed" in text
 
 
+def test_collecting_writes_nothing(tmp_path):
+    (tmp_path / "bench_facts.py").write_text("def test_facts(room):\n    room.facts['counted'] = 7\n")
+    run_planted(tmp_path, False, "--collect-only", str(tmp_path / "bench_facts.py"))
+    assert not (tmp_path / "out").exists()
+
+
 def results_with(ratio, spread=0.01):
     """A row whose peer takes `ratio` x as long as ours, rounds spread evenly by +- `spread`."""
     rounds = [1 + spread * (i - 10) / 10 for i in range(21)]

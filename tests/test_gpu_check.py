@@ -182,6 +182,7 @@ class Builds:
 def gpu_to_build_for(monkeypatch, tmp_path):
     """A machine with an H200, and a tree whose extension comes from an earlier build."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setattr(Record, "dry", False)
     (tmp_path / "ard_kernels").mkdir()
