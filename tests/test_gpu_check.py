@@ -9,7 +9,8 @@ import torch
 from gpu_runs import ROOT, gpu_check, plant, results
 
 from benchmarks import compare, measure, plots, report
-from benchmarks.gpu import machine
+from benchmarks.gpu import __main__ as run
+from benchmarks.gpu import checklist, machine, sanitize, trainer
 from benchmarks.gpu.record import Record
 from benchmarks.timing import EventTimer
 
@@ -219,3 +220,73 @@ def test_the_odd_one_out_is_the_one_that_others_contradict():
     results = {"cuda": [right, wrong], "triton": [right, right], "flash": [right, right], "cudnn": [right, broken]}
     assert set(measure.odd_ones_out(results, 0.01)) == {"cuda", "cudnn"}
     assert "differs from triton" in measure.odd_ones_out(results, 0.01)["cuda"]
+
+
+class Planned:
+    """Stands for a Record on a GPU: notes the pieces of work, and runs none."""
+
+    dry, over, device, rows, crashed = False, False, torch.device("cpu"), (), ()
+
+    def __init__(self):
+        self.limits, self.facts = {}, {}
+
+    def attempt(self, label, run, limit=45.0):
+        self.limits[label] = limit
+
+    def given_up(self, op, backend):
+        return False
+
+
+def test_the_trainer_compiles_last_and_has_time_for_it(monkeypatch):
+    monkeypatch.setattr(trainer, "random_teacher", lambda model: (None, ""))
+    monkeypatch.setattr(trainer, "make_trajectories", lambda *arguments: None)
+    planned = Planned()
+    trainer.trainer(planned)
+    *others, last = planned.limits
+    assert last == "compiled" and planned.limits[last] >= 90
+    assert {"resumption", "GAN fine-tune", "sampling in a CUDA graph"} < set(others)
+
+
+def test_the_sanitizer_compiles_without_a_tool_first(monkeypatch):
+    monkeypatch.setattr(sanitize, "find_tool", lambda name: name)
+    monkeypatch.setattr(checklist, "refusal", lambda *arguments: None)
+    planned = Planned()
+    sanitize.sanitizer(planned)
+    order = ["none on triton", "none on cuda", "memcheck on triton", "memcheck on cuda", "racecheck on triton"]
+    assert list(planned.limits)[:5] == order and len(planned.limits) == 10
+    assert all(limit >= 60 for limit in planned.limits.values())
+    (stage,) = run.chosen("sanitizer")
+    assert 600 * stage.seconds / sum(stage.seconds for stage in run.STAGES) >= 100
+
+
+def racecheck_text(*accesses, displayed=1, end=sanitize.DONE):
+    lines = [f"========= {'    and ' * (i > 0)}{access}" for i, access in enumerate(accesses)]
+    summary = f"========= RACECHECK SUMMARY: {displayed} hazard displayed (1 error, 0 warnings)"
+    return "\n".join(["========= COMPUTE-SANITIZER", *lines, "=========", end, summary])
+
+
+WGMMA = "void ard::sm90::attention_forward<__nv_bfloat16, (int)72>(ard::sm90::Params)+0x{}0 in sm90.h:62"
+FOUND = f"Error: Race reported between Write access at {WGMMA.format('1a')}"
+READ = f"Read access at {WGMMA.format('2b')} [4 hazards]"
+OTHER = READ.replace("sm90::attention_forward", "sm80::attention_backward")
+
+
+@pytest.mark.parametrize(
+    "text, passes",
+    [
+        (racecheck_text(FOUND, READ), True),
+        (racecheck_text(FOUND, READ, READ), True),
+        (racecheck_text(FOUND, OTHER), False),
+        (racecheck_text(FOUND, READ, OTHER), False),
+        (racecheck_text(FOUND, READ.replace("Read", "Write")), False),
+        (racecheck_text(FOUND, READ, displayed=2), False),
+        (racecheck_text(FOUND, READ, end="Traceback"), False),
+        (racecheck_text("Error: Potential hazard"), False),
+        (racecheck_text(displayed=0), False),
+    ],
+)
+def test_only_a_reviewed_finding_of_racecheck_passes(monkeypatch, text, passes):
+    monkeypatch.setattr(sanitize, "output_of", lambda *command, **how: (1, text))
+    row = sanitize.watch("racecheck", "cuda", ["block_causal_attention"], [], 1.0)
+    assert row["passed"] is bool(row["reviewed"]) is passes
+    assert not sanitize.watch("memcheck", "cuda", ["block_causal_attention"], [], 1.0)["passed"]

@@ -205,8 +205,8 @@ def settle(log: Log, waiting: list[Stage], left: list[Stage], status: int | str)
     """
     found = log.read()
     inside = next((stage for stage in left if stage.name in found and found[stage.name].entered), None)
-    if not left or (inside is None and (status == OVER or (status == 0 and left != waiting))):
-        return  # with 0, what is next begins a new process
+    if not left or (inside is None and (status == OVER or left != waiting)):
+        return  # it has done its part: what is next begins a new process
     stage = (inside or left[0]).name
     doing = list(found[stage].begun)[-1:] if inside else []
     reason = f"its process stopped: {status}" + (f" in {doing[0]}" if doing else "")
@@ -266,7 +266,7 @@ def print_summary(stages: list[Stage], log: Log) -> int:
     for stage in stages:
         result = found.get(stage.name, Found())
         failed += stage.checks and (bool(result.failures) or result.status == "crashed")
-        mark = MARKS.get(result.status, "not reached")
+        mark = MARKS.get(result.status, MARKS["cut"]) if stage.name in found else "not reached"
         print(f"  {stage.name:<18} {mark:<24} {result.seconds:7.1f} s  {result.summary}")
         for failure in result.failures[:5]:
             print(f"    {failure[:300]}")
