@@ -22,7 +22,7 @@ ADALN = tuple(TAKES)
 PACKED = "block_causal_attention_packed"  # one qkv projection in, one gradient out
 ATTENTION = ("block_causal_attention", PACKED, "history_attention")
 OPS = (*ATTENTION, *ADALN)
-BACKENDS = ("cuda", "triton")  # the kernels of ours that run on a GPU
+BACKENDS = ("triton", "cuda")  # the kernels of ours that run on a GPU; the riskier ones last
 EPS = 1e-6
 
 

@@ -9,14 +9,13 @@ only one of the two has are counted below the table.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.markdown import markdown
-from benchmarks.rows import is_comparison, relative_noise, row_key
+from benchmarks.rows import is_comparison, load_rooms, relative_noise, row_key
 from benchmarks.tables import work
 
 ALLOWED = 0.05
@@ -41,10 +40,10 @@ class Change(NamedTuple):
 
 def load(path: Path) -> dict[tuple, dict]:
     """Rows by what they measure."""
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    if not path.exists() or not files:
+    rooms = load_rooms(path) if path.exists() else {}
+    if not rooms:
         sys.exit(f"benchmarks.compare: {path} has no results; expected a folder of result files, or one")
-    rows = [row for file in files for row in json.loads(file.read_text()).get("rows", []) if is_comparison(row)]
+    rows = [row for room in rooms.values() for row in room["rows"] if is_comparison(row)]
     return {row_key(row): row for row in rows}
 
 

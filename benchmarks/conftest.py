@@ -125,5 +125,5 @@ def pytest_terminal_summary(terminalreporter, config):
     if rows:
         terminalreporter.section("ours against the fastest alternative")
         terminalreporter.write_line(speed_table(rows))
-    for line in board.write():
+    for line in board.write() if not config.option.collectonly else ():
         terminalreporter.write_line(line)

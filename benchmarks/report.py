@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.markdown import markdown
-from benchmarks.rows import RESULTS, ROOT, is_comparison, results_folder, row_key, write_room
+from benchmarks.rows import RESULTS, ROOT, is_comparison, load_rooms, results_folder, row_key, write_room
 from benchmarks.tables import (
     errors_table,
     floor_table,
@@ -39,9 +39,7 @@ def load_devices(folder: Path = RESULTS) -> dict[str, Results]:
     """Result files of every device, GPUs first."""
     found = {}
     for device in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in NOT_DEVICES):
-        rooms = {file.stem: json.loads(file.read_text()) for file in sorted(device.glob("*.json"))}
-        rooms = {name: content for name, content in rooms.items() if "environment" in content}
-        if rooms:
+        if rooms := load_rooms(device):
             found[device.name] = rooms
     return dict(sorted(found.items(), key=lambda item: on_cpu(item[1])))
 

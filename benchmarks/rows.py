@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import ard_kernels
+from benchmarks.gpu.log import Log
 from benchmarks.timing import Timing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,6 +164,18 @@ def results_folder() -> Path:
     device = best_device()
     words = device_name(device) if device.type == "cuda" else f"{cpu_name()} {torch.get_num_threads()} threads"
     return RESULTS / slug(words)
+
+
+def load_rooms(path: Path) -> dict[str, dict]:
+    """Results by room, of a folder (each <room>.json, and every stage of the GPU check's log) or of one such file."""
+    rooms = {}
+    for file in (*sorted(path.glob("*.json")), path / Log.NAME) if path.is_dir() else (path,):
+        if file.name == Log.NAME:
+            stages = Log(file.parent).read()
+            rooms |= {stage: found.content(stage) for stage, found in stages.items() if found.environment}
+        else:
+            rooms[file.stem] = json.loads(file.read_text())
+    return rooms
 
 
 def write_room(folder: Path, name: str, rows: list[dict], facts: dict, device: torch.device | None = None) -> Path:

@@ -10,14 +10,19 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from ard.model import DiTConfig
 
 import ard_kernels
 from benchmarks import compare, plots, report, rows
+from benchmarks.baselines.published_student import PublishedStudent
+from benchmarks.flop_overhead import bench_flop_overhead
 from benchmarks.flop_overhead.counts import design_table
+from benchmarks.growth import bench_growth
 from benchmarks.jobs import adaln_job, attention_job, cpu_jobs, gpu_jobs, history_job
 from benchmarks.measure import How, measure, our_backends, peer_makers
 from benchmarks.memory import peak_bytes
 from benchmarks.rows import environment, goal, row
+from benchmarks.student import work
 from benchmarks.tables import growth_table, speed_table
 from benchmarks.timing import Timing
 
@@ -193,6 +198,12 @@ def test_a_run_of_a_part_or_with_a_wrong_candidate_writes_nothing(tmp_path):
     assert content is None and "1 failed" in text and "a test of it failed" in text
 
 
+def test_collecting_writes_nothing(tmp_path):
+    (tmp_path / "bench_facts.py").write_text("def test_facts(room):\n    room.facts['counted'] = 7\n")
+    run_planted(tmp_path, False, "--collect-only", str(tmp_path / "bench_facts.py"))
+    assert not (tmp_path / "out").exists()
+
+
 def results_with(ratio, spread=0.01):
     """A row whose peer takes `ratio` x as long as ours, rounds spread evenly by +- `spread`."""
     rounds = [1 + spread * (i - 10) / 10 for i in range(21)]
@@ -242,3 +253,64 @@ def test_within_noise_is_less_than_the_noise():
     for spread, word in ((0.4, "within noise"), (0.001, "missed")):
         (noisy,) = results_with(0.99, spread)["rows"]
         assert word in speed_table([noisy])
+
+
+@pytest.fixture
+def marked_graphs(monkeypatch):
+    """Candidates that `captured` has made, which it marks; and every candidate that is timed by those modules."""
+    made, timed = [], []
+
+    def captured(run, device, pool):
+        made.append(lambda: run())
+        return made[-1]
+
+    def interleaved(candidates, *arguments, **how):
+        timed.extend(candidates.values())
+        return {name: Timing((1.0, 1.0)) for name in candidates}
+
+    monkeypatch.setattr(work, "captured", captured)
+    for module in (bench_flop_overhead, bench_growth):
+        monkeypatch.setattr(module, "interleaved", interleaved)
+    return made, timed
+
+
+@pytest.mark.parametrize("way", ["sampling", "training"])
+def test_overhead_and_growth_time_graphs_and_not_python(monkeypatch, marked_graphs, way):
+    made, timed = marked_graphs
+    small = DiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=1, num_classes=10)
+    monkeypatch.setattr(bench_flop_overhead, "CONFIG", small)
+    found = bench_flop_overhead.compare(way, 2, (0, 2), "M4")
+    assert timed == made and len(made) == 2 and found.rows[0]["not_captured"] == {}
+    bench_growth.compare(way, 2, 16)
+    assert timed == made and len(made) == 4
+
+
+def test_a_published_design_that_does_not_fit_leaves_a_row_of_ours(monkeypatch):
+    honest = PublishedStudent.forward
+
+    def out_of_memory(self, states, labels):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(self, states, labels)
+
+    monkeypatch.setattr(PublishedStudent, "forward", out_of_memory)
+    small = DiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=1, num_classes=10)
+    goals = {"published_eager": 2.0}
+    found = work.compare_training("tiny", small, 1, CPU, goals=goals, compile_options={}, seconds=1.0, rounds=2)
+    (result,) = found.rows
+    assert result["best_peer"] is None and not result["met"] and list(result["milliseconds"]) == ["ours"]
+    assert "out of memory" in result["refused"]["published_eager"]
+    jsonschema.validate({"environment": environment(CPU), "rows": found.rows}, SCHEMA)
+    assert "none" in speed_table(found.rows)
+
+
+def test_candidates_of_a_training_step_share_the_optimizer(monkeypatch):
+    optimizers = []
+    honest = work.training_step
+    monkeypatch.setattr(
+        work, "training_step", lambda model, o, *rest: (optimizers.append(o), honest(model, o, *rest))[1]
+    )
+    small = DiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=1, num_classes=10)
+    goals = {"published_eager": 2.0}
+    work.compare_training("tiny", small, 1, CPU, goals=goals, compile_options={}, seconds=1.0, rounds=2)
+    assert len(optimizers) == 2 and optimizers[0] is optimizers[1], "its states are 5.4 GB of DiT-XL/2"

@@ -1,23 +1,19 @@
 """`make gpu-check` without a GPU: the dry run takes every stage's path, and a wrong kernel or a spent budget shows."""
 
-import contextlib
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
+from gpu_runs import ROOT, gpu_check, plant, results
 
-from benchmarks import cases, compare, measure, plots, report
-from benchmarks.gpu import checklist, machine
-from benchmarks.gpu.record import BROKEN_CONTEXT, Record
+from benchmarks import compare, measure, plots, report
+from benchmarks.gpu import __main__ as run
+from benchmarks.gpu import checklist, machine, sanitize, trainer
+from benchmarks.gpu.record import Record
 from benchmarks.timing import EventTimer
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 STAGES = (
     "environment",
@@ -27,13 +23,14 @@ STAGES = (
     "graphs",
     "trainer",
     "tune",
-    "sanitizer",
     "correctness_tuned",
     "kernels",
     "student",
     "scaling",
+    "sanitizer",
+    "student_compiled",
 )
-BACKENDS = ("cuda", "triton")
+BACKENDS = ("triton", "cuda")
 OPS = ("block_causal_attention", "history_attention", "adaln_modulate", "gate_residual_adaln", "gate_residual")
 # Faults, planted in every Python process of the run.
 FAULTS = {
@@ -60,28 +57,7 @@ def faulty(*inputs):
     return dx if dx is None else dx * 1.05, *rest
 cuda.backward = faulty
 """,
-    "history cuda crash": """
-import os, signal
-from ard_kernels.history import cuda
-cuda.forward = lambda *inputs: os.kill(os.getpid(), signal.SIGSEGV)
-""",
 }
-
-
-def plant(folder, fault):
-    """The environment of a run with that fault."""
-    (folder / "sitecustomize.py").write_text(FAULTS[fault])
-    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
-
-
-def gpu_check(out, *arguments, **variables):
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(out), *arguments]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} | variables
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-
-def results(out):
-    return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
 
 
 def written_results():
@@ -90,11 +66,11 @@ def written_results():
 
 def test_dry_run_takes_every_path(tmp_path):
     before = written_results()
-    done = gpu_check(tmp_path)
+    done = gpu_check(tmp_path)  # in GPU_MINUTES, by default ten
     assert done.returncode == 0, done.stdout + done.stderr
     assert written_results() == before, "a dry run writes nothing under benchmarks/results"
     found = results(tmp_path)
-    assert set(found) == {*STAGES, "tuned"}
+    assert tuple(found) == STAGES
     for name in STAGES:
         assert name in done.stdout
         assert found[name]["status"] == "passed", found[name]
@@ -122,21 +98,20 @@ def test_dry_run_takes_every_path(tmp_path):
     assert all(set(times) == {*BACKENDS} for times in found["kernels"]["shape_classes"].values() if times)
     for word in ("TFLOP/s", "GB/s", "times the", "met", " ms,"):
         assert word not in done.stdout, "no speed of the interpreter is printed"
-    timed = {name: found[name] for name in ("kernels", "student", "scaling")}
+    timed = {name: found[name] for name in ("kernels", "student", "scaling", "student_compiled")}
     schema = json.loads((ROOT / "benchmarks" / "schema.json").read_text())
     for content in timed.values():
         jsonschema.validate(content, schema)
-    whole = {name: content for name, content in found.items() if "environment" in content}
-    plots.draw("gpu", whole, tmp_path)
     assert compare.main([str(tmp_path), str(tmp_path)]) == 0, "stages that tune or check are no comparisons"
-    page = report.page("gpu", whole, {})
+    plots.draw("gpu", found, tmp_path)
+    page = report.page("gpu", found, {})
     assert "| **ours**" in page and "not timed: flash attn loop" in page
-    assert "student_training_step" in report.measured({"gpu": whole})
+    assert "student_training_step" in report.measured({"gpu": found})
 
 
 def test_wrong_results_fail(tmp_path):
     out = tmp_path / "out"
-    done = gpu_check(out, "--only", "correctness", **plant(tmp_path, "adaln_modulate"))
+    done = gpu_check(out, "--only", "correctness", **plant(tmp_path, FAULTS["adaln_modulate"]))
     assert done.returncode == 1, done.stdout + done.stderr
     found = results(out)["correctness"]
     assert found["status"] == "failed"
@@ -154,7 +129,7 @@ def test_wrong_results_fail(tmp_path):
 )
 def test_wrong_cuda_results_fail_and_are_not_timed(tmp_path, fault, ops):
     out = tmp_path / "out"
-    done = gpu_check(out, "--only", "correctness,kernels", **plant(tmp_path, fault))
+    done = gpu_check(out, "--only", "correctness,kernels", **plant(tmp_path, FAULTS[fault]))
     assert done.returncode == 1, done.stdout + done.stderr
     found = results(out)
     rows = found["correctness"]["rows"]
@@ -167,59 +142,6 @@ def test_wrong_cuda_results_fail_and_are_not_timed(tmp_path, fault, ops):
     assert timed and not timed & {(op, way) for op in ops}
     wrong = [row for row in kernels["rows"] if row["registered_op"] in ops and row["direction"] == way]
     assert wrong and all("cuda" in row["refused"] and "cuda" not in row["milliseconds"] for row in wrong)
-
-
-def test_a_crash_of_a_cuda_kernel_leaves_the_other_checks(tmp_path):
-    out = tmp_path / "out"
-    done = gpu_check(out, "--only", "correctness,kernels", **plant(tmp_path, "history cuda crash"))
-    assert done.returncode == 1, done.stdout + done.stderr
-    found = results(out)
-    checked = found["correctness"]
-    assert checked["status"] == "failed" and len(checked["rows"]) == checked["cases"]["of"] == 19
-    failed = [row for row in checked["rows"] if "failed" in row]
-    assert {(r["op"], r["backend"], r["failed"]) for r in failed} == {
-        ("history_attention", "cuda", "it ended the process")
-    }
-    assert len(checked["failures"]) == len(failed) == 2, "plain, and with norms"
-    assert all("its process stopped: -11 in history_attention" in failure for failure in checked["failures"])
-    history = [row for row in found["kernels"]["rows"] if row["op"] == "history_attention"]
-    assert [row["backend"] for row in history] == ["triton"]
-    assert history[0]["refused"]["cuda"] == "it ended the process"
-    assert not list(out.glob("*.progress"))
-
-
-def test_spent_budget_stops_early_and_keeps_results(tmp_path):
-    done = gpu_check(tmp_path, "--only", "correctness,kernels", "--minutes", "0")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = results(tmp_path)
-    for name in ("correctness", "kernels"):
-        assert found[name]["status"] == "cut"
-        made = [row["backend"] for row in found[name]["rows"]]
-        assert made == [*BACKENDS], "the most important case is always run, on each backend"
-    assert found["correctness"]["cases"]["of"] > 1
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (("--only", "speed"), "--only has 'speed'; expected one of benchmark, environment"),
-        (("--minutes", "-1"), "minutes is -1.0; expected a number >= 0"),
-    ],
-)
-def test_bad_arguments(tmp_path, arguments, message):
-    done = gpu_check(tmp_path, *arguments)
-    assert done.returncode == 2
-    assert message in " ".join(done.stderr.split())
-
-
-def test_without_a_gpu_it_says_so():
-    if torch.cuda.is_available():
-        pytest.skip("this machine has one")
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert "torch sees no CUDA GPU" in done.stderr
 
 
 def test_event_timer_queues_the_work_behind_a_pause(monkeypatch):
@@ -243,56 +165,6 @@ def test_event_timer_queues_the_work_behind_a_pause(monkeypatch):
     assert sent == ["wait", "pause", "event", "work", "event", "wait"]
 
 
-def record(folder, stage="correctness", device="cpu"):
-    return Record(stage, folder, torch.device(device), time.monotonic() + 60)
-
-
-def test_a_stage_goes_on_behind_what_ended_its_process(tmp_path):
-    """Ended pieces are not run again; those around a crash are, the crash itself is not; three crashes are enough."""
-    first, ran = record(tmp_path), []
-    first.attempt("a on cuda", lambda: first.add({"row": 1}))
-    for label in ("job", "b on cuda"):
-        first.progress.note("+", label)
-    assert first.progress.pieces() == ({"a on cuda"}, [], ["job", "b on cuda"])
-    first.progress.note("!", "b on cuda")
-    second = record(tmp_path)
-    assert second.rows == [{"row": 1}] and not second.given_up("cuda")
-    for label in ("a on cuda", "b on cuda", "job", "c on cuda"):
-        second.attempt(label, lambda label=label: ran.append(label))
-    assert ran == ["job", "c on cuda"]
-    case = cases.tiny_case("adaln_modulate")
-    assert "triton" in checklist.serving(second, case)
-    for label in ("d on cuda", "e on cuda"):
-        second.progress.note("!", label)
-    third = record(tmp_path)
-    assert third.given_up("cuda") and not third.given_up("triton")
-    assert checklist.serving(third, case) == ["triton"]
-    assert any("cuda" in reason for reason in third.facts["not_served"])
-
-
-def test_an_error_ends_the_process_only_when_it_broke_the_cuda_context(tmp_path, monkeypatch):
-    """With a stand-in for a GPU whose every call fails, then with one that recovers."""
-    working, left = record(tmp_path), []
-    working.device = torch.device("cuda", 0)
-
-    def leave(status):
-        left.append(status)
-        raise SystemExit
-
-    monkeypatch.setattr(os, "_exit", leave)
-    for broken in (True, False):
-
-        def synchronize(device, broken=broken):
-            if broken:
-                raise RuntimeError("an illegal memory access was encountered")
-
-        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-        with contextlib.suppress(SystemExit):
-            working.attempt("kernel on cuda", lambda: 1 / 0)
-        assert left == [BROKEN_CONTEXT]
-    assert ["broke the CUDA context" in failure for failure in working.failures] == [True, False]
-
-
 class Builds:
     """Stands for machine.output_of: setup.py fails when CUDA is asked for."""
 
@@ -311,13 +183,15 @@ class Builds:
 def gpu_to_build_for(monkeypatch, tmp_path):
     """A machine with an H200, and a tree whose extension comes from an earlier build."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setattr(Record, "dry", False)
     (tmp_path / "ard_kernels").mkdir()
     (tmp_path / "ard_kernels" / "_C.cpython-312.so").touch()
     builds = Builds()
     monkeypatch.setattr(machine, "output_of", builds)
-    made = record(tmp_path / "out", "build")
+    (tmp_path / "out").mkdir()
+    made = Record("build", tmp_path / "out", torch.device("cpu"), time.monotonic() + 60)
     made.device = torch.device("cuda", 0)
     return made, builds, tmp_path
 
@@ -346,3 +220,73 @@ def test_the_odd_one_out_is_the_one_that_others_contradict():
     results = {"cuda": [right, wrong], "triton": [right, right], "flash": [right, right], "cudnn": [right, broken]}
     assert set(measure.odd_ones_out(results, 0.01)) == {"cuda", "cudnn"}
     assert "differs from triton" in measure.odd_ones_out(results, 0.01)["cuda"]
+
+
+class Planned:
+    """Stands for a Record on a GPU: notes the pieces of work, and runs none."""
+
+    dry, over, device, rows, crashed = False, False, torch.device("cpu"), (), ()
+
+    def __init__(self):
+        self.limits, self.facts = {}, {}
+
+    def attempt(self, label, run, limit=45.0):
+        self.limits[label] = limit
+
+    def given_up(self, op, backend):
+        return False
+
+
+def test_the_trainer_compiles_last_and_has_time_for_it(monkeypatch):
+    monkeypatch.setattr(trainer, "random_teacher", lambda model: (None, ""))
+    monkeypatch.setattr(trainer, "make_trajectories", lambda *arguments: None)
+    planned = Planned()
+    trainer.trainer(planned)
+    *others, last = planned.limits
+    assert last == "compiled" and planned.limits[last] >= 90
+    assert {"resumption", "GAN fine-tune", "sampling in a CUDA graph"} < set(others)
+
+
+def test_the_sanitizer_compiles_without_a_tool_first(monkeypatch):
+    monkeypatch.setattr(sanitize, "find_tool", lambda name: name)
+    monkeypatch.setattr(checklist, "refusal", lambda *arguments: None)
+    planned = Planned()
+    sanitize.sanitizer(planned)
+    order = ["none on triton", "none on cuda", "memcheck on triton", "memcheck on cuda", "racecheck on triton"]
+    assert list(planned.limits)[:5] == order and len(planned.limits) == 10
+    assert all(limit >= 60 for limit in planned.limits.values())
+    (stage,) = run.chosen("sanitizer")
+    assert 600 * stage.seconds / sum(stage.seconds for stage in run.STAGES) >= 100
+
+
+def racecheck_text(*accesses, displayed=1, end=sanitize.DONE):
+    lines = [f"========= {'    and ' * (i > 0)}{access}" for i, access in enumerate(accesses)]
+    summary = f"========= RACECHECK SUMMARY: {displayed} hazard displayed (1 error, 0 warnings)"
+    return "\n".join(["========= COMPUTE-SANITIZER", *lines, "=========", end, summary])
+
+
+WGMMA = "void ard::sm90::attention_forward<__nv_bfloat16, (int)72>(ard::sm90::Params)+0x{}0 in sm90.h:62"
+FOUND = f"Error: Race reported between Write access at {WGMMA.format('1a')}"
+READ = f"Read access at {WGMMA.format('2b')} [4 hazards]"
+OTHER = READ.replace("sm90::attention_forward", "sm80::attention_backward")
+
+
+@pytest.mark.parametrize(
+    "text, passes",
+    [
+        (racecheck_text(FOUND, READ), True),
+        (racecheck_text(FOUND, READ, READ), True),
+        (racecheck_text(FOUND, OTHER), False),
+        (racecheck_text(FOUND, READ, OTHER), False),
+        (racecheck_text(FOUND, READ.replace("Read", "Write")), False),
+        (racecheck_text(FOUND, READ, displayed=2), False),
+        (racecheck_text(FOUND, READ, end="Traceback"), False),
+        (racecheck_text("Error: Potential hazard"), False),
+        (racecheck_text(displayed=0), False),
+    ],
+)
+def test_only_a_reviewed_finding_of_racecheck_passes(monkeypatch, text, passes):
+    monkeypatch.setattr(sanitize, "output_of", lambda *command, **how: (1, text))
+    row = sanitize.watch("racecheck", "cuda", ["block_causal_attention"], [], 1.0)
+    assert row["passed"] is bool(row["reviewed"]) is passes
+    assert not sanitize.watch("memcheck", "cuda", ["block_causal_attention"], [], 1.0)["passed"]

@@ -30,7 +30,7 @@ def planted(folder, rows, ops=(OP,), widths=(72,), environment=ENVIRONMENT, **ch
         "correctness": [case | {"case": "c", "ratios": {"out0": 1.0}} for case in cases],
         "determinism": [case | {"repeats": 1000, "differing": 0} for case in cases],
         "sanitizer": [
-            {"tool": tool, "backend": b, "exit_status": 0, "ops": list(ops)}
+            {"tool": tool, "backend": b, "passed": True, "ops": list(ops)}
             for tool in ("memcheck", "racecheck", "initcheck")
             for b in BACKENDS
         ],
@@ -62,14 +62,14 @@ def test_fastest_is_by_forward_and_backward_over_all_shapes(tmp_path):
 @pytest.mark.parametrize("stage", ["correctness", "correctness_tuned", "determinism", "sanitizer"])
 def test_a_wrong_backend_is_never_chosen(tmp_path, stage):
     case = {"op": OP, "dtype": "bfloat16", "width": 72, "case": "c"}
-    good = {"ratios": {"out0": 1.0}, "differing": 0, "tool": "memcheck", "exit_status": 0, "ops": [OP]}
+    good = {"ratios": {"out0": 1.0}, "differing": 0, "tool": "memcheck", "passed": True, "ops": [OP]}
     rows = [case | good | {"backend": b, "tool": t} for b in BACKENDS for t in ("memcheck", "racecheck", "initcheck")]
     bad = {
         "correctness": {"failed": "error"},
         "correctness_tuned": {"failed": "error"},
         "determinism": {"differing": 1},
     }
-    bad["sanitizer"] = {"tool": "synccheck", "exit_status": 1}
+    bad["sanitizer"] = {"tool": "synccheck", "passed": False}
     rows.append(case | good | {"backend": "cuda"} | bad[stage])
     folder = planted(tmp_path / "a", both((1.0, 1.0), (2.0, 2.0)), **{stage: rows})
     assert chosen(folder) == {f"{OP}/16bit/80": "triton"}
@@ -115,5 +115,5 @@ def test_results_that_do_not_belong_together_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="the stages differ in commit"):
         fastest.choose(mixed)
     (mixed / "kernels.json").unlink()
-    with pytest.raises(SystemExit, match=r"no kernels.json; expected the results of `make gpu-check`"):
+    with pytest.raises(SystemExit, match=r"no stage kernels; expected the results of `make gpu-check`"):
         fastest.choose(mixed)

@@ -15,7 +15,7 @@ from benchmarks.cases import MASKS
 from benchmarks.flop_overhead.counts import compare_models, design_table
 from benchmarks.measure import Measurement
 from benchmarks.rows import best_device, row
-from benchmarks.student.work import randomize
+from benchmarks.student.work import all_captured, randomize
 from benchmarks.timing import interleaved, wall_timer
 
 DEVICE = best_device()
@@ -43,14 +43,14 @@ def compare(way: str, steps: int, layers: tuple[int, ...], mask: str) -> Measure
             loss = trajectory_loss(student(states, labels), states)
         return torch.autograd.grad(loss, [p for p in student.parameters() if p.requires_grad])
 
-    runs = {f"N{N}": partial(run, N) for N in layers}
+    runs, not_captured = all_captured({f"N{N}": partial(run, N) for N in layers}, DEVICE)
     timings = interleaved(runs, 20, 1, timer=wall_timer(DEVICE), seconds=5.0)
     rows = []
     for N in layers[1:]:
         factor = flop_ratio(way, steps, N, window, sink)
         only = {name: timings[name] for name in (f"N{N}", "N0")}
         shape = f"{MODEL} B{BATCH} S{steps} N{N} {mask}"
-        facts = {"S": steps, "N": N, "mask": mask, "flop_ratio": factor}
+        facts = {"S": steps, "N": N, "mask": mask, "flop_ratio": factor, "not_captured": not_captured}
         facts["dtype"] = "bfloat16 autocast" if ON_GPU else "float32"
         rows.append(row("history_overhead", shape, way, only, f"N{N}", ["N0"], 1 / factor / ALLOWED, **facts))
     return Measurement(rows, timings)

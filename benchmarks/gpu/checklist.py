@@ -24,8 +24,9 @@ def serving(record: Record, case: Case) -> list[str]:
     found = []
     for backend in BACKENDS:
         reason = refusal(case.registered_op, backend, record.device, case.dtype, case.width)
-        if reason is None and record.given_up(backend):
-            reason = f"not run any more: it has ended {MOST_CRASHES} processes of this stage"
+        known = f"{case.label} on {backend}" in record.crashed  # it is not run again, and its row says so
+        if reason is None and not known and record.given_up(case.registered_op, backend):
+            reason = f"{case.registered_op} is not run any more: it has ended {MOST_CRASHES} processes"
         if reason is None:
             found.append(backend)
         else:

@@ -15,7 +15,7 @@ from ard_kernels.segment_adaln import reference as adaln_reference
 from benchmarks import cases
 from benchmarks.cases import ADALN, MASKS, OPS, Case
 from benchmarks.gpu import checklist
-from benchmarks.gpu.record import LIMIT, ROOT, Record
+from benchmarks.gpu.record import ROOT, Record
 
 sys.path.append(str(ROOT / "tests"))  # the tolerance rule is said once, there
 from oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_close
@@ -165,7 +165,7 @@ def check_case(record: Record, case: Case, backends: list[str]) -> None:
 
         if label in record.crashed and not any(row.items() <= old.items() for old in record.rows):
             record.add(row | {"failed": "it ended the process"})
-        record.attempt(label, run, LIMIT)
+        record.attempt(label, run)
 
 
 def correctness(record: Record) -> str:
@@ -232,5 +232,5 @@ def determinism(record: Record) -> str:
                     record.fail(f"{label}: {differing} of {repeats} runs differ from the first")
 
             if not record.over:
-                record.attempt(label, run, LIMIT)
+                record.attempt(label, run)
     return f"{len(record.rows)} ops on backends, {repeats} runs each"

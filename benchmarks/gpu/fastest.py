@@ -19,8 +19,8 @@ import torch
 
 from ard_kernels import tuning
 from ard_kernels.tuning import shape_class
-from benchmarks.gpu.files import results
 from benchmarks.gpu.record import ROOT
+from benchmarks.rows import load_rooms
 
 TABLE = tuning.SHIPPED / "fastest.json"
 # Tools of compute-sanitizer that must have passed; those beyond them must not have failed.
@@ -82,7 +82,7 @@ def deterministic(op: str, backend: str, determinism: dict | None) -> str:
 
 def sanitized(op: str, backend: str, sanitizer: dict | None) -> str:
     ran = [row for row in (sanitizer or {"rows": []})["rows"] if row["backend"] == backend]
-    failed = [row["tool"] for row in ran if row["exit_status"]]
+    failed = [row["tool"] for row in ran if not row["passed"]]
     if failed:
         return f"compute-sanitizer: {', '.join(failed)} failed"
     missing = TOOLS - {row["tool"] for row in ran if op in row["ops"]}
@@ -92,10 +92,11 @@ def sanitized(op: str, backend: str, sanitizer: dict | None) -> str:
 def read(folder: Path) -> dict[str, dict | None]:
     """Results by stage; exits where they are not of one GPU, one state of the code, and a whole run."""
     stages = ("correctness", "correctness_tuned", "determinism", "sanitizer", "kernels")
-    found = {stage: results(folder, stage) for stage in stages}
+    rooms = load_rooms(folder)
+    found = {stage: rooms.get(stage) for stage in stages}
     for stage in ("correctness", "kernels"):
         if found[stage] is None:
-            sys.exit(f"{folder}: no {stage}.json; expected the results of `make gpu-check`")
+            sys.exit(f"{folder}: no stage {stage}; expected the results of `make gpu-check`")
     for key in ("architecture", "device", "commit", "dry_run"):
         values = {stage: result["environment"][key] for stage, result in found.items() if result}
         if len(set(values.values())) > 1:

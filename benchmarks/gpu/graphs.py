@@ -9,7 +9,7 @@ from benchmarks import cases
 from benchmarks.cases import OPS, Case
 from benchmarks.gpu import checklist
 from benchmarks.gpu.correctness import difference
-from benchmarks.gpu.record import LIMIT, Record
+from benchmarks.gpu.record import COMPILE_LIMIT, Record
 from benchmarks.measure import relative
 
 
@@ -104,7 +104,7 @@ def graphs(record: Record) -> str:
                     record.fail(f"{case.label} on {backend}: the replayed graph differs from eager")
 
             if not record.over:
-                record.attempt(f"{case.label} on {backend}", run, LIMIT)
+                record.attempt(f"{case.label} on {backend}", run)
 
     def compiled(backend):
         worst = check_compiled_layer(backend, device)
@@ -118,5 +118,5 @@ def graphs(record: Record) -> str:
     whole = Case("block_causal_attention", 2, (16, 16), D=64 if record.dry else 72)
     for backend in checklist.serving(record, whole):
         if not record.over:
-            record.attempt(f"torch.compile of a layer on {backend}", lambda b=backend: compiled(b), LIMIT)
+            record.attempt(f"torch.compile of a layer on {backend}", lambda b=backend: compiled(b), COMPILE_LIMIT)
     return f"{len(record.rows)} checks"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 
 from benchmarks.cases import BACKENDS
 from benchmarks.gpu import checklist
 from benchmarks.gpu.fastest import compare_backends, faster_words
-from benchmarks.gpu.record import LIMIT, Record
+from benchmarks.gpu.log import Found
+from benchmarks.gpu.record import COMPILE_LIMIT, LIMIT, Record
 from benchmarks.jobs import gpu_jobs
 from benchmarks.measure import How, Job, measure, our_makers, peer_makers
 from benchmarks.rows import verdict
+
+# A job prepares a dozen candidates, some of which Inductor compiles, and times them.
+JOB_LIMIT = 300.0
 
 
 def bench(record: Record, job: Job, ceiling: float | None) -> list[dict]:
@@ -27,7 +29,7 @@ def bench(record: Record, job: Job, ceiling: float | None) -> list[dict]:
     found = measure(
         job, device, ours, How(3.0, 2, 1, compiled=False) if dry else How(3.0, 200, 5), ceiling=ceiling,
         skip={name: "it ended the process" for name in names if label(name) in record.crashed},
-        piece=lambda name: record.piece(label(name), LIMIT if name in BACKENDS else None),
+        piece=lambda name: record.piece(label(name), LIMIT if name in BACKENDS else COMPILE_LIMIT),
     )  # fmt: skip
     failed = {name: why for name, why in found.refused.items() if name in ours and label(name) not in record.crashed}
     for name, reason in (failed | found.wrong).items():
@@ -41,8 +43,7 @@ def bench(record: Record, job: Job, ceiling: float | None) -> list[dict]:
 
 def measured_ceilings(record: Record) -> dict[str, float]:
     """Rates by unit, from the environment stage of this run; empty when it left none."""
-    path = record.folder / "environment.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    rows = record.log.read().get("environment", Found()).rows
     if not rows:
         return {}
     found = rows[0]["ceilings"]
@@ -62,7 +63,7 @@ def kernels(record: Record) -> str:
                 text = "ran" if record.dry else "; ".join(map(verdict, result["targets"]))
                 record.add(result, f"{job.label} on {result['backend']}: {text}")
 
-        record.attempt(job.label, run)
+        record.attempt(job.label, run, JOB_LIMIT)
         torch.compiler.reset()
         if record.device.type == "cuda":
             torch.cuda.empty_cache()

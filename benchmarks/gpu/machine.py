@@ -16,11 +16,40 @@ from pathlib import Path
 import torch
 
 from ard_kernels import extension
-from benchmarks.gpu.record import ROOT, Record
+from benchmarks.gpu.log import Log
+from benchmarks.gpu.record import ROOT, Record, run_environment
 from benchmarks.timing import interleaved, make_timer
 
+# nvcc on a few cores; the extension without CUDA kernels takes a part of it.
+BUILD_SECONDS, CPU_BUILD_SECONDS = 240.0, 90.0
 
-def output_of(*command: str, timeout: float = 120, environment: dict[str, str] | None = None) -> tuple[int, str]:
+
+def refusal(device: torch.device, log: Log, stages: list[str], resumed: bool) -> str:
+    """Why `stages` are not run on this machine; empty when they are."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA GPU; expected one (--dry-run needs none)"
+    if not resumed:
+        return ""
+    here = run_environment(device)
+    for name, found in log.read().items():
+        there = found.environment
+        different = [key for key in here if key != "date" and key in there and there[key] != here[key]]
+        if name in stages and different:
+            said = ", ".join(f"{key} {there[key]}, here {here[key]}" for key in different)
+            return f"--continue: the stage {name} was run with {said}; a run without --continue begins anew"
+    if build_is_gone(log) and "build" not in stages:
+        return "--continue: the CUDA kernels that were built are not on this machine; add build to --only"
+    return ""
+
+
+def build_is_gone(log: Log) -> bool:
+    """Whether the build stage has made CUDA kernels that are not here."""
+    build = log.read().get("build")
+    made = build is not None and build.status == "passed" and build.facts.get("cuda_kernels", False)
+    return made and not hasattr(extension.module, "gpu")
+
+
+def output_of(*command: str, timeout: float = 40, environment: dict[str, str] | None = None) -> tuple[int, str]:
     """Exit status and output (both streams) of a command; 127 where it is not installed.
 
     `environment` is added to ours. Over its time, the command and what it started are ended.
@@ -76,10 +105,11 @@ def environment(record: Record) -> str:
         names = ("name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
         record.facts["gpu"] = {name: getattr(properties, name, None) for name in names}
     record.facts["versions"] = versions()
-    record.flush()
-    record.add({"ceilings": ceilings(device, 5 if record.dry else 20)})
+    record.attempt("rates", lambda: record.add({"ceilings": ceilings(device, 5 if record.dry else 20)}))
     if record.dry:
         return f"torch {torch.__version__}; ceilings measured on tiny sizes and thrown away"
+    if not record.rows:
+        return "no ceilings measured"
     found = record.rows[0]["ceilings"]
     return f"copy {found['copy_GB_per_s']:.0f} GB/s, bf16 matmul {found['matmul_bf16_TFLOP_per_s']:.0f} TFLOP/s"
 
@@ -129,7 +159,7 @@ def compiler_errors(text: str) -> str:
     return "\n".join(lines[begin:][:30])
 
 
-def run_build(record: Record, variables: dict[str, str]) -> bool:
+def run_build(record: Record, variables: dict[str, str], timeout: float) -> bool:
     """setup.py build_ext in place, under `variables`; whether it went well."""
     said = [f"{name}={value}" for name, value in variables.items() if name.startswith("ARD_")]
     command = ["setup.py", "build_ext", "--inplace"]
@@ -137,7 +167,6 @@ def run_build(record: Record, variables: dict[str, str]) -> bool:
     begin = time.monotonic()
     if record.dry:  # that setup.py can be run at all
         command = ["setup.py", "--version"]
-    timeout = max(60.0, record.seconds_left)
     status, text = output_of(sys.executable, *command, timeout=timeout, environment=variables)
     seconds = round(time.monotonic() - begin, 1)
     record.add({"command": [*said, *command], "exit_status": status, "seconds": seconds, "output": text[-4000:]})
@@ -149,30 +178,37 @@ def run_build(record: Record, variables: dict[str, str]) -> bool:
 
 
 def build(record: Record) -> str:
-    """The C++ extension in place, CUDA kernels for this GPU included where nvcc is found; then the doctor's report.
+    """The C++ extension in place, CUDA kernels for this GPU included where nvcc is found; then the doctor's report."""
+    record.attempt("extension", lambda: make_extension(record), BUILD_SECONDS + CPU_BUILD_SECONDS + 10)
+    record.attempt("doctor", lambda: ask_doctor(record))
+    if record.dry:
+        return "nothing built; doctor ran"
+    built = [row for row in record.rows if "seconds" in row]
+    with_cuda = record.facts["cuda_kernels"] = bool(built) and "ARD_BUILD_CUDA=1" in built[-1]["command"]
+    seconds = sum(row["seconds"] for row in built)
+    return f"extension {'with' if with_cuda else 'without'} CUDA kernels, {seconds:.0f} s; doctor ran"
 
-    Where the CUDA kernels do not compile, the stage fails, and the extension is built without them: no kernels of an
+
+def make_extension(record: Record) -> None:
+    """Where the CUDA kernels do not compile, the stage fails, and the extension is built without them: no kernels of an
     earlier build are left, and the stages that follow check the other backends.
     """
     variables = build_environment(record.device)
     with_cuda = variables["ARD_BUILD_CUDA"] == "1"
     if not with_cuda:
         print("  no nvcc on PATH, in CUDA_HOME or /usr/local/cuda: built without CUDA kernels, cuda is not checked")
-    if not run_build(record, variables) and with_cuda:
+    if not run_build(record, variables, BUILD_SECONDS) and with_cuda:
         for stale in (ROOT / "ard_kernels").glob("_C*.so"):
             stale.unlink()
-        run_build(record, variables | {"ARD_BUILD_CUDA": "0"})
-        with_cuda = False
-    if with_cuda and not record.dry:
-        status, text = output_of(sys.executable, "-c", "from ard_kernels.extension import module; module.gpu")
-        if status:
-            record.fail(f"the extension that was built has no CUDA kernels: {text[-300:]}")
+        run_build(record, variables | {"ARD_BUILD_CUDA": "0"}, CPU_BUILD_SECONDS)
+
+
+def ask_doctor(record: Record) -> None:
+    """What it says goes into the results; kernels that were built must be there."""
     status, text = output_of(sys.executable, "-m", "ard_kernels.doctor")
     record.add({"command": ["-m", "ard_kernels.doctor"], "exit_status": status, "output": text})
     if status:
         record.fail(f"doctor exited {status}: {text[-300:]}")
-    if record.dry:
-        return "nothing built; doctor ran"
-    record.facts["cuda_kernels"] = with_cuda
-    seconds = sum(row.get("seconds", 0.0) for row in record.rows)
-    return f"extension {'with' if with_cuda else 'without'} CUDA kernels, {seconds:.0f} s; doctor ran"
+    built = [row["command"] for row in record.rows if "seconds" in row and row["exit_status"] == 0]
+    if not record.dry and built and "ARD_BUILD_CUDA=1" in built[-1] and "CUDA C++ kernels: built in" not in text:
+        record.fail(f"the extension that was built has no CUDA kernels: {text[:300]}")

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,10 +22,14 @@ from benchmarks import cases
 from benchmarks.candidates import candidates
 from benchmarks.cases import ADALN, OPS, Case
 from benchmarks.gpu import checklist
-from benchmarks.gpu.record import Record
+from benchmarks.gpu.log import Found, Log
+from benchmarks.gpu.record import Record, Unfinished
 from benchmarks.measure import relative
 from benchmarks.rows import describe
 from benchmarks.timing import interleaved, make_timer
+
+# A kernel's candidates, each compiled and timed; all kernels of one call.
+KERNEL_LIMIT, CASE_LIMIT = 120.0, 300.0
 
 
 class Wanted(NamedTuple):
@@ -138,17 +143,21 @@ def tune_kernel(record: Record, case: Case, what: str, run, wanted: Wanted, defa
     record.add(row, f"{wanted.key}: {configs[winner]}, default {default}")
 
 
-def write_tables(record: Record, best: dict) -> None:
-    """The winners, added to those of earlier runs: for the library, and beside the results."""
-    table = {"device": record.environment["device"], "configs": best}
-    (record.folder / "tuned.json").write_text(json.dumps(table, indent=2) + "\n")
-    if record.dry:
+def restore(log: Log, device: torch.device) -> None:
+    """What the tune stage of the run has found so far goes where the library finds it, on a fresh machine too."""
+    keep({row["key"]: row["winner"] for row in log.read().get("tune", Found()).rows}, device)
+
+
+def keep(best: dict, device: torch.device) -> None:
+    """The winners, added to those of earlier runs."""
+    if not best or device.type == "cpu":
         return
-    path = tuning.cache_file(record.device)
+    path = tuning.cache_file(device)
     earlier = json.loads(path.read_text())["configs"] if path.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"device": table["device"], "configs": earlier | best}, indent=2) + "\n")
+    table = {"device": torch.cuda.get_device_name(device), "configs": earlier | best}
+    partial.write_text(json.dumps(table, indent=2) + "\n")
     os.replace(partial, path)
 
 
@@ -166,11 +175,15 @@ def tune(record: Record) -> str:
                 with looked_up(lambda w, default, asked=asked: asked.setdefault(w, default)):
                     run()
                 for wanted, default in asked.items():
-                    if wanted.key not in best and not record.over:
-                        tune_kernel(record, case, what, run, wanted, default, best)
-                        write_tables(record, best)
+                    if wanted.key in best:
+                        continue
+                    if record.over:
+                        raise Unfinished
+                    work = partial(tune_kernel, record, case, what, run, wanted, default, best)
+                    record.attempt(wanted.key, work, KERNEL_LIMIT)
+                    keep(best, record.device)
 
-        record.attempt(f"{case.label} on triton", run_case)
+        record.attempt(f"{case.label} on triton", run_case, CASE_LIMIT)
     return f"{len(best)} kernel keys tuned"
 
 

@@ -18,7 +18,7 @@ from benchmarks.board import Group
 from benchmarks.measure import Measurement
 from benchmarks.memory import peak_bytes
 from benchmarks.rows import best_device, row
-from benchmarks.student.work import make_runs, randomize
+from benchmarks.student.work import all_captured, make_runs, randomize
 from benchmarks.timing import interleaved, wall_timer
 
 DEVICE = best_device()
@@ -62,10 +62,11 @@ def compare(way: str, S: int, L: int) -> Measurement:
     models = {"ours": student, "published_eager": published}
     runs = make_runs({name: lambda model=model: step(model) for name, model in models.items()}, refused)
     memory = {name: peak_bytes(run, DEVICE) for name, run in runs.items()}
+    runs, not_captured = all_captured(runs, DEVICE)
     timings = interleaved(runs, 20, 0, timer=wall_timer(DEVICE), seconds=1.5, least=2)
     shape = f"C{WIDTH} H{HEADS} depth{DEPTH} B{BATCH} S{S} L{L}"
     peers = [name for name in timings if name != "ours"]
-    facts = {"S": S, "L": L, "peak_bytes": memory, "refused": refused}
+    facts = {"S": S, "L": L, "peak_bytes": memory, "refused": refused, "not_captured": not_captured}
     facts["dtype"] = "bfloat16 autocast" if ON_GPU else "float32"
     return Measurement([row("growth", shape, way, timings, "ours", peers, 1.0, **facts)], timings, refused)
 
