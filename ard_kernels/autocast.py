@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 
 
@@ -18,3 +21,17 @@ def cast_to_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if dtype is None or tensors[0].dtype == torch.float64:
         return tensors
     return tuple(x.to(dtype) for x in tensors)
+
+
+def without_autocast(run: Callable) -> Callable:
+    """`run` with autocast off for the device of its first tensor: ops have cast already, and fp32 inside means fp32."""
+
+    @wraps(run)
+    def wrapped(*inputs):
+        kind = next(x for x in inputs if isinstance(x, torch.Tensor)).device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return run(*inputs)
+        with torch.autocast(kind, enabled=False):
+            return run(*inputs)
+
+    return wrapped

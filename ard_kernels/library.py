@@ -22,6 +22,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
+from ard_kernels.autocast import without_autocast
+
 _library = torch.library.Library("ard", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -100,18 +102,14 @@ def _directly(op: Callable, kernel: Callable, with_gradient: Callable) -> Callab
     """
     if not DIRECT:
         return op
+    # torch.func brings autocast back for the levels below, whatever the op switches off inside.
+    transformed = without_autocast(op)
 
     def call(*inputs):
-        if (
-            is_compiling()
-            or forward_ad._current_level >= 0
-            or _dispatch_modes()
-            or _function_modes()
-            or _transforms() is not None
-            or _jit_trace() is not None
-            or _profiler_enabled()
-        ):
+        if is_compiling() or _dispatch_modes() or _function_modes() or _jit_trace() is not None or _profiler_enabled():
             return op(*inputs)
+        if forward_ad._current_level >= 0 or _transforms() is not None:
+            return transformed(*inputs)
         needs_gradient = False
         for x in inputs:
             if isinstance(x, Tensor):

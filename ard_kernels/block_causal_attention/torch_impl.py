@@ -10,13 +10,13 @@ mask. Block-diagonal masks over equal segments become one call by a batch reshap
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
+from ard_kernels.autocast import without_autocast
 from ard_kernels.block_causal_attention.spec import key_ranges, query_range, sees, segment_ids
 from ard_kernels.library import private
 from ard_kernels.segments import segment_offsets
@@ -73,19 +73,9 @@ def attend(q, k, v, scale: float, mask=None) -> tuple[torch.Tensor, torch.Tensor
     return _attend(q, k, v, scale, mask)
 
 
+@without_autocast
 def _attend(q, k, v, scale: float, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend` by matmuls."""
-    with _autocast_off(q.device):
-        return _matmuls(q, k, v, scale, mask)
-
-
-def _autocast_off(device: torch.device) -> AbstractContextManager:
-    """The ops have cast already; a matmul in fp32 is meant to be one."""
-    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
-
-
-def _matmuls(q, k, v, scale: float, mask) -> tuple[torch.Tensor, torch.Tensor]:
     acc = lse_dtype(q.dtype)
     scores = q.to(acc) @ k.to(acc).transpose(-1, -2) * scale
     if mask is not None:
@@ -98,11 +88,12 @@ def attend_backward(grad_out, q, k, v, out, lse, scale: float, mask=None) -> tup
     """(dq, dk, dv) of `attend` restricted to these queries and keys, given the *global* out and lse of the queries."""
     if _fused(q.device):
         return _FLASH_BACKWARD(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
-    with _autocast_off(q.device):
-        return _matmuls_backward(grad_out, q, k, v, out, lse, scale, mask)
+    return _attend_backward(grad_out, q, k, v, out, lse, scale, mask)
 
 
-def _matmuls_backward(grad_out, q, k, v, out, lse, scale: float, mask) -> tuple[torch.Tensor, ...]:
+@without_autocast
+def _attend_backward(grad_out, q, k, v, out, lse, scale: float, mask) -> tuple[torch.Tensor, ...]:
+    """`attend_backward` by matmuls."""
     acc = lse_dtype(q.dtype)
     q_, k_, v_, grad_out_ = q.to(acc), k.to(acc), v.to(acc), grad_out.to(acc)
     scores = q_ @ k_.transpose(-1, -2) * scale
