@@ -7,6 +7,8 @@ import numbers
 
 import torch
 
+LARGEST = torch.finfo(torch.float64).max
+
 
 def described(value: object) -> str:
     """`value` for an error message: its repr, but a tensor by dtype and shape, and nothing long."""
@@ -47,7 +49,7 @@ def check_number(op: str, name: str, value: object, expected: str = "a finite nu
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
     is_number = isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
-    if not is_number or not -math.inf < value < math.inf:  # math.isfinite does not trace
+    if not is_number or not abs(value) <= LARGEST:  # so is a NaN; math.isfinite does not trace
         raise ValueError(f"{op}: {name} is {described(value)}; expected {expected}")
     return float(value)
 

@@ -43,6 +43,7 @@ REFUSED = {
     "scale in words": (lambda: attend(scale="0.5"), "scale is '0.5'; expected a finite number"),
     "scale nan": (lambda: attend(scale=float("nan")), "scale is nan; expected a finite number"),
     "scale inf, history": (lambda: sample(scale=float("inf")), "scale is inf; expected a finite number"),
+    "scale 10**400": (lambda: attend(scale=10**400), "scale is 1000.*; expected a finite number"),
     "scale True": (lambda: attend(scale=True), "scale is True; expected a finite number"),
     "segment_length True": (lambda: attend(segment_length=True), "segment_length is True; expected an int or"),
     "segment_length in words": (lambda: modulate(segment_length="8"), "segment_length is '8'; expected an int or"),
@@ -145,6 +146,7 @@ def raw_adaln_backward(mean=None, grad=X):
 RAW = {
     "attention, k": (lambda: raw_attention(k=Q[:, :, :4]), "k has shape"),
     "attention, strides": (lambda: raw_attention(q=Q.transpose(2, 3)), "q has strides"),
+    "attention, k on meta": (lambda: raw_attention(k=Q.to("meta")), "k is on meta; expected q's cpu"),
     "attention, lengths": (lambda: raw_attention(lengths=(4, 5)), "segment_length sums to 9; expected the 8 tokens"),
     "attention, backend": (lambda: raw_attention(backend="triton2"), "backend 'triton2' .* unknown backend"),
     "attention backward, lse": (lambda: raw_attention_backward(lse=torch.zeros(1, 2, 4)), "lse is a float32 tensor"),
