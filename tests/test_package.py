@@ -37,6 +37,24 @@ print({name.split(".")[0] for name in set(sys.modules) - before if sys.modules[n
     assert float(seconds) < 0.3
 
 
+def test_only_the_digits_need_scikit_learn():
+    code = """
+import importlib, pkgutil, sys
+sys.modules["sklearn"] = None
+import ard
+for module in pkgutil.iter_modules(ard.__path__, "ard."):
+    importlib.import_module(module.name)
+ard.features.load_features("pooled")
+try:
+    ard.digits.load()
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    status, output = run_python("-c", code)
+    assert status == 0, output
+    assert output.split() == ["sklearn.datasets"]
+
+
 @pytest.mark.parametrize("name", ["ard_kernels.doctor", "ard"])
 def test_doctor(name):
     status, output = run_python("-m", name, *(["doctor"] if name == "ard" else []))
