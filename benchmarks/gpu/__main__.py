@@ -104,12 +104,13 @@ def run_here(stages: list[Stage], folder: Path, seconds: float) -> None:
     """Run the stages in this process, one after the other; a single one has all of the `seconds`."""
     import torch
 
-    from benchmarks.gpu.machine import load_emulator
+    from benchmarks.gpu.machine import load_emulator, repair_interpreter
     from benchmarks.gpu.record import Record
     from benchmarks.rows import describe
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
+        repair_interpreter()
         print(load_emulator() or "backend cuda: tests/emulator", flush=True)
     end = time.monotonic() + seconds
     for i, stage in enumerate(stages):
