@@ -9,8 +9,20 @@ from triton.runtime import interpreter
 
 def repair() -> None:
     """Once per process, with TRITON_INTERPRET=1 set before triton is imported."""
+    _take_an_element_for_an_index()
     _patch_the_language_once()
     _round_to_bfloat16()
+
+
+def _take_an_element_for_an_index() -> None:
+    """Triton 3.5 and 3.6 take the int() of an array of one element, which numpy 2.4 refuses (triton issue 9171)."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def _patch_the_language_once() -> None:
@@ -20,17 +32,12 @@ def _patch_the_language_once() -> None:
     def patch_all(fn):  # a kernel is launched: patch what its device functions, Triton's own included, will need
         core = patch(inspect.unwrap(interpreter.tl.max.fn))
         launch = patch(fn)
-        launch.set_attr(interpreter.tl.tensor, "__index__", _index)
-        launch.restore, restore = lambda: (restore(), core.restore()), launch.restore
+        if launch is not None:  # Triton 3.5 leaves the language patched
+            launch.restore, restore = lambda: (restore(), core.restore()), launch.restore
         return launch
 
     interpreter._patch_lang = patch_all
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
-
-
-def _index(scalar) -> int:
-    """Triton 3.6 takes int() of an array of shape (1,), which numpy 2.4 refuses (triton issue 9171)."""
-    return scalar.handle.data.item()
 
 
 def _round_to_bfloat16() -> None:
