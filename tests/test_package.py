@@ -115,3 +115,10 @@ def test_backend_from_the_environment():
     assert run_python("-c", code, ARD_BACKEND="torch")[0] == 0
     status, output = run_python("-c", code, ARD_BACKEND="triton", TRITON_INTERPRET="0")
     assert status != 0 and "'triton' (environment ARD_BACKEND) cannot run" in output
+
+
+def test_without_another_python_its_job_says_that_it_is_skipped():
+    command = ["make", "test-other-python", "OTHER_PYTHON="]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "SKIPPED test-other-python: no Python 3.12" in done.stderr
+    assert "make test-other-python" in (ROOT / ".ci" / "run").read_text()
