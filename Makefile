@@ -37,13 +37,13 @@ test-slow: install
 	$(BIN)/pytest -m slow
 
 # The quick tests with the versions of a GPU machine instead of the pinned ones, on a Python 3.12 of pyenv or on PATH.
-# Without drawn cases, tests/emulator and what that runs. --no-compile saves 25 seconds of CPU.
+# Without the long tests and those of tests/emulator. --no-compile saves 25 seconds of CPU.
 OTHER := build/other-python
 OTHER_TORCH := 2.11.0
 OTHER_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) \
   $(wildcard $(addsuffix /python3.12,$(subst :, ,$(PATH)))))
-QUICK := (library or package or interpreter or contract or history or model_width or layouts_agree) \
-  and not (cuda or drawn or split_keys or dry_run or opcheck and triton)
+QUICK := (library or package or contract or history or model_width or layouts_agree) \
+  and not (cuda or drawn or split_keys or bit_equal or (opcheck or compiles) and triton)
 
 ifeq ($(OTHER_PYTHON),)
 test-other-python:
@@ -51,7 +51,7 @@ test-other-python:
 else
 test-other-python: $(OTHER)/.installed
 	$(OTHER)/bin/pytest -m 'not slow' -k '$(QUICK)' tests/test_library.py tests/test_package.py \
-	  tests/test_triton_interpreter.py tests/block_causal_attention tests/history tests/segment_adaln
+	  tests/block_causal_attention tests/history tests/segment_adaln
 endif
 
 $(OTHER)/.installed: export ARD_BUILD_CUDA := 0
