@@ -15,7 +15,7 @@ export ARD_BUILD_CUDA
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test test-slow test-sanitize lint format bench aot aot-update cuda-build cuda-build-update \
+.PHONY: install demo test test-slow test-other-python test-sanitize lint format bench aot aot-update cuda-build cuda-build-update \
   gpu-check bench-gpu clean
 
 install: $(STAMP)
@@ -35,6 +35,32 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -m slow
+
+# The quick tests with the versions of a GPU machine instead of the pinned ones, on a Python 3.12 of pyenv or on PATH.
+# Without the long tests and those of tests/emulator. --no-compile saves 25 seconds of CPU.
+OTHER := build/other-python
+OTHER_TORCH := 2.11.0
+OTHER_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) \
+  $(wildcard $(addsuffix /python3.12,$(subst :, ,$(PATH)))))
+QUICK := (library or package or contract or history or model_width or layouts_agree) \
+  and not (cuda or drawn or split_keys or bit_equal or (opcheck or compiles) and triton)
+
+ifeq ($(OTHER_PYTHON),)
+test-other-python:
+	@echo 'SKIPPED test-other-python: no Python 3.12 in ~/.pyenv/versions or on PATH; OTHER_PYTHON=... names one' >&2
+else
+test-other-python: $(OTHER)/.installed
+	$(OTHER)/bin/pytest -m 'not slow' -k '$(QUICK)' tests/test_library.py tests/test_package.py \
+	  tests/block_causal_attention tests/history tests/segment_adaln
+endif
+
+$(OTHER)/.installed: export ARD_BUILD_CUDA := 0
+$(OTHER)/.installed: export PIP_CONSTRAINT := $(CURDIR)/$(OTHER)/constraints.txt
+$(OTHER)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
+	$(OTHER_PYTHON) -m venv $(OTHER)
+	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/pip install --quiet --no-compile torch==$(OTHER_TORCH) --editable '.[test]'
+	touch $@
 
 # The C++ kernels once more under AddressSanitizer and UndefinedBehaviorSanitizer: the tests that reach them. Without
 # the CUDA kernels in their emulator, whose coroutines switch stacks behind AddressSanitizer's back.

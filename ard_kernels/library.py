@@ -78,7 +78,7 @@ def define_op(
         return kernel(*inputs)
 
     def checked_fake(*inputs):
-        """Fakes that meta tensors reach outside of any mode: beside them may be others, of which a kernel knew better."""
+        """Also what meta tensors reach outside of any mode, and beside them may be tensors that are not."""
         if check is not None and all(type(x) in _PLAIN for x in inputs if isinstance(x, Tensor)):
             check(*inputs)
         return fake(*inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -118,6 +119,16 @@ def _output(*command: str) -> str | None:
         return None
 
 
+def _driver() -> str:
+    """Version of NVIDIA's driver; where there is no nvidia-smi, the newest CUDA it serves."""
+    if asked := _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"):
+        return asked
+    cuda = ctypes.c_int()
+    if status := ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(cuda)):
+        raise RuntimeError(f"cuDriverGetVersion returned {status}; expected 0")
+    return f"for CUDA {cuda.value // 1000}.{cuda.value % 1000 // 10}"
+
+
 def environment(device: torch.device | None = None) -> dict:
     """Where a result comes from; `device` is where it ran, default this machine's best.
 
@@ -129,16 +140,12 @@ def environment(device: torch.device | None = None) -> dict:
     )
     on_gpu = (device or best_device()).type == "cuda"
     nvcc = re.search(r"release [\d.]+, V([\d.]+)", _output("nvcc", "--version") or "")
-    driver = None
-    if on_gpu:
-        asked = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        driver = asked or f"for CUDA {torch._C._cuda_getDriverVersion()}"
     return {
         "date": date.today().isoformat(),
         "commit": commit or os.environ.get("ARD_COMMIT", "unknown"),
         "dirty": dirty if commit else None,
         "device": device_name(device),
-        "driver": driver,
+        "driver": _driver() if on_gpu else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),

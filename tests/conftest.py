@@ -1,9 +1,7 @@
-import inspect
 import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -11,12 +9,12 @@ from hypothesis import HealthCheck, settings
 # `benchmarks` is tested too; at the end of the path, so that an installed ard_kernels comes first.
 sys.path.append(str(Path(__file__).parents[1]))
 
-# Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors; it reads the variable when imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+# All tests use CPU tensors, on a machine with a GPU too: the Triton kernels run in Triton's interpreter. It reads the
+# variable when it is imported.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import emulator
-from triton.runtime import interpreter
+import triton_interpreter
 
 from ard_kernels import extension
 
@@ -26,6 +24,7 @@ settings.register_profile(
 )
 settings.load_profile("ard")
 
+triton_interpreter.repair()
 
 # Threads do not help tiny tensors, and OpenMP's barriers cost 10x on a busy machine. Tests about threads set them.
 torch.set_num_threads(1)
@@ -35,39 +34,6 @@ torch.set_num_threads(1)
 def _fresh():
     torch.manual_seed(0)
     torch.compiler.reset()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _patch_the_language_once():
-    """The interpreter patches triton.language anew for every device function called, half of its time."""
-    patch, function_call = interpreter._patch_lang, interpreter.InterpretedFunction.__call__
-
-    def patch_all(fn):  # a kernel is launched: patch what its device functions, Triton's own included, will need
-        core = patch(inspect.unwrap(interpreter.tl.max.fn))
-        launch = patch(fn)
-        launch.restore, restore = lambda: (restore(), core.restore()), launch.restore
-        return launch
-
-    interpreter._patch_lang = patch_all
-    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
-    yield
-    interpreter._patch_lang, interpreter.InterpretedFunction.__call__ = patch, function_call
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _round_to_bfloat16():
-    """The interpreter cuts fp32 off to bfloat16 (Triton 3.7); GPUs round to nearest."""
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def rounding_cast(self, src, dst_type):
-        if src.dtype.scalar != interpreter.tl.float32 or dst_type.scalar != interpreter.tl.bfloat16:
-            return cast(self, src, dst_type)
-        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16).numpy()
-        return interpreter.TensorHandle(rounded.view(np.uint16).reshape(src.data.shape), dst_type.scalar)
-
-    interpreter.InterpreterBuilder.cast_impl = rounding_cast
-    yield
-    interpreter.InterpreterBuilder.cast_impl = cast
 
 
 @pytest.fixture(autouse=True, scope="session")

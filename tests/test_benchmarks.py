@@ -1,6 +1,7 @@
 """The benchmark code: what a run writes, that the documents agree with it, and that a regression is found."""
 
 import copy
+import ctypes
 import json
 import os
 import subprocess
@@ -131,6 +132,19 @@ def test_written_results_do_not_make_a_commit_dirty(monkeypatch, tmp_path):
     for name, dirty in (("benchmarks/results/cpu.json", False), ("README.md", False), ("benchmarks/measure.py", True)):
         (tmp_path / name).write_text("after")
         assert environment()["dirty"] is dirty, name
+
+
+def test_the_driver_is_named_where_there_is_no_nvidia_smi(monkeypatch, tmp_path):
+    """By a stand-in for libcuda, which any torch that sees a GPU has loaded."""
+    source = tmp_path / "cuda.cpp"
+    source.write_text('extern "C" int cuDriverGetVersion(int *version) { *version = 13020; return 0; }\n')
+    library = str(tmp_path / "libcuda.so.1")
+    subprocess.run([os.environ.get("CXX", "g++"), "-shared", "-fPIC", str(source), "-o", library], check=True)
+    load = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: load(str(tmp_path / name)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment(torch.device("cuda"))["driver"] == "for CUDA 13.2"
 
 
 def test_peak_memory_is_that_of_the_call():

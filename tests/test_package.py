@@ -37,6 +37,24 @@ print({name.split(".")[0] for name in set(sys.modules) - before if sys.modules[n
     assert float(seconds) < 0.3
 
 
+def test_only_the_digits_need_scikit_learn():
+    code = """
+import importlib, pkgutil, sys
+sys.modules["sklearn"] = None
+import ard
+for module in pkgutil.iter_modules(ard.__path__, "ard."):
+    importlib.import_module(module.name)
+ard.features.load_features("pooled")
+try:
+    ard.digits.load()
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    status, output = run_python("-c", code)
+    assert status == 0, output
+    assert output.split() == ["sklearn.datasets"]
+
+
 @pytest.mark.parametrize("name", ["ard_kernels.doctor", "ard"])
 def test_doctor(name):
     status, output = run_python("-m", name, *(["doctor"] if name == "ard" else []))
@@ -97,3 +115,10 @@ def test_backend_from_the_environment():
     assert run_python("-c", code, ARD_BACKEND="torch")[0] == 0
     status, output = run_python("-c", code, ARD_BACKEND="triton", TRITON_INTERPRET="0")
     assert status != 0 and "'triton' (environment ARD_BACKEND) cannot run" in output
+
+
+def test_without_another_python_its_job_says_that_it_is_skipped():
+    command = ["make", "test-other-python", "OTHER_PYTHON="]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "SKIPPED test-other-python: no Python 3.12" in done.stderr
+    assert "make test-other-python" in (ROOT / ".ci" / "run").read_text()

@@ -125,6 +125,7 @@ def run_here(stages: list[Stage], folder: Path, end: float, dry: bool, resumed: 
         print(f"benchmarks.gpu: {reason}", file=sys.stderr, flush=True)
         sys.exit(REFUSED)
     if dry:
+        machine.repair_interpreter()
         print(machine.load_emulator() or "backend cuda: tests/emulator", flush=True)
     elif resumed:
         if machine.build_is_gone(log):  # built on another machine of this kind

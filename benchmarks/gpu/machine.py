@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ard_kernels import extension
+from ard_kernels.triton_support import INSTALLED
 from benchmarks.gpu.log import Log
 from benchmarks.gpu.record import ROOT, Record, run_environment
 from benchmarks.timing import interleaved, make_timer
@@ -123,13 +124,27 @@ def find_tool(name: str) -> str | None:
     return next(filter(None, (shutil.which(name, path=path) for path in (None, *folders))), None)
 
 
+def repair_interpreter() -> None:
+    """Of Triton, in this process, as the tests do."""
+    if INSTALLED:
+        reach_tests()
+        import triton_interpreter
+
+        triton_interpreter.repair()
+
+
+def reach_tests() -> None:
+    """What benchmarks and tests share stands there."""
+    if str(ROOT / "tests") not in sys.path:
+        sys.path.append(str(ROOT / "tests"))
+
+
 def load_emulator() -> str:
     """Let tests/emulator serve backend cuda on CPU tensors, in this process; why not, where it cannot be built."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return f"the emulator of the CUDA kernels needs a C++ compiler, and there is no {compiler}: cuda is left out"
-    if str(ROOT / "tests") not in sys.path:
-        sys.path.append(str(ROOT / "tests"))
+    reach_tests()
     try:
         import emulator
     except ImportError as error:  # pybind11

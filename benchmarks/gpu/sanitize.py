@@ -16,7 +16,7 @@ from ard_kernels.backends import refusal
 from benchmarks import cases
 from benchmarks.cases import ADALN, ATTENTION, BACKENDS, OPS, Case
 from benchmarks.gpu import checklist
-from benchmarks.gpu.machine import find_tool, load_emulator, output_of
+from benchmarks.gpu.machine import find_tool, load_emulator, output_of, repair_interpreter
 from benchmarks.gpu.record import Record
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -73,6 +73,7 @@ def reduced_cases(device: torch.device) -> list[Case]:
 def main(backend: str, ops: list[str]) -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
+        repair_interpreter()
         load_emulator()
     for case in reduced_cases(device):
         reason = refusal(case.registered_op, backend, device, case.dtype, case.width)

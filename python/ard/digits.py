@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import nn
 
 from ard.streams import batch_indices
@@ -35,6 +34,8 @@ def load(held_out_share: float = 0.2, split_seed: int = 0) -> Digits:
     """All 1797 digits, shuffled by ``split_seed`` and split."""
     if not 0.0 < held_out_share < 1.0:
         raise ValueError(f"digits.load: held_out_share={held_out_share}; expected between 0 and 1")
+    from sklearn.datasets import load_digits  # runs on other images do without scikit-learn
+
     source = load_digits()
     order = np.random.RandomState(split_seed).permutation(len(source.target))
     images = torch.from_numpy((source.images[order] / (GREY_LEVELS / 2) - 1.0).astype(np.float32))[:, None]

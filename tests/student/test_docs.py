@@ -102,6 +102,7 @@ def fake_fidelity(monkeypatch) -> None:
 def test_imagenet_commands_with_stand_ins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fake_fidelity(monkeypatch)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # for the digits only
     make_stand_ins()
     write_recipe(Path("tiny.yaml"), read_recipe("imagenet256", IMAGENET))
     for arguments in commands(1):

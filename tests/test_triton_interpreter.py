@@ -1,0 +1,65 @@
+"""The tests and the dry run reach Triton's interpreter whatever the machine has, and its repairs hold."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+ROOT = Path(__file__).parents[1]
+A_GPU_IN_SIGHT = """
+import torch
+torch.cuda.is_available = lambda: True
+"""
+# The int() of an array of one element is what numpy 2.4 refuses.
+AS_IN_TRITON_3_6 = """
+from triton.runtime import interpreter
+patch = interpreter._patch_lang_tensor
+def patch_as_in_3_6(tensor, *scope):
+    patch(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data)
+interpreter._patch_lang_tensor = patch_as_in_3_6
+"""
+
+
+def run_module(*arguments, **environment):
+    command, variables = [sys.executable, "-m", *arguments], os.environ | environment
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("planted", "interpret"), [(A_GPU_IN_SIGHT, "0"), (AS_IN_TRITON_3_6, "1")], ids=["gpu", "triton_3_6"]
+)
+def test_the_suite_interprets(planted, interpret, tmp_path):
+    (tmp_path / "planted.py").write_text(planted)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    tests = ["tests/block_causal_attention/test_parity.py", "-k", "test_layouts_agree and triton"]
+    arguments = ["-q", "-p", "planted", "-p", "no:cacheprovider", *tests]
+    status, output = run_module("pytest", *arguments, PYTHONPATH=path, TRITON_INTERPRET=interpret)
+    assert status == 0 and "5 passed" in output, output
+
+
+def test_the_dry_run_interprets_as_the_suite_does(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(AS_IN_TRITON_3_6)
+    arguments = ["--dry-run", "--only", "determinism,sanitizer", "--out", str(tmp_path / "out")]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    status, output = run_module("benchmarks.gpu", *arguments, PYTHONPATH=path)
+    assert status == 0, output
+
+
+@triton.jit
+def copy(source, target):
+    lanes = tl.arange(0, 64)
+    tl.store(target + lanes, tl.load(source + lanes).to(tl.bfloat16))
+
+
+def test_float32_is_rounded_to_bfloat16_as_torch_does():
+    source = torch.randn(64)
+    rounded = torch.empty(64, dtype=torch.bfloat16)
+    copy[(1,)](source, rounded)
+    assert torch.equal(rounded, source.bfloat16())

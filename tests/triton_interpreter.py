@@ -1,0 +1,53 @@
+"""Repairs of Triton's interpreter, which runs the Triton kernels in the tests and in the dry run of benchmarks/gpu."""
+
+import inspect
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+
+def repair() -> None:
+    """Once per process, with TRITON_INTERPRET=1 set before triton is imported."""
+    _take_an_element_for_an_index()
+    _patch_the_language_once()
+    _round_to_bfloat16()
+
+
+def _take_an_element_for_an_index() -> None:
+    """Triton 3.5 and 3.6 take the int() of an array of one element, which numpy 2.4 refuses (triton issue 9171)."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_tensor
+
+
+def _patch_the_language_once() -> None:
+    """The interpreter patches triton.language anew for every device function called, half of its time."""
+    patch = interpreter._patch_lang
+
+    def patch_all(fn):  # a kernel is launched: patch what its device functions, Triton's own included, will need
+        core = patch(inspect.unwrap(interpreter.tl.max.fn))
+        launch = patch(fn)
+        if launch is not None:  # Triton 3.5 leaves the language patched
+            launch.restore, restore = lambda: (restore(), core.restore()), launch.restore
+        return launch
+
+    interpreter._patch_lang = patch_all
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+
+
+def _round_to_bfloat16() -> None:
+    """The interpreter cuts fp32 off to bfloat16 (Triton 3.7); GPUs round to nearest."""
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounding_cast(self, src, dst_type):
+        if src.dtype.scalar != interpreter.tl.float32 or dst_type.scalar != interpreter.tl.bfloat16:
+            return cast(self, src, dst_type)
+        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16).numpy()
+        return interpreter.TensorHandle(rounded.view(np.uint16).reshape(src.data.shape), dst_type.scalar)
+
+    interpreter.InterpreterBuilder.cast_impl = rounding_cast
