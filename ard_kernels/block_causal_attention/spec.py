@@ -127,7 +127,8 @@ def rows_apart(x: torch.Tensor, token_dim: int) -> bool:
 
     Windows that overlap (`unfold`) and tokens that are one row (`expand`) are not so.
     """
-    return x.stride(-1) == 1 and (x.shape[token_dim] <= 1 or x.stride(token_dim) >= x.shape[-1])
+    apart = x.stride(-1) == 1 and (x.shape[token_dim] <= 1 or x.stride(token_dim) >= x.shape[-1])
+    return apart or x.numel() == 0
 
 
 def check_rows_apart(op: str, tensors: dict[str, torch.Tensor], token_dim: int = 2) -> None:
