@@ -128,7 +128,8 @@ def rows_apart(x: torch.Tensor, token_dim: int) -> bool:
     Windows that overlap (`unfold`) and tokens that are one row (`expand`) are not so. Nor may heads or batches be one
     element apart: PyTorch's CPU kernel makes its output like q, and then leaves parts of it unwritten (torch 2.13).
     """
-    one_apart = any(size > 1 and stride == 1 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    strides = x.stride()[:-1]
+    one_apart = 1 in strides and any(n > 1 and step == 1 for n, step in zip(x.shape[:-1], strides, strict=True))
     tokens_apart = x.shape[token_dim] <= 1 or x.stride(token_dim) >= x.shape[-1]
     return x.numel() == 0 or (x.stride(-1) == 1 and tokens_apart and not one_apart)
 
