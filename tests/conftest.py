@@ -39,7 +39,7 @@ def _fresh():
 @pytest.fixture(autouse=True, scope="session")
 def _emulate_cuda(request):
     """The CUDA C++ kernels run in tests/emulator, on CPU tensors; built when a test asks for them."""
-    homes = ("block_causal_attention", "history", "segment_adaln", "test_emulator.py")
+    homes = ("block_causal_attention", "history", "segment_adaln", "test_emulator.py", "test_fuzz.py")
     asking = (item.path for item in request.session.items if "cuda" in item.nodeid)
     if any(path.name in homes or path.parent.name in homes for path in asking):
         extension.emulated = emulator.load()

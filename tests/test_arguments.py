@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ard_kernels import (
     HeadNorm,
@@ -170,3 +171,22 @@ RAW = {
 def test_raw_ops_check_what_they_point_to(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_empty_inputs_may_have_any_strides():
+    """A contiguous copy of nothing keeps the strides, so that raw ops must not ask for others."""
+    q, x, row = torch.randn(2, 0, 8, 16)[..., ::2], torch.randn(0, 8, 32)[..., ::2], torch.randn(0, 2, 16)
+    with FlopCounterMode(display=False):
+        assert attend(q, q, q).shape == q.shape
+        assert modulate(x, row, row).shape == gate_residual(x, x, row, segment_length=4).shape == x.shape
+
+
+@pytest.mark.parametrize("strides", [(128, 1, 16, 1), (1, 80, 16, 1)], ids=["heads", "batches"])
+def test_heads_that_overlap_by_all_but_one_element(strides, poisoned):
+    """PyTorch's CPU kernel, left alone with such a q, does not write all of its output."""
+    q = torch.randn(512).as_strided((3, 2, 5, 16), strides)
+    packed = torch.stack([q.transpose(1, 2)] * 3, 2)
+    expected = block_causal_attention_packed(packed, segment_length=5).transpose(1, 2)
+    cache = HistoryCache(1, 3, 2, 16, 5)
+    assert torch.equal(block_causal_attention(q, q, q, segment_length=5), expected)
+    assert torch.equal(history_attention(q, q, q, cache, layer=0), expected)

@@ -127,10 +127,14 @@ def check_dtype_and_head_dim(op: str, name: str, dtype: torch.dtype, head_dim: i
 def rows_apart(x: torch.Tensor, token_dim: int) -> bool:
     """Whether every token's D elements are contiguous and no other token's: matrix kernels read such memory in place.
 
-    Windows that overlap (`unfold`) and tokens that are one row (`expand`) are not so.
+    Windows that overlap (`unfold`) and tokens that are one row (`expand`) are not so. Nor may heads or batches be one
+    element apart: PyTorch's CPU kernel makes its output like q, and then leaves parts of it unwritten (torch 2.13).
     """
     strides, shape = x.stride(), x.shape
-    return (strides[-1] == 1 and (strides[token_dim] >= shape[-1] or shape[token_dim] <= 1)) or x.numel() == 0
+    apart = strides[-1] == 1 and (strides[token_dim] >= shape[-1] or shape[token_dim] <= 1)
+    if apart and 1 in strides[:-1]:
+        apart = all(n <= 1 or step != 1 for n, step in zip(shape[:-1], strides[:-1], strict=True))
+    return apart or x.numel() == 0
 
 
 def check_rows_apart(op: str, tensors: dict[str, torch.Tensor], token_dim: int = 2) -> None:
