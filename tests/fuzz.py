@@ -132,7 +132,7 @@ def layer_norm(x, eps: float):
 
 
 def plain_parts(eps: float, spread_TR):
-    """PyTorch's LayerNorm and (B, R, C) rows for tokens; then both with their sums, and those of gradients, in reverse."""
+    """PyTorch's LayerNorm and (B, R, C) rows for tokens; then both with their sums, also of gradients, in reverse."""
 
     def norm(x):
         return F.layer_norm(x, x.shape[-1:], eps=eps)
