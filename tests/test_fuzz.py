@@ -40,7 +40,7 @@ from ard_kernels import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:There is a performance drop")]
 
-CASES = 20_000  # 8 minutes on one core
+CASES = 20_000  # 10 minutes on a core shared with others
 # What each backend and each room gets of them. Triton's interpreter and the emulator of CUDA are slow.
 SHARES = {"automatic": 0.4, "torch": 0.4, "cpu": 0.19, "triton": 0.005, "cuda": 0.005}
 ROOMS = {"attention": 0.45, "adaln": 0.35, "history": 0.2}
