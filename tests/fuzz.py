@@ -1,9 +1,10 @@
-"""What tests/test_fuzz.py draws: one table, one class that draws from it, and the ways to differentiate a function."""
+"""What tests/test_fuzz.py draws: one table, one class that draws from it, the dense statements, derivatives."""
 
 import random
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 NAN, INF = float("nan"), float("inf")
@@ -102,6 +103,44 @@ class Case:
         if memory == "chunk":
             return torch.randn(*lead, T, 6, D).to(dtype).select(-2, self.random.randrange(6))
         return torch.randn(shape).to(dtype)
+
+
+def attention(q, k, v, sees, scale):
+    """softmax(scale q k^T + mask) v and log-sum-exp."""
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~sees, -INF)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def plain_attention(q, k, v, sees, scale):
+    """The same as kernels do it: weights by the log-sum-exp, dscores = weights * (dout v^T - sum(dout * out))."""
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~sees, -INF)
+    lse = scores.logsumexp(-1).detach()
+    weights = (scores - lse[..., None]).exp()
+    out, total = weights @ v, weights.sum(-1, keepdim=True)
+    return out - out.detach() * (total - total.detach()), lse.to(FP64 if q.dtype == FP64 else FP32)
+
+
+def reversed_attention(q, k, v, sees, scale):
+    """Another draw of its rounding errors: sums in reverse. One draw is too few for what has few scores."""
+    return plain_attention(q.flip(-1), k.flip(-1, -2), v.flip(-2), sees.flip(-1), scale)
+
+
+def layer_norm(x, eps: float):
+    """(x - mean) / sqrt(variance + eps) over the last dim."""
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def plain_parts(eps: float, spread_TR):
+    """PyTorch's LayerNorm and (B, R, C) rows for tokens; then both with their sums, also of gradients, in reverse."""
+
+    def norm(x):
+        return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+    return [
+        (norm, lambda x: spread_TR.to(x.dtype) @ x),
+        (lambda x: norm(x.flip(-1)).flip(-1), lambda x: (spread_TR.flip(0).to(x.dtype) @ x).flip(1)),
+    ]
 
 
 def derive(kind: str, function: Callable, inputs, tangents, cotangents) -> Sequence[torch.Tensor]:

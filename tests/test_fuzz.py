@@ -6,12 +6,25 @@ compared first, then one derivative, under the rule of oracle.py. With poison, w
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fuzz import CUDA_CHANNELS, FP32, FP64, INF, NAN, Case, derive
+from fuzz import (
+    CUDA_CHANNELS,
+    FP32,
+    FP64,
+    NAN,
+    Case,
+    attention,
+    derive,
+    layer_norm,
+    plain_attention,
+    plain_parts,
+    reversed_attention,
+)
 from oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_close, error_norm
 
 from ard_kernels import (
@@ -27,7 +40,7 @@ from ard_kernels import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:There is a performance drop")]
 
-CASES = 20_000
+CASES = 20_000  # 10 minutes on a core shared with others
 # What each backend and each room gets of them. Triton's interpreter and the emulator of CUDA are slow.
 SHARES = {"automatic": 0.4, "torch": 0.4, "cpu": 0.19, "triton": 0.005, "cuda": 0.005}
 ROOMS = {"attention": 0.45, "adaln": 0.35, "history": 0.2}
@@ -46,26 +59,6 @@ class Problem(NamedTuple):
     differentiable: int
     alone: float  # share of queries that see one key: their gradients cancel to 0, which the rule cannot measure
     touch: Callable  # index of an input -> (where to poison it, masks of what sees that: outputs, gradients of inputs)
-
-
-def attention(q, k, v, sees, scale):
-    """softmax(scale q k^T + mask) v and log-sum-exp."""
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~sees, -INF)
-    return scores.softmax(-1) @ v, scores.logsumexp(-1)
-
-
-def plain_attention(q, k, v, sees, scale):
-    """The same as kernels do it: weights by the log-sum-exp, dscores = weights * (dout v^T - sum(dout * out))."""
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~sees, -INF)
-    lse = scores.logsumexp(-1).detach()
-    weights = (scores - lse[..., None]).exp()
-    out, total = weights @ v, weights.sum(-1, keepdim=True)
-    return out - out.detach() * (total - total.detach()), lse.to(FP64 if q.dtype == FP64 else FP32)
-
-
-def reversed_attention(q, k, v, sees, scale):
-    """Another draw of its rounding errors: sums in reverse. One draw is too few for what has few scores."""
-    return plain_attention(q.flip(-1), k.flip(-1, -2), v.flip(-2), sees.flip(-1), scale)
 
 
 def attention_problem(case: Case) -> Problem:
@@ -140,10 +133,6 @@ def adaln_problem(case: Case) -> Problem:
 
         return run
 
-    def exact_layer_norm(x):
-        centered = x - x.mean(-1, keepdim=True)
-        return centered / (centered.square().mean(-1, keepdim=True) + EPS).sqrt()
-
     def ours(*inputs):
         eps = {} if op == "gate_residual" else {"eps": EPS}
         with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
@@ -164,12 +153,9 @@ def adaln_problem(case: Case) -> Problem:
     kinds = {"x": (T, dtype), "branch": (T, others[0])}
     inputs = [case.tensor((B, size, C), kind) for size, kind in (kinds.get(name, (R, others[1])) for name in names)]
 
-    def plain_layer_norm(x):
-        return F.layer_norm(x, (C,), eps=EPS)
-
-    plain = dense(plain_layer_norm, lambda x: spread_TR.to(x.dtype) @ x, dtype, autocast or dtype)
-    exact = dense(exact_layer_norm, lambda x: x[:, row_T], FP64, FP64)
-    return Problem(ours, [plain], exact, inputs, 2 if len(names) == 5 else 1, 0.0, touch)
+    plains = [dense(norm, rows, dtype, autocast or dtype) for norm, rows in plain_parts(EPS, spread_TR)]
+    exact = dense(partial(layer_norm, eps=EPS), lambda x: x[:, row_T], FP64, FP64)
+    return Problem(ours, plains, exact, inputs, 2 if len(names) == 5 else 1, 0.0, touch)
 
 
 def compare(got, *plains_and_exact, factor, label, masks=None):
