@@ -5,6 +5,8 @@ A backend gives two functions, `forward` and `backward`, that serve all three op
 
 from __future__ import annotations
 
+import torch
+
 from ard_kernels import triton_support
 from ard_kernels.backends import check_backend, register_backend
 from ard_kernels.library import define_op
@@ -41,8 +43,8 @@ def _check(op, tokens, rows, lengths, backend, y_dtype=None):
     """What `torch.ops.ard` is called with; a public function has checked its own."""
     spec.check_raw(op, tokens, rows, lengths)
     first = next(x for x in tokens.values() if x is not None)
-    if y_dtype is not None and y_dtype not in spec.DTYPES:
-        raise ValueError(f"{op}: y_dtype is {y_dtype}; expected float32, bfloat16, float16 or float64")
+    if y_dtype is not None and (y_dtype not in spec.DTYPES or y_dtype == torch.float64 != first.dtype):
+        raise ValueError(f"{op}: y_dtype is {y_dtype}; expected float32, bfloat16, float16, or float64 as x")
     check_backend(op, backend, first.device, first.dtype, first.shape[-1])
 
 
