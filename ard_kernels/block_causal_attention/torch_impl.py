@@ -22,7 +22,7 @@ from ard_kernels.library import private
 from ard_kernels.segments import segment_offsets
 
 # Segments shorter than ALONE share calls, GROUP tokens or more in each; longer ones have a call each. Measured with
-# AVX-512, fp32, 1 thread, forward + backward in ms by tokens of a group (first: a call per segment):
+# AVX2, fp32, 1 thread, forward + backward in ms by tokens of a group (first: a call per segment):
 #   L=1  S=4096 B=1 H=4  D=64   > 2500 | 32: 788 | 64: 656 | 128: 646 | 256: 608 | one mask: 1316
 #   L=16 S=4    B=16 H=16 D=72      44 | 32:  39 | 64:  34 (one mask)
 #   L=16 S=4    B=64 H=4  D=16    12.1 | 32: 11.7 | 64: 8.7 (one mask)
