@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
 from ard_kernels.arguments import check_int, check_scale, described, is_int
 from ard_kernels.autocast import autocast_dtype, cast_to_autocast
@@ -62,7 +62,8 @@ def history_attention(
         NotImplementedError: in torch.export, whose program would hold the cache's contents as constants.
     """
     op = "history_attention"
-    if is_exporting():
+    # The flag and not torch.compiler.is_exporting(), which is True in all that torch 2.11 compiles.
+    if getattr(torch.compiler, "_is_exporting_flag", False):
         raise NotImplementedError(f"{op}: torch.export would freeze the cache into the program; expected torch.compile")
     check_qkv(op, q, k, v, layout)
     window, sink = check_window(op, window, sink)
