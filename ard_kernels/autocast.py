@@ -10,9 +10,8 @@ import torch
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of the enclosing autocast region for `device`; None outside of one."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
+    kind = device.type  # asking takes 0.3 us
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def cast_to_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

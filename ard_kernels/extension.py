@@ -11,7 +11,8 @@ from types import ModuleType
 
 import torch
 
-from ard_kernels.gpu_support import refuses_device
+from ard_kernels.gpu_support import CPU, refuses_device
+from ard_kernels.library import private
 
 module: ModuleType | None
 missing: str | None
@@ -22,12 +23,14 @@ except ImportError as error:
 
 emulated: ModuleType | None = None
 
+_raw_stream = private("_C._cuda_getCurrentRawStream")  # what Triton asks: no Python object is made
+
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def refuses_cpu(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
     """Why the C++ kernels cannot serve these tensors; None when they can."""
-    if device.type != "cpu":
+    if device != CPU:
         return f"tensors are on {device.type}; the cpu backend reads host memory"
     if dtype == torch.float64:
         return "float64 is served by the torch backend only"
@@ -38,7 +41,7 @@ def refuses_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the CUDA C++ kernels cannot serve this device and dtype; None when some can."""
     if dtype == torch.float64:
         return "float64 is served by the torch backend only"
-    if device.type == "cpu":
+    if device == CPU:
         return None if emulated else "on the CPU it runs in the emulator of tests/emulator only"
     if module is None:
         return missing
@@ -49,17 +52,19 @@ def refuses_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def gpu(device: torch.device) -> ModuleType:
     """The module of CUDA kernels that serves tensors on `device`, which `refuses_cuda` did not refuse."""
-    return module.gpu if device.type == "cuda" else emulated
+    return emulated if device == CPU else module.gpu
 
 
 def stream(device: torch.device) -> int:
     """The current stream of `device` as the launch functions take it."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if device == CPU:
+        return 0
+    return _raw_stream(device.index) if _raw_stream else torch.cuda.current_stream(device).cuda_stream
 
 
 def view(x_BRC: torch.Tensor | None) -> tuple[int, int, int, int] | None:
     """What the extension takes as a (B, rows, C) tensor with a contiguous last dim; None stays None."""
-    return None if x_BRC is None else (x_BRC.data_ptr(), x_BRC.stride(0), x_BRC.stride(1), _DTYPE_CODES[x_BRC.dtype])
+    return None if x_BRC is None else (x_BRC.data_ptr(), *x_BRC.stride()[:2], _DTYPE_CODES[x_BRC.dtype])
 
 
 def heads_view(x_BHTD: torch.Tensor) -> tuple[int, int, int, int]:

@@ -8,7 +8,10 @@ from functools import cache, wraps
 
 import torch
 
+CPU = torch.device("cpu")  # comparing with it takes a third of what asking for device.type takes
 
+
+@cache
 def refuses_device(device: torch.device) -> str | None:
     """Why no GPU kernel of ours can run on this device; None when one can."""
     if device.type != "cuda" or torch.version.hip:
@@ -24,7 +27,7 @@ def _capability(index: int) -> tuple[int, int]:
 
 def architecture(device: torch.device) -> int:
     """Compute capability as 80, 90, ...; on the CPU, where kernels are interpreted or emulated, 90."""
-    major, minor = _capability(device.index or 0) if device.type == "cuda" else (9, 0)
+    major, minor = (9, 0) if device == CPU else _capability(device.index or 0)
     return 10 * major + minor
 
 
@@ -36,13 +39,16 @@ def shared_limit(device: torch.device) -> int:
 
 
 def on_device(launch: Callable) -> Callable:
-    """Run `launch` with its tensors' GPU as the current one: kernels are launched on that, whatever the tensors' is."""
+    """Run `launch` with its tensors' GPU as the current one: kernels are launched on the current one.
+
+    Its first argument is a tensor, or None and the second is one.
+    """
 
     @wraps(launch)
     def guarded(*args):
-        device = next(x.device for x in args if isinstance(x, torch.Tensor))
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
+        x = args[0] if args[0] is not None else args[1]
+        if x.is_cuda and x.device.index != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
                 return launch(*args)
         return launch(*args)
 

@@ -7,6 +7,7 @@ shapes: DiT-XL/2 heads, L 64, S 4, bf16. Thread CPU time, the least of many roun
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
@@ -78,6 +79,7 @@ def calls(backend: str) -> dict[str, Callable[[], object]]:
     x, branch = torch.randn(2, B, T, C).bfloat16()
     shift, scale, gate = torch.randn(B, S, 3 * C).bfloat16().chunk(3, -1)
     cache = HistoryCache(1, B, H, D, T, torch.bfloat16)
+    steps = itertools.cycle(enumerate(zip(*(x.split(L, 2) for x in (q, k, v)), strict=True)))
 
     def with_backward(run: Callable, x: torch.Tensor) -> Callable[[], object]:
         leaf = x.clone().requires_grad_()
@@ -89,9 +91,10 @@ def calls(backend: str) -> dict[str, Callable[[], object]]:
         return both
 
     def sample():
-        if cache.length == T:
+        step, segment = next(steps)
+        if step == 0:
             cache.reset()
-        history_attention(*(x[:, :, :L] for x in (q, k, v)), cache, layer=0, backend=backend)
+        history_attention(*segment, cache, layer=0, backend=backend)
 
     def packed(qkv):
         return block_causal_attention_packed(qkv, **how)

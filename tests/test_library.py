@@ -108,7 +108,9 @@ def test_a_negated_view_is_resolved():
 def test_plain_calls_do_not_reach_the_dispatcher():
     called = []
     defined = library.define_op("test_direct(Tensor x) -> Tensor", lambda x: x + 1, lambda x: torch.empty_like(x))
-    recorded = library._directly(lambda *args: called.append("op") or defined(*args), lambda x: x + 1, lambda x: x + 1)
+    recorded = library._directly(
+        lambda *args: called.append("op") or defined(*args), lambda x: x + 1, lambda x: x + 1, [0]
+    )
     assert torch.equal(recorded(torch.zeros(3)), torch.ones(3)) and not called
     assert recorded(torch.zeros(3, device="meta")).is_meta and called == ["op"]
 

@@ -77,6 +77,8 @@ def test_launches_run_on_the_tensors_own_gpu(monkeypatch):
             current.pop()
 
     class FakeTensor(torch.Tensor):
+        is_cuda = True
+
         @property
         def device(self):
             return torch.device("cuda", self.index)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
 from ard_kernels import extension
 from ard_kernels.block_causal_attention.tiles import heads_per_group, schedule
-from ard_kernels.block_causal_attention.torch_impl import gradients_like
+from ard_kernels.block_causal_attention.torch_impl import gradients_like, out_like
 from ard_kernels.gpu_support import architecture, keep_if_captured, multiprocessors, on_device, shared_limit
 
 
@@ -31,25 +32,35 @@ def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) 
 
 def aligned(x_BHTD: torch.Tensor) -> torch.Tensor:
     """x itself when every row starts on 16 bytes, as the kernels' copies need; otherwise a contiguous copy."""
-    strides = [stride for size, stride in zip(x_BHTD.shape[:-1], x_BHTD.stride()[:-1], strict=True) if size > 1]
-    if x_BHTD.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides):
+    batch, head, token, _ = x_BHTD.stride()
+    if not ((batch | head | token) % 8 or x_BHTD.data_ptr() % 16):
+        return x_BHTD
+    strides = [stride for size, stride in zip(x_BHTD.shape[:-1], (batch, head, token), strict=True) if size > 1]
+    if not (x_BHTD.data_ptr() % 16 or any(stride % 8 for stride in strides)):
         return x_BHTD
     return x_BHTD.clone(memory_format=torch.contiguous_format)
 
 
-def tables(q_BHTD: torch.Tensor, lengths: Sequence[int], window: int | None, sink: int, block, by_key: bool):
+@lru_cache(maxsize=1024)
+def _tables(shape_BHTD, itemsize: int, lengths, window: int | None, sink: int, block, by_key: bool, device):
+    B, H, T, D = shape_BHTD
+    made = schedule(lengths, T, window, sink, *block, by_key, device)
+    group = heads_per_group(B * H, 2 * T * D * itemsize)
+    return made, (*(table.data_ptr() for table in made), len(made.items), group)
+
+
+def tables(q: torch.Tensor, lengths: Sequence[int], window: int | None, sink: int, block, by_key: bool) -> tuple:
     """The schedule of `tiles.py` as the extension takes it. `block`: rows and columns of a tile."""
-    B, H, T, D = q_BHTD.shape
-    made = keep_if_captured(schedule(tuple(lengths), T, window, sink, *block, by_key, q_BHTD.device))
-    group = heads_per_group(B * H, 2 * T * D * q_BHTD.element_size())
-    return *(table.data_ptr() for table in made), len(made.items), group
+    made, fields = _tables(q.shape, q.element_size(), tuple(lengths), window, sink, block, by_key, q.device)
+    keep_if_captured(made)
+    return fields
 
 
 @on_device
 def forward(q, k, v, lengths, window, sink, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """See torch_impl.forward."""
     B, H, T, D = q.shape
-    out = q.new_empty(B, T, H, D).transpose(1, 2)
+    out = out_like(q)
     lse = q.new_empty(B, H, T, dtype=torch.float32)
     if q.numel() == 0:
         return out, lse

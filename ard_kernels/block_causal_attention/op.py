@@ -108,7 +108,7 @@ def _backward_flops(grad_out, q, k, v, out, lse, lengths, window, sink, *args) -
 
 def _split(qkv):
     """q, k, v (B, H, T, D) views of qkv (B, T, 3, H, D)."""
-    return tuple(x.transpose(1, 2) for x in qkv.unbind(2))
+    return qkv.permute(2, 0, 3, 1, 4).unbind()
 
 
 def _check_packed(qkv, lengths, window, sink, scale, backend):

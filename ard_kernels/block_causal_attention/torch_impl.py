@@ -48,7 +48,7 @@ def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) 
 def out_like(q_BHTD: torch.Tensor) -> torch.Tensor:
     """Empty (B, H, T, D) with (B, T, H, D) memory, the layout every backend returns: reshaping to (B, T, C) is free."""
     B, H, T, D = q_BHTD.shape
-    return q_BHTD.new_empty(B, T, H, D).transpose(1, 2)
+    return q_BHTD.new_empty_strided((B, H, T, D), (T * H * D, D, H * D, 1))
 
 
 def gradients_like(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Gradients:

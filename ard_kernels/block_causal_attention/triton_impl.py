@@ -25,7 +25,7 @@ import triton.language as tl
 
 from ard_kernels import tuning
 from ard_kernels.block_causal_attention.tiles import heads_per_group, schedule
-from ard_kernels.block_causal_attention.torch_impl import gradients_like
+from ard_kernels.block_causal_attention.torch_impl import gradients_like, out_like
 from ard_kernels.gpu_support import keep_if_captured, on_device
 from ard_kernels.triton_parts import (
     add_dot,
@@ -274,9 +274,19 @@ def precision_of(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+KERNELS = {
+    "attention_forward": _forward,
+    "attention_backward_dq": _backward_dq,
+    "attention_backward_dkv": _backward_dkv,
+}
+
+
 @lru_cache(maxsize=1024)
-def _prepare(kernel, shape_BHTD, strides_of, dtype, device, mask, by_key: bool, scale, constants, config):
-    """The launch of `kernel` for tensors of one shape and these strides; `mask`: lengths, window, sink."""
+def _prepare(name, shape_BHTD, strides_of, dtype, device, mask, by_key: bool, scale, constants, config):
+    """The launch of kernel `name` for tensors of one shape and these strides; `mask`: lengths, window, sink.
+
+    (By name: the hash of a Triton kernel takes 2 us.)
+    """
     B, H, T, D = shape_BHTD
     constants = dict(config + constants)
     lengths, window, sink = mask
@@ -286,16 +296,17 @@ def _prepare(kernel, shape_BHTD, strides_of, dtype, device, mask, by_key: bool, 
     constants |= {"HAS_MASKED": tables.has_masked, "PRECISION": precision_of(dtype)}
     tiles = len(tables.items)
     sizes = H, T, B * H, heads_per_group(B * H, 2 * T * D * dtype.itemsize), tiles
-    return Launch(kernel, (tiles * B * H,), (*tables, *each, *sizes, scale), constants), tables
+    return Launch(KERNELS[name], (tiles * B * H,), (*tables, *each, *sizes, scale), constants), tables
 
 
-def _launch(name: str, kernel, tensors, strided, lengths, window, sink: int, scale: float, by_key=False, **constants):
-    """Launch `kernel`, tuned as `name`; it takes the strides of `strided`, of which the first is like q."""
-    like, device = strided[0], strided[0].device
-    config = tuning.lookup(name, device, like.dtype, like.shape[-1], length=lengths[0] if len(lengths) == 1 else 0)
+def _launch(name: str, tensors, strided, lengths, window, sink: int, scale: float, by_key=False, constants=()):
+    """Launch kernel `name`; it takes the strides of `strided`, of which the first is like q."""
+    like = strided[0]
+    shape, device, dtype = like.shape, like.device, like.dtype
+    config = tuning.lookup(name, device, dtype, shape[-1], lengths[0] if len(lengths) == 1 else 0)
     run, tables = _prepare(
-        kernel, like.shape, tuple([x.stride() for x in strided]), like.dtype, device, (tuple(lengths), window, sink),
-        by_key, scale, tuple(constants.items()), tuple(config.items()),
+        name, shape, tuple([x.stride() for x in strided]), dtype, device, (tuple(lengths), window, sink),
+        by_key, scale, constants, tuple(config.items()),
     )  # fmt: skip
     keep_if_captured(tables)
     run(tensors)
@@ -312,14 +323,13 @@ def forward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See torch_impl.forward."""
-    B, H, T, D = q.shape
-    out = q.new_empty(B, T, H, D).transpose(1, 2)
-    lse = q.new_empty(B, H, T, dtype=torch.float32)
+    out = out_like(q)
+    lse = q.new_empty(*q.shape[:3], dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
     tensors, mask = (q, k, v, out, lse), (lengths, window, sink)
     size, sign = abs(scale) * LOG2_E.value, -1.0 if scale < 0 else 1.0
-    _launch("attention_forward", _forward, tensors, tensors[:4], *mask, size, SIGN=sign)
+    _launch("attention_forward", tensors, tensors[:4], *mask, size, constants=(("SIGN", sign),))
     return out, lse
 
 
@@ -332,8 +342,8 @@ def backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, into=Non
     dq, dk, dv = into
     delta, mask = torch.empty_like(lse), (lengths, window, sink)
     tensors = grad_out, q, k, v, out, lse, delta, dq
-    _launch("attention_backward_dq", _backward_dq, tensors, (grad_out, q, k, v, out, dq), *mask, scale)
+    _launch("attention_backward_dq", tensors, (grad_out, q, k, v, out, dq), *mask, scale)
     tensors = grad_out, q, k, v, lse, delta, dk, dv
     strided = grad_out, q, k, v, dk, dv
-    _launch("attention_backward_dkv", _backward_dkv, tensors, strided, *mask, scale, by_key=True)
+    _launch("attention_backward_dkv", tensors, strided, *mask, scale, by_key=True)
     return into

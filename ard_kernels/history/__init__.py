@@ -8,7 +8,7 @@ import torch
 from torch.compiler import is_compiling
 
 from ard_kernels.arguments import check_int, check_scale, described, is_int
-from ard_kernels.autocast import autocast_dtype, cast_to_autocast
+from ard_kernels.autocast import cast_to_autocast
 from ard_kernels.backends import resolve
 from ard_kernels.block_causal_attention import block_causal_attention, block_causal_attention_packed
 from ard_kernels.block_causal_attention.spec import check_qkv, check_window, rows_apart
@@ -81,7 +81,7 @@ def history_attention(
     check_norm(op, "k_norm", k_norm, k)
     if torch.is_grad_enabled() and _requires_grad(q, k, v, q_norm, k_norm):
         raise RuntimeError(f"{op}: q, k, v or a norm requires a gradient; expected sampling under torch.no_grad()")
-    check_segment(op, k, cache.keys, autocast_dtype(k.device))
+    check_segment(op, k, cache.keys)
     chosen = resolve(op, backend, q.device, q.dtype, q.shape[-1])
     memory = (cache.keys, cache.values, cache.workspace, cache.positions)
     norms = (*norm_fields(q_norm), *norm_fields(k_norm))
@@ -90,8 +90,9 @@ def history_attention(
 
 
 def _requires_grad(q, k, v, *norms: HeadNorm | None) -> bool:
-    parameters = (parameter for norm in norms if norm for parameter in (norm.weight, norm.bias))
-    return any(x is not None and x.requires_grad for x in (q, k, v, *parameters))
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    return any(x is not None and x.requires_grad for norm in norms if norm for x in (norm.weight, norm.bias))
 
 
 class HistoryRouting:

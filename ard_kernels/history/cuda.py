@@ -37,6 +37,12 @@ def _fields(norm: HeadNorm | None) -> tuple | None:
     return KINDS.index(norm.kind) + 1, *parameters[0], *parameters[1], norm.eps
 
 
+def _from_token(cache: torch.Tensor, start: int) -> tuple[int, int, int, int]:
+    """heads_view of cache[:, :, start:]."""
+    pointer, batch, head, token = extension.heads_view(cache)
+    return pointer + start * token * cache.element_size(), batch, head, token
+
+
 def append(q, k, v, cache_k, cache_v, start: int, q_norm: HeadNorm | None = None, k_norm: HeadNorm | None = None):
     """cache[:, :, start : start + L] = (k_norm(k), v); returns q_norm(q), rows on 16 bytes (q itself where it can)."""
     B, H, L, D = q.shape
@@ -47,7 +53,7 @@ def append(q, k, v, cache_k, cache_v, start: int, q_norm: HeadNorm | None = None
         for norm in (q_norm, k_norm)
     ]
     extension.gpu(q.device).history_append(
-        *map(extension.heads_view, (q, normed_q, k, v, cache_k[:, :, start:], cache_v[:, :, start:])),
+        *map(extension.heads_view, (q, normed_q, k, v)), _from_token(cache_k, start), _from_token(cache_v, start),
         *map(_fields, norms), B, H, L, D, extension.dtype_code(q.dtype), extension.stream(q.device),
     )  # fmt: skip
     return normed_q

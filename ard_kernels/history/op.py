@@ -11,7 +11,7 @@ import torch
 from ard_kernels import triton_support
 from ard_kernels.backends import check_backend, register_backend
 from ard_kernels.block_causal_attention.spec import check_qkv, check_rows_apart, check_window
-from ard_kernels.block_causal_attention.torch_impl import as_output, out_like
+from ard_kernels.block_causal_attention.torch_impl import out_like
 from ard_kernels.history import cpu, cuda, spec, torch_impl
 from ard_kernels.history.norm import HeadNorm, check_norm, normalise
 from ard_kernels.history.splits import workspace_elements
@@ -61,8 +61,9 @@ def _check(q, k, v, keys, values, workspace, positions, layer, window, sink, sca
 
 def _history(q, k, v, keys, values, workspace, positions, layer, window, sink, scale, *norms_and_backend):
     *norms, backend = norms_and_backend
-    layers, capacity = keys.shape[0], keys.shape[3]
-    offsets = spec.next_offsets(OP, positions, layers, capacity, layer, k.shape[2])
+    layers, _, _, capacity, _ = keys.shape
+    places = positions.numpy()
+    offsets = spec.next_offsets(OP, places, layers, capacity, layer, k.shape[2])
     if q.numel() == 0:
         out = out_like(q)
     else:
@@ -72,18 +73,18 @@ def _history(q, k, v, keys, values, workspace, positions, layer, window, sink, s
         if backend == "cuda":  # its append normalises
             out = run(q, k, v, *where, q_norm, k_norm)
         else:
-            out = as_output(run(normalise(q, q_norm), normalise(k, k_norm), v, *where))
+            out = run(normalise(q, q_norm), normalise(k, k_norm), v, *where)
     if not keys.is_inference():  # kernels write behind autograd's back: what has saved the keys shall notice
         torch.autograd.graph.increment_version((keys, values))
-    spec.advance(positions, layers, layer, offsets)
+    spec.advance(places, layers, layer, offsets)
     return out
 
 
 def _history_fake(q, k, v, keys, values, workspace, positions, layer, *_):
     if type(positions) is torch.Tensor and q.is_meta:  # meta tensors have shapes only; the positions are there
         layers, capacity = keys.shape[0], keys.shape[3]
-        offsets = spec.next_offsets(OP, positions, layers, capacity, layer, k.shape[2])
-        spec.advance(positions, layers, layer, offsets)
+        offsets = spec.next_offsets(OP, positions.numpy(), layers, capacity, layer, k.shape[2])
+        spec.advance(positions.numpy(), layers, layer, offsets)
     return out_like(q)
 
 

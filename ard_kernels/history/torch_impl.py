@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ard_kernels.block_causal_attention.torch_impl import attend, gather
+from ard_kernels.block_causal_attention.torch_impl import as_output, attend, gather
 
 
 def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
@@ -18,9 +18,9 @@ def append(k, v, cache_k, cache_v, start: int) -> None:
 
 
 def attend_to_cache(q, cache_k, cache_v, stop: int, sink_stop: int, window_start: int, scale: float) -> torch.Tensor:
-    """Attention of q (B, H, L, D) over the tokens [0, sink_stop) and [window_start, stop) of the cache."""
+    """out, as out_like's: attention over the tokens [0, sink_stop) and [window_start, stop) of the cache."""
     ranges = [(0, sink_stop), (window_start, stop)] if sink_stop > 0 else [(window_start, stop)]
-    return attend(q, gather(cache_k, ranges), gather(cache_v, ranges), scale)[0]
+    return as_output(attend(q, gather(cache_k, ranges), gather(cache_v, ranges), scale)[0])
 
 
 def forward(q, k, v, cache_k, cache_v, workspace, start, sink_stop, window_start, scale) -> torch.Tensor:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ard_kernels import tuning
+from ard_kernels.block_causal_attention.torch_impl import out_like
 from ard_kernels.block_causal_attention.triton_impl import (
     LOG2_E,
     base_of,
@@ -146,33 +147,35 @@ def _add_splits(
 
 
 @lru_cache(maxsize=1024)
-def _prepare(layouts, dtype, grid: tuple[int, int], sign: float, even: bool, config) -> tuple[Launch, Launch]:
-    """The launches for (shape, strides) of q, k, v, cache_k, cache_v, out: attend, and add the splits up."""
-    B, H, L, D = layouts[0][0]
-    unit, each = strides(*layouts)
+def _prepare(shape, cache_shape, strides_of, dtype, grid: tuple[int, int], sign: float, even: bool, config):
+    """The launches for these strides of q, k, v, out, cache_k, cache_v: attend, and add the splits up."""
+    B, H, L, D = shape
+    unit, (q, k, v, out, *cache) = strides(*zip((shape,) * 4 + (cache_shape,) * 2, strides_of, strict=True))
     splits, shared = grid[1], {"D": D, "PARTS": parts_of(D), "UNIT": unit}
     constants = {"SIGN": sign, "EVEN": even, "SPLIT": splits > 1, "PRECISION": precision_of(dtype)}
-    attend = Launch(_append_and_attend, grid, (*each, H, L, B * H), constants | shared | dict(config))
+    attend = Launch(_append_and_attend, grid, (q, k, v, *cache, out, H, L, B * H), constants | shared | dict(config))
     rows, add = (triton.cdiv(L, 16) * B * H,), {"BLOCK": 16, "num_warps": 4}
-    return attend, Launch(_add_splits, rows, (each[-1], H, L, B * H, splits), add | shared)
+    return attend, Launch(_add_splits, rows, (out, H, L, B * H, splits), add | shared)
 
 
 @on_device
 def forward(q, k, v, cache_k, cache_v, workspace, start, sink_stop, window_start, scale) -> torch.Tensor:
     """See torch_impl.forward; allocates the output only."""
     B, H, L, D = q.shape
-    out = q.new_empty(B, L, H, D).transpose(1, 2)
+    out = out_like(q)
     config = tuning.lookup("attention_history", q.device, q.dtype, D, L)
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
     row_tiles = -(-L // block_m) * B * H  # triton.cdiv takes 3 us
     runs = (sink_stop, start - window_start, L)
     column_tiles = sum([-(-run // block_n) for run in runs])
     splits, tiles_per_split = share_tiles(row_tiles, column_tiles, multiprocessors(q.device))
-    tensors = (q, k, v, cache_k, cache_v, out)
-    layouts = tuple([(x.shape, x.stride()) for x in tensors])
-    sign, even = -1.0 if scale < 0 else 1.0, all(run % block_n == 0 for run in runs)
-    attend, add_splits = _prepare(layouts, q.dtype, (row_tiles, splits), sign, even, tuple(config.items()))
-    attend((*tensors, workspace), (tiles_per_split, start, sink_stop, window_start, abs(scale) * LOG2_E.value))
+    strides_of = tuple([x.stride() for x in (q, k, v, out, cache_k, cache_v)])
+    sign, even = -1.0 if scale < 0 else 1.0, not any([run % block_n for run in runs])
+    attend, add_splits = _prepare(
+        q.shape, cache_k.shape, strides_of, q.dtype, (row_tiles, splits), sign, even, tuple(config.items())
+    )
+    ints = tiles_per_split, start, sink_stop, window_start, abs(scale) * LOG2_E.value
+    attend((q, k, v, cache_k, cache_v, out, workspace), ints)
     if splits > 1:
         add_splits((workspace, out))
     return out

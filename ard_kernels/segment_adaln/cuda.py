@@ -15,6 +15,7 @@ import torch
 from ard_kernels import extension
 from ard_kernels.gpu_support import keep_if_captured, multiprocessors, on_device, shared_limit
 from ard_kernels.segment_adaln.chunks import Chunks, chunks
+from ard_kernels.segment_adaln.torch_impl import gradients, of_no_tokens, outputs
 from ard_kernels.segments import segment_offsets
 
 MOST_CHANNELS = 8192
@@ -72,10 +73,6 @@ def _work(kernel: str, like: torch.Tensor, rows: torch.Tensor, lengths) -> tuple
     return tables, (tables.chunks.data_ptr(), tables.spans.data_ptr(), *counts)
 
 
-def _empty(x: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
-    return None if x is None else x.new_empty(x.shape, dtype=dtype)
-
-
 def _pointer(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
@@ -83,11 +80,7 @@ def _pointer(x: torch.Tensor | None) -> int:
 @on_device
 def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.dtype | None):
     """See torch_impl.forward."""
-    h = _empty(branch, x.dtype)
-    y = mean = rstd = None
-    if shift is not None:
-        y = _empty(x, y_dtype)
-        mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    h, y, mean, rstd = outputs(x, branch, shift, y_dtype)
     if x.numel() == 0:
         return h, y, mean, rstd
     _, work = _work("forward", x, gate if gate is not None else shift, lengths)
@@ -103,22 +96,17 @@ def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.d
 def backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths):
     """See torch_impl.backward."""
     like = h if h is not None else grad_h
-    dx = _empty(h)
-    dbranch, dgate, dshift, dscale = _empty(branch), _empty(gate), _empty(scale), _empty(scale)
+    grads = gradients(h, branch, gate, scale)
     if like.numel() == 0:
-        for rows in (dgate, dshift, dscale):
-            if rows is not None:
-                rows.zero_()
-        return dx, dbranch, dgate, dshift, dscale
+        return of_no_tokens(grads)
     tables, work = _work("backward", like, gate if gate is not None else scale, lengths)
     B, T, C = like.shape
     per_token = work[-1]
     sums = 0 if per_token else (gate is not None) + 2 * (scale is not None)
     workspace = like.new_empty(B * len(tables.chunks) * sums * C, dtype=torch.float32)
     inputs = map(extension.view, (grad_h, grad_y, h, branch, gate, scale))
-    outputs = map(extension.view, (dx, dbranch, dgate, dshift, dscale))
     extension.gpu(like.device).adaln_backward(
-        *inputs, _pointer(mean), _pointer(rstd), *outputs, workspace.data_ptr(), T, C, work,
+        *inputs, _pointer(mean), _pointer(rstd), *map(extension.view, grads), workspace.data_ptr(), T, C, work,
         shared_limit(like.device), extension.stream(like.device),
     )  # fmt: skip
-    return dx, dbranch, dgate, dshift, dscale
+    return grads

@@ -26,15 +26,6 @@ for _op in ("adaln_modulate", "gate_residual_adaln", "gate_residual"):
     register_backend(_op, "torch", torch_impl.refuses)
 
 
-def _statistics_fake(x):
-    dtype = torch_impl.statistics_dtype(x.dtype)
-    return x.new_empty(x.shape[:2], dtype=dtype), x.new_empty(x.shape[:2], dtype=dtype)
-
-
-def _empty(x, dtype=None):
-    return x.new_empty(x.shape, dtype=dtype)
-
-
 def _dense(grad):
     return grad if grad is None or grad.stride(-1) == 1 else grad.contiguous()
 
@@ -69,7 +60,7 @@ def _modulate(x, shift, scale, lengths, eps, y_dtype, backend):
 
 
 def _modulate_fake(x, shift, scale, lengths, eps, y_dtype, backend):
-    return _empty(x, y_dtype), *_statistics_fake(x)
+    return torch_impl.outputs(x, None, shift, y_dtype)[1:]
 
 
 def _modulate_backward(grad_y, x, scale, mean, rstd, lengths, backend):
@@ -79,7 +70,8 @@ def _modulate_backward(grad_y, x, scale, mean, rstd, lengths, backend):
 
 
 def _modulate_backward_fake(grad_y, x, scale, mean, rstd, lengths, backend):
-    return _empty(x), _empty(scale), _empty(scale)
+    dx, _, _, dshift, dscale = torch_impl.gradients(x, None, None, scale)
+    return dx, dshift, dscale
 
 
 def _modulate_setup(ctx, inputs, output):
@@ -137,7 +129,7 @@ def _gated(x, branch, gate, shift, scale, lengths, eps, y_dtype, backend):
 
 
 def _gated_fake(x, branch, gate, shift, scale, lengths, eps, y_dtype, backend):
-    return _empty(x), _empty(x, y_dtype), *_statistics_fake(x)
+    return torch_impl.outputs(x, branch, shift, y_dtype)
 
 
 def _gated_backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths, backend):
@@ -146,7 +138,7 @@ def _gated_backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths,
 
 
 def _gated_backward_fake(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths, backend):
-    return _empty(h), _empty(branch), _empty(gate), _empty(scale), _empty(scale)
+    return torch_impl.gradients(h, branch, gate, scale)
 
 
 def _gated_setup(ctx, inputs, output):
@@ -206,7 +198,7 @@ def _gate(x, branch, gate, lengths, backend):
 
 
 def _gate_fake(x, branch, gate, lengths, backend):
-    return _empty(x)
+    return torch_impl.outputs(x, branch, None, None)[0]
 
 
 def _gate_backward(grad_h, branch, gate, lengths, backend):
@@ -215,7 +207,7 @@ def _gate_backward(grad_h, branch, gate, lengths, backend):
 
 
 def _gate_backward_fake(grad_h, branch, gate, lengths, backend):
-    return _empty(branch), _empty(gate)
+    return torch_impl.gradients(None, branch, gate, None)[1:3]
 
 
 def _gate_setup(ctx, inputs, output):

@@ -21,6 +21,7 @@ import triton.language as tl
 from ard_kernels import tuning
 from ard_kernels.gpu_support import keep_if_captured, multiprocessors, on_device
 from ard_kernels.segment_adaln.chunks import chunk_tokens, chunks
+from ard_kernels.segment_adaln.torch_impl import gradients, of_no_tokens, outputs
 from ard_kernels.triton_parts import (
     add_rows,
     load_rows,
@@ -233,22 +234,28 @@ def _add_chunks(
         tl.store(out + row.to(tl.int64) * C + columns, total.to(out.dtype.element_ty), mask=inside)
 
 
+KERNELS = {"adaln_forward": _forward, "adaln_backward": _backward}
+
+
 @lru_cache(maxsize=1024)
-def _prepare(kernel, shape_BTC, layouts, device, lengths, per_token: bool, few: int, eps, constants, config):
-    """The launch of `kernel` for tensors of these layouts (None: absent); its tables.
+def _prepare(name, shape_BTC, inputs, y_dtype, device, lengths, per_token: bool, few: int, eps, constants, config):
+    """The launch of kernel `name` for inputs of these layouts (shape, strides, dtype; None: absent); its tables.
 
     few: multiprocessors. `eps`: (eps,) of the forward, () of the backward.
     """
     B, T, C = shape_BTC
     constants = dict(config + constants)
     tables = chunks((T,) if per_token else lengths, T, chunk_tokens(T, B, constants.pop("TOKENS"), few), device)
-    plain = shape_BTC, (T * C, C, 1)  # the strides of an absent tensor are never used
-    unit, each = strides(*(plain if layout is None else layout[:2] for layout in layouts))
+    S = T if per_token else len(tables.spans)
+    plain, rows = (shape_BTC, (T * C, C, 1)), ((B, S, C), (S * C, C, 1))
+    outputs = (plain, plain) if name == "adaln_forward" else (plain, plain, rows, rows, rows)
+    # The strides of an absent tensor are never used.
+    unit, each = strides(*(plain if layout is None else layout[:2] for layout in inputs), *outputs)
     constants |= {"C": C, "PARTS": split_width(C, least=8, most=3), "UNIT": unit, "PER_TOKEN": per_token}
-    if kernel is _backward:  # see KEPT_WIDTH
+    if name == "adaln_backward":  # see KEPT_WIDTH
         constants["KEEP_ROWS"] = not per_token and C <= KEPT_WIDTH
     count = len(tables.chunks)
-    return Launch(kernel, (B * count,), (tables.chunks, *each, T, count, *eps), constants), tables
+    return Launch(KERNELS[name], (B * count,), (tables.chunks, *each, T, count, *eps), constants), tables
 
 
 @lru_cache(maxsize=1024)
@@ -259,38 +266,31 @@ def _prepare_sum(shape_BSC, dtype, device, chunk_count: int, has_gate: bool, has
     return Launch(_add_chunks, (B * S, triton.cdiv(C, 256)), (chunk_count, S), constants)
 
 
-def _prepared(name: str, kernel, like, strided, per_token: bool, lengths, eps=(), **constants):
-    """`_prepare` of `kernel`, tuned as `name`, which takes the strides of `strided`; `like` is (B, T, C)."""
-    config = tuning.lookup(name, like.device, like.dtype, like.shape[2])
-    layouts = tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in strided])
+def _prepared(name: str, like, inputs, per_token: bool, lengths, y_dtype=None, eps=(), **constants):
+    """`_prepare` of kernel `name` for these inputs; `like` is (B, T, C)."""
+    shape, device = like.shape, like.device
+    config = tuning.lookup(name, device, like.dtype, shape[2])
+    layouts = tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in inputs])
     run, tables = _prepare(
-        kernel, like.shape, layouts, like.device, tuple(lengths), per_token, multiprocessors(like.device), eps,
+        name, shape, layouts, y_dtype, device, tuple(lengths), per_token, multiprocessors(device), eps,
         tuple(constants.items()), tuple(config.items()),
     )  # fmt: skip
     return run, keep_if_captured(tables)
 
 
-def _empty(x: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
-    return None if x is None else x.new_empty(x.shape, dtype=dtype)
-
-
 @on_device
 def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.dtype | None):
     """See torch_impl.forward."""
-    h = _empty(branch, x.dtype)
-    y = mean = rstd = None
-    if shift is not None:
-        y = _empty(x, y_dtype)
-        mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    h, y, mean, rstd = outputs(x, branch, shift, y_dtype)
     if x.numel() == 0:
         return h, y, mean, rstd
     has_gate, has_norm = gate is not None, y is not None
     per_token = (gate if has_gate else shift).shape[1] == x.shape[1]
-    tensors = (x, branch, gate, shift, scale, h, y)
+    inputs = (x, branch, gate, shift, scale)
     run, _ = _prepared(
-        "adaln_forward", _forward, x, tensors, per_token, lengths, (eps,), HAS_GATE=has_gate, HAS_NORM=has_norm
+        "adaln_forward", x, inputs, per_token, lengths, y_dtype, (eps,), HAS_GATE=has_gate, HAS_NORM=has_norm
     )
-    run((*tensors, mean, rstd))
+    run((*inputs, h, y, mean, rstd))
     return h, y, mean, rstd
 
 
@@ -298,24 +298,21 @@ def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.d
 def backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths):
     """See torch_impl.backward."""
     like = h if h is not None else grad_h
-    dx = _empty(h)
-    dbranch, dgate, dshift, dscale = _empty(branch), _empty(gate), _empty(scale), _empty(scale)
+    grads = gradients(h, branch, gate, scale)
     if like.numel() == 0:
-        for rows in (dgate, dshift, dscale):
-            if rows is not None:
-                rows.zero_()
-        return dx, dbranch, dgate, dshift, dscale
+        return of_no_tokens(grads)
     has_gate, has_norm = gate is not None, grad_y is not None
     B, T, C = like.shape
     per_token = (gate if has_gate else scale).shape[1] == T
-    tensors = (grad_h, grad_y, h, branch, gate, scale, dx, dbranch, dgate, dshift, dscale)
+    inputs = (grad_h, grad_y, h, branch, gate, scale)
     flags = {"HAS_GRAD_H": grad_h is not None, "HAS_GATE": has_gate, "HAS_NORM": has_norm}
-    run, tables = _prepared("adaln_backward", _backward, like, tensors, per_token, lengths, **flags)
+    run, tables = _prepared("adaln_backward", like, inputs, per_token, lengths, **flags)
     sums, count = 0 if per_token else has_gate + 2 * has_norm, len(tables.chunks)
     workspace = like.new_empty(B * count * sums * C, dtype=torch.float32)
-    run((*tensors[:6], mean, rstd, *tensors[6:], workspace))
+    run((*inputs, mean, rstd, *grads, workspace))
     if sums:
+        _, _, dgate, dshift, dscale = grads
         rows = dgate if has_gate else dshift
         add = _prepare_sum(rows.shape, rows.dtype, rows.device, count, has_gate, has_norm)
         add((workspace, dgate, dshift, dscale, tables.spans))
-    return dx, dbranch, dgate, dshift, dscale
+    return grads
