@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from ard import training_state
 from ard.files import read_sealed_json
 from ard.objectives import MicroBatch, Objective
 from ard.parallel import Process
@@ -83,6 +84,16 @@ def toy_trainer(folder: Path | None, steps: int = 6, *, save_every=1, keep_last=
 def train(folder: Path, report: Report = bool, **settings) -> Fitted:
     """Trains a toy to the end; reports the updates done after each, when its checkpoint is saved."""
     return toy_trainer(folder, **settings).fit(on_step=report)
+
+
+SAVES = 200
+
+
+def save_many(folder: Path, report: Report) -> None:
+    """Checkpoints as fast as it goes, of which one is kept."""
+    os.fsync = bool  # the disk is not what is tested
+    for step in range(1, SAVES + 1):
+        training_state.save(folder, step, {"a": {"x": torch.full((1 << 15,), float(step))}}, {}, keep_last=1)
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
@@ -175,6 +186,9 @@ class Child:
         if self._process.exitcode not in (0, -signal.SIGKILL):
             raise RuntimeError(f"the child has failed with exit code {self._process.exitcode}")
         return reports, self._process.exitcode == 0
+
+    def alive(self) -> bool:
+        return self._process.is_alive()
 
     def stop(self) -> None:
         """Kills it; how it has ended, if it has, does not matter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -18,6 +19,7 @@ Config = Annotated[
     str, typer.Option("--config", "-c", help="YAML file, or a shipped one: digits, imagenet256, imagenet256_gan.")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, laid over the config.")]
+Unfinished = Annotated[bool, typer.Option("--unfinished", help="Take weights of a run that has steps to go.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one.")]
 
 
@@ -28,11 +30,17 @@ def _commands() -> None:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Errors of the user's input as one line and exit status 1, instead of a traceback."""
-    from ard.train import NonFiniteError
+    """One line for what ends a command early: status 1 for errors of the user's input, 128 + n for the signal n."""
+    from ard.train import NonFiniteError, Stopped
 
     try:
         yield
+    except Stopped as stopped:
+        typer.echo(f"ard: {stopped}", err=True)
+        raise
+    except KeyboardInterrupt as error:
+        typer.echo("ard: stopped; every file on disk is whole, give the command again to continue", err=True)
+        raise typer.Exit(128 + signal.SIGINT) from error
     except (ValueError, OSError, ImportError, NonFiniteError) as error:
         typer.echo(f"ard: {error}", err=True)
         raise typer.Exit(1) from error

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ard.cli_base import Device, app, progress_bar, refusals
+from ard.cli_base import Device, Unfinished, app, progress_bar, refusals
 
 Weights = Annotated[str, typer.Option(help="Of a run: ema (averaged) or model.")]
 Recipe = Annotated[
@@ -63,6 +63,7 @@ def sample(
     classes: Annotated[str, typer.Option(help="Such as 0,5,10-12, in turn; all if unset.")] = "",
     vae: Vae = None,
     weights: Weights = "ema",
+    unfinished: Unfinished = False,
     config: Recipe = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     cuda_graph: Annotated[bool, typer.Option(help="On a GPU: one graph launch per batch.")] = True,
@@ -77,22 +78,24 @@ def sample(
 
     with refusals(), started(device) as process:
         settings = SamplingConfig(count, batch_size, seed, parse_classes(classes), precision, cuda_graph)
-        student, opened = open_student(source, read_recipe(config) if config else None, weights)
-        decode = LatentCodec(vae, device=process.device).decode if vae else None
+        recipe = read_recipe(config) if config else None
+        student, opened = open_student(source, recipe, weights, unfinished=unfinished)
+        codec = LatentCodec(vae, device=process.device) if vae else None
         facts = {"weights": weights, "weights_sha256": opened.sha256, "weights_step": opened.step}
         with progress_bar("sample", count, process.is_main) as advance:
             result = write_samples(
                 student.to(process.device),
                 out,
                 settings,
-                decode=decode,
+                codec=codec,
                 facts=facts,
                 process=process,
                 on_progress=advance,
             )
         if process.is_main:
             rate = result["images_per_second"]
-            typer.echo(f"{out / result['file']}: {count} samples in {student.steps} steps, {rate:.4g} per second")
+            speed = f", {rate:.4g} per second" if rate else ""
+            typer.echo(f"{out / result['file']}: {count} samples in {student.steps} steps{speed}")
 
 
 @app.command()
@@ -137,6 +140,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="A .safetensors file (public), or a new folder (diffusers).")],
     to: Annotated[str, typer.Option(help="public: the released checkpoints' names; diffusers: DiTTransformer2DModel.")],
     weights: Weights = "ema",
+    unfinished: Unfinished = False,
     config: Recipe = None,
     segment: Annotated[
         int | None, typer.Option(min=0, help="Of a student, for diffusers: the step whose final layer is taken.")
@@ -148,7 +152,8 @@ def export(
 
     with refusals():
         recipe = read_recipe(config) if config else None
-        typer.echo(export_weights(source, out, to=to, weights=weights, recipe=recipe, segment=segment))
+        settings = {"weights": weights, "unfinished": unfinished, "recipe": recipe, "segment": segment}
+        typer.echo(export_weights(source, out, to=to, **settings))
 
 
 def write_digits(path: Path) -> Path:

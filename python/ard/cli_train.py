@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ard.cli_base import Config, Device, Overrides, app, progress_bar, refusals
+from ard.cli_base import Config, Device, Overrides, Unfinished, app, progress_bar, refusals
 
 if TYPE_CHECKING:
     from ard.model import DiT
@@ -56,7 +56,7 @@ def teacher(
                 resume=not fresh,
                 on_step=on_step,
             )
-        say_end(fitted, train, out, process)
+        say_end(fitted, out, process)
 
 
 @app.command()
@@ -66,6 +66,7 @@ def trajectories(
     ] = None,
     config: Annotated[str | None, typer.Option("--config", "-c", help="YAML file, or a shipped one.")] = None,
     random_teacher: RandomTeacher = False,
+    unfinished: Unfinished = False,
     dry_run: DryRun = False,
     device: Device = None,
 ) -> None:
@@ -82,7 +83,7 @@ def trajectories(
     with opened(config, arguments, device, PATIENT) as (recipe, process):
         if dry_run:
             return show_plan(recipe, "distill", 1, process)
-        dit, sha256 = opened_teacher(recipe, random_teacher)
+        dit, sha256 = opened_teacher(recipe, random_teacher, unfinished)
         with progress_bar("trajectories", recipe.trajectories.count, process.is_main) as advance:
             store = stages.make_trajectories(
                 recipe, dit, sha256, trajectories_folder(recipe), process=process, on_progress=advance
@@ -109,6 +110,7 @@ def distill(
     out: OptionalOut = None,
     overrides: Overrides = None,
     random_teacher: RandomTeacher = False,
+    unfinished: Unfinished = False,
     fresh: Fresh = False,
     dry_run: DryRun = False,
     processes: Processes = 8,
@@ -122,13 +124,13 @@ def distill(
         if dry_run:
             return show_plan(recipe, "distill", processes, process)
         folder = required(out, "--out")
-        dit, sha256 = opened_teacher(recipe, random_teacher)
+        dit, sha256 = opened_teacher(recipe, random_teacher, unfinished)
         store = TrajectoryStore(trajectories_folder(recipe))
         with steps_bar("distill", recipe.distill, process) as on_step:
             _, fitted = stages.distill(
                 recipe, dit, sha256, store, folder, process=process, resume=not fresh, on_step=on_step
             )
-        say_end(fitted, recipe.distill, folder, process)
+        say_end(fitted, folder, process)
 
 
 @app.command("finetune-gan")
@@ -137,6 +139,7 @@ def finetune_gan(
     out: OptionalOut = None,
     overrides: Overrides = None,
     random_teacher: RandomTeacher = False,
+    unfinished: Unfinished = False,
     fresh: Fresh = False,
     dry_run: DryRun = False,
     processes: Processes = 8,
@@ -154,8 +157,8 @@ def finetune_gan(
         if dry_run:
             return show_plan(recipe, "gan", processes, process)
         folder = required(out, "--out")
-        dit, sha256 = opened_teacher(recipe, random_teacher)
-        student, source = open_student(required(recipe.gan.student, "gan.student"), recipe)
+        dit, sha256 = opened_teacher(recipe, random_teacher, unfinished)
+        student, source = open_student(required(recipe.gan.student, "gan.student"), recipe, unfinished=unfinished)
         real = open_real(required(recipe.gan.real, "gan.real"), recipe.model)
         store = TrajectoryStore(trajectories_folder(recipe))
         with steps_bar("finetune-gan", recipe.gan.train, process) as on_step:
@@ -172,7 +175,7 @@ def finetune_gan(
                 resume=not fresh,
                 on_step=on_step,
             )
-        say_end(fitted, recipe.gan.train, folder, process)
+        say_end(fitted, folder, process)
 
 
 @contextmanager
@@ -189,13 +192,14 @@ def opened(
             yield recipe, process
 
 
-def opened_teacher(recipe: Recipe, random: bool) -> tuple[DiT, str]:
+def opened_teacher(recipe: Recipe, random: bool, unfinished: bool) -> tuple[DiT, str]:
     """On the CPU: a stage moves it where it needs it."""
     from ard.sources import open_teacher, random_teacher
 
     if random:
         return random_teacher(recipe.model)
-    return open_teacher(required(recipe.teacher.checkpoint, "teacher.checkpoint"), recipe.model)
+    checkpoint = required(recipe.teacher.checkpoint, "teacher.checkpoint")
+    return open_teacher(checkpoint, recipe.model, unfinished=unfinished)
 
 
 def required(value: Any, name: str) -> Any:
@@ -222,15 +226,12 @@ def steps_bar(name: str, config: TrainConfig, process: Process) -> Iterator[Call
         yield on_step
 
 
-def say_end(fitted: Fitted, config: TrainConfig, folder: Path, process: Process) -> None:
+def say_end(fitted: Fitted, folder: Path, process: Process) -> None:
     if not process.is_main:
         return
     last = fitted.log[-1] if fitted.log else {}
     scores = ", ".join(f"{name} {last[name]:.4g}" for name in ("loss", "frechet_to_teacher") if name in last)
-    if fitted.step < config.steps:
-        typer.echo(f"{folder}: stopped at step {fitted.step} of {config.steps} and saved; run again to continue")
-    else:
-        typer.echo(f"{folder}: {fitted.step} steps done; {scores}")
+    typer.echo(f"{folder}: {fitted.step} steps done; {scores}")
 
 
 def show_plan(recipe: Recipe, stage: str, processes: int, process: Process) -> None:

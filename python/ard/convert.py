@@ -20,6 +20,7 @@ def export_weights(
     *,
     to: str,
     weights: str = "ema",
+    unfinished: bool = False,
     recipe: Recipe | None = None,
     segment: int | None = None,
 ) -> str:
@@ -28,14 +29,14 @@ def export_weights(
     to: "public" writes a .safetensors file with the released checkpoints' names, teacher or student as they are;
     "diffusers" a folder for DiTTransformer2DModel, of a teacher or of one ``segment`` of a student (its blocks with
     that segment's final layer: what the student computes there without history).
-    recipe: gives the heads for a bare file of weights.
+    recipe: gives the heads for a bare file of weights. unfinished: takes a run that has steps to go, too.
     """
     if to not in TARGETS:
         raise ValueError(f"to: got {to!r}; expected one of {TARGETS}")
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; expected a new path")
-    opened = open_source(source, weights)
+    opened = open_source(source, weights, unfinished=unfinished)
     if to == "public":
         if out.suffix != ".safetensors":
             raise ValueError(f"out: got {out.name!r}; expected a .safetensors file")

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: temporary name -> fsync -> rename. JSON and safetensors, no pickle."""
+"""Files that are whole or absent: temporary folder -> fsync -> rename. JSON and safetensors, no pickle."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-_TEMPORARY = ".tmp"  # what temporary names begin with; those that safetensors makes for itself do too
+_TEMPORARY = ".ard-tmp-"  # what the names of temporary folders begin with, and nobody else's names do
 
 
 class DamagedFile(ValueError):
@@ -25,15 +26,13 @@ class DamagedFile(ValueError):
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; on success flushes it to disk and renames it to ``path``."""
-    temporary = path.with_name(f"{_TEMPORARY}-{path.name}.{os.getpid()}")
-    try:
+    """Yields a temporary path beside ``path``; on success flushes it to disk and renames it to ``path``."""
+    with _temporary_folder(path.parent) as folder:
+        temporary = folder / path.name
         yield temporary
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -44,30 +43,39 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise FileExistsError(f"{path} exists; expected a new folder")
-    temporary = path.with_name(f"{_TEMPORARY}-{path.name}.{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary_folder(path.parent) as folder:
+        temporary = folder / path.name
+        temporary.mkdir()
         yield temporary
         for file in sorted(temporary.iterdir()):
             _flush(file)
         _flush(temporary)
         os.rename(temporary, path)
         _flush(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
     """Removes a folder so that no kill leaves a part of it under its name."""
-    doomed = path.with_name(f"{_TEMPORARY}-{path.name}.{os.getpid()}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    with _temporary_folder(path.parent) as doomed:
+        os.rename(path, doomed / path.name)
 
 
 def remove_temporary(folder: Path) -> None:
     """Removes what killed writers have left in ``folder``; no other writer may be at work there."""
     for path in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+
+
+@contextmanager
+def _temporary_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in ``parent``, removed in the end. What safetensors writes beside a file on its way is in it too."""
+    folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class FolderLock:

@@ -1,28 +1,44 @@
-"""Samples of a student into files: images as ADM-format .npz with a PNG grid, or latents as safetensors."""
+"""Samples of a student into files: images as ADM-format .npz with a PNG grid, or latents as safetensors.
+
+They are made in shards, in a folder beside the file, which is put together in the end: a killed command goes on.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ard.files import atomic_path, file_sha256, write_json, write_tensors
+from ard.files import file_sha256, remove_folder, remove_temporary, write_json, write_tensors
 from ard.images import latent_preview, to_uint8, write_grid, write_npz
 from ard.parallel import Process
 from ard.recipe import autocast
+from ard.shards import ShardedStore, write_shards
+from ard.sources import state_sha256
 from ard.streams import noise_at
 from ard.student import ARDStudent
 
 IMAGE_CHANNELS = (1, 3)  # a student of other channels makes latents
 GRID_SAMPLES = 100
 
-Decode = Callable[[Tensor], Tensor]
+PARTS = ".ard-parts"  # the folder of shards
+LEAST_SHARD = 64  # samples
+
+
+class Codec(Protocol):
+    """Such as `ard.vae.LatentCodec`."""
+
+    fingerprint: str
+    downsampling: int  # image pixels per latent pixel along a side
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> images in [-1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -42,47 +58,79 @@ class SamplingConfig:
         return classes[indices % len(classes)]
 
 
+@dataclass(frozen=True)
+class SampleSpec:
+    """What the shards hold: who asks for the same goes on with them."""
+
+    count: int
+    shard_size: int
+    seed: int
+    classes: tuple[int, ...]
+    precision: str
+    weights_sha256: str
+    routing: tuple[Any, ...]  # history layers, window, sink
+    codec: str
+
+
 def write_samples(
     student: ARDStudent,
     folder: Path,
     config: SamplingConfig,
     *,
-    decode: Decode | None = None,
+    codec: Codec | None = None,
     facts: dict[str, Any] | None = None,
     process: Process | None = None,
     on_progress: Callable[[int], Any] | None = None,
 ) -> dict[str, Any]:
     """Samples, every rank its share, into samples.npz (or .safetensors), grid.png and sample.json in ``folder``.
 
-    decode: latents -> images in [-1, 1]; a student of pixels needs none. facts: for sample.json.
-    Returns the content of sample.json; "images_per_second" is of all processes, without start and writing.
+    Goes on where an equal call was killed. codec: decodes latents; a student of pixels needs none. facts: for
+    sample.json. Returns its content; "images_per_second" is of all processes, without start and writing, None if
+    nothing was left to sample.
     """
     process = process or Process()
     if config.count < 1 or config.batch_size < 1:
         raise ValueError(f"count={config.count}, batch_size={config.batch_size}; expected at least 1")
-    indices = process.share(torch.arange(config.count))
-    labels = config.labels(indices, student.config.num_classes)
-    pixels = decode is not None or student.config.in_channels in IMAGE_CHANNELS
+    shape, classes = (student.config.in_channels, *student.config.input_hw), student.config.num_classes
+    config.labels(torch.arange(1), classes)  # raises for a class that is none
+    pixels = codec is not None or student.config.in_channels in IMAGE_CHANNELS
     run = sampler(student, config, process.device)
-    folder.mkdir(parents=True, exist_ok=True)
+    spent = [0.0, 0]  # seconds, samples
 
-    parts, seconds = [], 0.0
-    for rows in torch.arange(len(indices)).split(config.batch_size):
-        noise = noise_at(config.seed, indices[rows].tolist(), (student.config.in_channels, *student.config.input_hw))
-        started = time.perf_counter()
-        states = run(noise.to(process.device), labels[rows].to(process.device))
-        images = decode(states) if decode else states
-        parts.append(to_uint8(images) if pixels else images.cpu().numpy())
-        seconds += time.perf_counter() - started
-        if on_progress:
-            on_progress(len(rows) * process.world_size)
-    own = np.concatenate(parts) if parts else None
-    path = folder / ("samples.npz" if pixels else "samples.safetensors")
-    _write(path, own, config, student, process)
-    slowest = float(process.gather(torch.tensor([seconds])).max())
+    def make_rows(indices: range) -> dict[str, Tensor]:
+        labels = config.labels(torch.tensor(indices), classes)
+        noise, started = noise_at(config.seed, indices, shape), time.perf_counter()
+        states = run(noise.to(process.device), labels.to(process.device))
+        images = codec.decode(states) if codec else states
+        if not images.isfinite().all():
+            raise ValueError(f"samples {indices.start} to {indices.stop - 1} are not finite; expected finite ones")
+        images = torch.from_numpy(to_uint8(images)) if pixels else images.cpu()
+        spent[0] += time.perf_counter() - started
+        spent[1] += len(indices)
+        return {"images": images, "labels": labels}
+
+    spec = SampleSpec(
+        count=config.count,
+        shard_size=config.batch_size * math.ceil(LEAST_SHARD / config.batch_size),
+        seed=config.seed,
+        classes=config.classes,
+        precision=config.precision,
+        weights_sha256=state_sha256(student.state_dict()),
+        routing=(student.routing.history_layers, student.routing.window, student.routing.sink),
+        codec=codec.fingerprint if codec else "none",
+    )
+    if process.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_temporary(folder)
+    process.barrier()
+    decoded = 3 * codec.downsampling**2 * math.prod(shape[1:]) if codec else math.prod(shape)
+    # Twice on disk: in a shard and in the file.
+    sizes = {"batch_size": config.batch_size, "row_bytes": 2 * decoded * (1 if pixels else 4)}
+    write_shards(folder / PARTS, "samples", spec, make_rows, **sizes, process=process, on_progress=on_progress)
+    seconds, made = process.gather(torch.tensor([spent])).T
     content = {
         **(facts or {}),
-        "file": path.name,
+        "file": "samples.npz" if pixels else "samples.safetensors",
         "count": config.count,
         "seed": config.seed,
         "classes": list(config.classes) or "all",
@@ -90,15 +138,30 @@ def write_samples(
         "precision": config.precision,
         "processes": process.world_size,
         "device": process.device.type,
-        "images_per_second": config.count / slowest,
+        "images_per_second": float(made.sum() / seconds.max()) if made.any() else None,
     }
     if process.is_main:
-        shown = own[:GRID_SAMPLES] if pixels else to_uint8(latent_preview(torch.from_numpy(own[:GRID_SAMPLES])))
-        write_grid(folder / "grid.png", shown, columns=round(len(shown) ** 0.5))
-        content["sha256"] = file_sha256(path)
-        write_json(folder / "sample.json", content)
+        _assemble(folder, content, config.batch_size)
     process.barrier()
     return content
+
+
+def _assemble(folder: Path, content: dict[str, Any], batch_size: int) -> None:
+    """The files of ``folder`` from its shards, which are removed; the last is sample.json: ``content``, a sha256."""
+    parts, path = ShardedStore(folder / PARTS, "samples"), folder / content["file"]
+    parts.verify()
+    every = torch.arange(len(parts))
+    labels, shown = parts.read("labels", every), parts.read("images", every[:GRID_SAMPLES])
+    if path.suffix == ".npz":
+        batches = (parts.read("images", rows).numpy() for rows in every.split(batch_size))
+        write_npz(path, batches, len(parts), labels=labels.numpy())
+    else:
+        write_tensors(path, {"images": parts.read("images", every), "labels": labels})
+        shown = torch.from_numpy(to_uint8(latent_preview(shown)))
+    write_grid(folder / "grid.png", shown.numpy(), columns=round(len(shown) ** 0.5))
+    content["sha256"] = file_sha256(path)
+    write_json(folder / "sample.json", content)
+    remove_folder(folder / PARTS)
 
 
 def sampler(student: ARDStudent, config: SamplingConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
@@ -145,40 +208,6 @@ def graphed(
         return states.clone()
 
     return replay
-
-
-def _write(
-    path: Path,
-    own: np.ndarray | None,
-    config: SamplingConfig,
-    student: ARDStudent,
-    process: Process,
-) -> None:
-    """All ranks' samples in rank order into one file; the other ranks hand theirs over as .npy beside it."""
-    handed = [path.with_name(f".{path.name}.rank{rank}.npy") for rank in range(process.world_size)]
-    if not process.is_main and own is not None:
-        with atomic_path(handed[process.rank]) as temporary, open(temporary, "wb") as file:
-            np.save(file, own, allow_pickle=False)
-    process.barrier()
-    if process.is_main:
-        others = [part for part in handed[1:] if part.exists()]
-
-        def batches() -> Iterator[np.ndarray]:
-            for array in (own, *(np.load(part, mmap_mode="r", allow_pickle=False) for part in others)):
-                for first in range(0, len(array), config.batch_size):
-                    yield np.asarray(array[first : first + config.batch_size])
-
-        every = config.labels(torch.arange(config.count), student.config.num_classes)
-        if path.suffix == ".npz":
-            write_npz(path, batches(), config.count, labels=every.numpy())
-        else:
-            images = np.concatenate(list(batches()))
-            if len(images) != config.count:
-                raise ValueError(f"{path}: the processes made {len(images)} samples; expected {config.count}")
-            write_tensors(path, {"images": torch.from_numpy(images), "labels": every})
-        for part in others:
-            part.unlink()
-    process.barrier()
 
 
 def parse_classes(text: str) -> tuple[int, ...]:

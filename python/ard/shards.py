@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -123,8 +124,9 @@ def _prepare(folder: Path, kind: str, spec: Any, row_bytes: int) -> None:
         _require_spec(folder, kind, spec)
         return _require_space(folder, _row_count(spec, _missing(folder, kind, spec)) * row_bytes)
     _require_space(folder, spec.count * row_bytes)
-    for path in folder.glob("shard-*.json"):
-        path.unlink()  # of which spec its shard was, only the manifest could tell
+    strangers = sorted(path.name for path in folder.glob("shard-*"))
+    if strangers:  # of which spec they are, only a manifest could tell
+        raise ValueError(f"{folder} holds {strangers[0]} and no {MANIFEST_NAME}; expected a store or a new folder")
     manifest = {"format": f"ard-{kind}", "version": FORMAT_VERSION, "spec": dataclasses.asdict(spec), "shards": {}}
     write_sealed_json(folder / MANIFEST_NAME, manifest)
 
@@ -134,13 +136,16 @@ def _require_spec(folder: Path, kind: str, spec: Any) -> None:
     for name, value in dataclasses.asdict(spec).items():
         expected = list(value) if isinstance(value, tuple) else value
         if stored.get(name) != expected:
-            raise ValueError(f"{folder} holds {kind} with {name}={stored.get(name)!r}; expected {expected!r}")
+            raise ValueError(
+                f"{folder} holds {kind} with {name}={stored.get(name)!r}; expected {expected!r}. Choose another "
+                "folder, or remove this one"
+            )
 
 
 def _finished(folder: Path, manifest: dict) -> dict[str, dict]:
     """Entries of the shards that are whole: in the manifest, or with a JSON of their own."""
     entries = dict(manifest["shards"])
-    for path in folder.glob("shard-*.json"):
+    for path in _own_json(folder):
         try:
             entries[path.with_suffix(".safetensors").name] = read_sealed_json(path)
         except DamagedFile:
@@ -162,8 +167,13 @@ def _complete(folder: Path, kind: str) -> None:
     manifest = _read_manifest(folder, kind)
     shards = _finished(folder, manifest)
     write_sealed_json(folder / MANIFEST_NAME, {**manifest, "shards": dict(sorted(shards.items()))})
-    for path in folder.glob("shard-*.json"):
+    for path in _own_json(folder):
         path.unlink()
+
+
+def _own_json(folder: Path) -> list[Path]:
+    """The JSON files that `_write_shard` has written, and nobody else's."""
+    return [path for path in folder.glob("shard-*.json") if re.fullmatch(r"shard-\d{5,}\.json", path.name)]
 
 
 def _require_space(folder: Path, needed: int) -> None:

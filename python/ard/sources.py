@@ -31,11 +31,12 @@ class Source:
     step: int | None = None
 
 
-def open_source(path: str | Path, weights: str = "ema") -> Source:
+def open_source(path: str | Path, weights: str = "ema", *, unfinished: bool = False) -> Source:
     """Reads and, for a run's checkpoint, verifies. weights: "ema" or "model", of a run.
 
     path: a run's folder (its newest good checkpoint), one checkpoint's folder, a .safetensors, .pt or .pth file, or a
-    diffusers DiT folder. Raises ValueError or FileNotFoundError saying what was found.
+    diffusers DiT folder. Raises ValueError or FileNotFoundError saying what was found; and, but with ``unfinished``,
+    ValueError for a run that has steps to go. (Who names one checkpoint has chosen that step.)
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights: got {weights!r}; expected one of {WEIGHTS}")
@@ -45,10 +46,18 @@ def open_source(path: str | Path, weights: str = "ema") -> Source:
     if path.is_file():
         return _source(path, read_state(path), {})
     if (path / "checkpoints").is_dir():
-        checkpoint = training_state.newest(path / "checkpoints")
-        if checkpoint is None:
+        found = training_state.read_newest(path / "checkpoints", [weights])
+        if found is None:
             raise FileNotFoundError(f"{path} is a run without a checkpoint so far")
-    elif (path / training_state.CHECKPOINT_NAME).is_file():
+        checkpoint, (state,) = found
+        steps = checkpoint.facts.get("steps")
+        if not unfinished and checkpoint.step != steps:
+            raise ValueError(
+                f"{path} is unfinished, at step {checkpoint.step} of {steps}; expected a run that has ended. Give its "
+                "command again to finish it, or take it as it is with --unfinished"
+            )
+        return _source(path, state, checkpoint.facts, checkpoint.step)
+    if (path / training_state.CHECKPOINT_NAME).is_file():
         checkpoint = training_state.verified(path)
     else:
         state, config = exchange.load_diffusers(path)
@@ -60,21 +69,23 @@ def _source(path: Path, state: Mapping[str, Tensor], facts: Mapping[str, Any], s
     return Source(path, state, state_sha256(state), facts, step)
 
 
-def open_teacher(path: str | Path, config: DiTConfig, weights: str = "ema") -> tuple[DiT, str]:
+def open_teacher(path: str | Path, config: DiTConfig, *, unfinished: bool = False) -> tuple[DiT, str]:
     """A frozen float32 teacher of exactly the sizes of ``config``, and the sha256 of its weights."""
-    source = open_source(path, weights)
+    source = open_source(path, unfinished=unfinished)
     require_kind(source, "teacher")
     teacher = load_teacher(source.state, num_heads=config.num_heads, input_size=config.input_size)
     require_config(source, teacher.config, config)
     return teacher.float().requires_grad_(False), source.sha256
 
 
-def open_student(path: str | Path, recipe: Recipe | None, weights: str = "ema") -> tuple[ARDStudent, Source]:
+def open_student(
+    path: str | Path, recipe: Recipe | None, weights: str = "ema", *, unfinished: bool = False
+) -> tuple[ARDStudent, Source]:
     """A float32 student in eval mode; what its tensors do not show comes from its run, or else from ``recipe``.
 
     Raises ValueError if both are there and differ.
     """
-    source = open_source(path, weights)
+    source = open_source(path, weights, unfinished=unfinished)
     require_kind(source, "student")
     if source.facts:
         config, routing = DiTConfig(**source.facts["model"]), source.facts["student"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -32,6 +33,17 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient norm was not finite; the weights are those before the step."""
 
 
+class Stopped(SystemExit):
+    """A signal has asked training to stop: what does not catch it ends, with the status of a process that it killed."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(128 + signal)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
 @dataclass(frozen=True)
 class Run:
     """Where a run is kept: <folder>/config.yaml, log.jsonl and checkpoints."""
@@ -53,7 +65,7 @@ class Fitted:
 
     ema: Ema
     log: list[dict[str, float]]  # step (number of updates done), loss, grad_norm, learning_rate, ...
-    step: int  # updates done; fewer than asked for after a SIGTERM
+    step: int  # updates done
 
 
 class Trainer:
@@ -98,25 +110,27 @@ class Trainer:
         preview_every: int = 1,
         on_step: Callable[[int], Any] | None = None,
     ) -> Fitted:
-        """Runs until ``config.steps`` updates are done, or SIGTERM has asked to save and stop.
+        """Runs until ``config.steps`` updates are done.
 
         preview: called every ``preview_every`` >= 1 steps and at the end. on_step: called with the updates done.
+        Raises Stopped, after the step in which SIGTERM or SIGINT came and a checkpoint, also if it was the last step; a
+        second SIGINT does not wait.
         Raises NonFiniteError before the update; <run>/nonfinite-step-N.json then names the samples.
         """
         config, objective, first, started = self.config, self.objective, self.step, time.perf_counter()
-        with sigterm_flag() as terminated, self._lock:
+        with stop_signals() as received, self._lock:
             while self.step < config.steps:
                 for group in self.optimizer.param_groups:
                     group["lr"] = config.learning_rate_at(self.step)
                 self.optimizer.zero_grad(set_to_none=True)
                 batch = objective.batch(self.step, config.batch_size)
-                scalars = self._backward(batch, terminated)
+                scalars = self._backward(batch, received)
                 scalars.update(objective.reduce(), grad_norm=clip_gradients(self.model, config.grad_clip))
                 self._require_finite(scalars, batch)
                 self.optimizer.step()
                 self.ema.update(self.model, self.step)
                 objective.update()
-                stop = scalars.pop("stop") > 0 or self.step + 1 == config.steps
+                stopped = scalars.pop("stop")
                 self.log.add(self.step + 1, {**scalars, "learning_rate": config.learning_rate_at(self.step)})
                 self.step += 1
                 if preview and (self.step % preview_every == 0 or self.step == config.steps):
@@ -125,16 +139,22 @@ class Trainer:
                     now, samples = time.perf_counter(), (self.step - first) * config.batch_size
                     self.log.write(samples / (now - started))
                     first, started = self.step, now
-                if self.run and (self.step % self.execution.save_every == 0 or stop):
+                finished = self.step == config.steps
+                if self.run and (self.step % self.execution.save_every == 0 or stopped or finished):
                     self._save()
                 if on_step:
                     on_step(self.step)
-                if stop:
+                if stopped:
                     break
         self.log.close()
+        if received or self.step < config.steps:  # another rank's signal
+            where = f"{self.run.folder}: " if self.run else ""
+            saved = " and saved; give the command again to continue" if self.run and self.step < config.steps else ""
+            text = f"{where}stopped at step {self.step} of {config.steps}{saved}"
+            raise Stopped(text, received[0] if received else signal.SIGTERM)
         return Fitted(self.ema, self.log.lines, self.step)
 
-    def _backward(self, batch: Tensor, terminated: list[int]) -> dict[str, float]:
+    def _backward(self, batch: Tensor, received: list[int]) -> dict[str, float]:
         """Gradients of the step; the objective's scalars, means over all ranks; "stop" > 0 if any rank must stop."""
         sums: dict[str, Tensor] = {}
         share = 1.0 / self.execution.accumulation
@@ -143,7 +163,7 @@ class Trainer:
                 scalars = self.objective.backward(self.module, micro, share, self.autocast)
             for name, value in scalars.items():
                 sums[name] = sums.get(name, 0.0) + value * share
-        sums["stop"] = torch.full_like(sums["loss"], len(terminated))
+        sums["stop"] = torch.full_like(sums["loss"], float(bool(received)))
         # One collective, and one synchronisation with the device, for all of the objective's scalars.
         return dict(zip(sums, self.process.mean(torch.stack(list(sums.values()))).tolist(), strict=True))
 
@@ -191,7 +211,8 @@ class Trainer:
             **self.objective.tensors(),
         }
         if self.process.is_main:
-            facts = {**self.run.facts, "identity": dict(self.run.identity), "log": self.log.pending()}
+            facts = {**self.run.facts, "steps": self.config.steps, "identity": dict(self.run.identity)}
+            facts["log"] = self.log.pending()
             training_state.save(self.run.checkpoints, self.step, parts, facts, keep_last=self.execution.keep_last)
         self.process.barrier()
 
@@ -281,11 +302,28 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def sigterm_flag() -> Iterator[list[int]]:
-    """A list that SIGTERM appends to, instead of ending the process, while the context is open."""
+def stop_signals() -> Iterator[list[int]]:
+    """A list of the SIGTERMs and SIGINTs received, which do not end the process while the context is open.
+
+    But a second SIGINT does, by KeyboardInterrupt. Signals reach the main thread only: elsewhere the list stays empty.
+    """
     received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    first = math.inf
+
+    def note(number: int, _) -> None:
+        nonlocal first
+        now = time.monotonic()
+        if number == signal.SIGINT and now > first + 1.0:  # torchrun passes on the one that the terminal sent already
+            raise KeyboardInterrupt
+        received.append(number)
+        first = min(first, now)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -10,12 +10,15 @@ flushed and renamed: a folder with a final name is complete. Loading verifies ev
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,9 +33,9 @@ from ard.files import (
     write_tensors,
 )
 
-FORMAT_VERSION = 1
+FORMAT, FORMAT_VERSION = "ard-checkpoint", 1
 CHECKPOINT_NAME = "checkpoint.json"
-_PREFIX = "step-"
+_SUFFIX = ".safetensors"
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 
@@ -50,7 +53,7 @@ class Checkpoint:
         """Tensors of one group, on the CPU."""
         if part not in self.sha256:
             raise ValueError(f"{self.folder} has no {part!r}; expected one of {sorted(self.sha256)}")
-        return load_file(self.folder / f"{part}.safetensors")
+        return load_file(self.folder / f"{part}{_SUFFIX}")
 
 
 def save(folder: Path, step: int, parts: Parts, facts: Mapping[str, Any], *, keep_last: int) -> Checkpoint:
@@ -64,14 +67,14 @@ def save(folder: Path, step: int, parts: Parts, facts: Mapping[str, Any], *, kee
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporary(folder)
     path = _path(folder, step)
-    if path.exists():
+    if path.exists() and is_ours(path):
         remove_folder(path)
     with atomic_folder(path) as temporary:
-        sha256 = {name: write_tensors(temporary / f"{name}.safetensors", parts[name]) for name in parts}
-        content = {"format": "ard-checkpoint", "version": FORMAT_VERSION, "step": step, "facts": facts, "parts": sha256}
+        sha256 = {name: write_tensors(temporary / f"{name}{_SUFFIX}", parts[name]) for name in parts}
+        content = {"format": FORMAT, "version": FORMAT_VERSION, "step": step, "facts": facts, "parts": sha256}
         write_sealed_json(temporary / CHECKPOINT_NAME, content)
     for other in _folders(folder):
-        if other.name > path.name:
+        if _step(other) > step and is_ours(other):
             remove_folder(other)
     tidy(folder, step, keep_last=keep_last)
     return Checkpoint(path, step, dict(facts), sha256)
@@ -80,21 +83,22 @@ def save(folder: Path, step: int, parts: Parts, facts: Mapping[str, Any], *, kee
 def tidy(folder: Path, step: int, *, keep_last: int) -> None:
     """Removes what killed writers have left, and all but the ``keep_last`` newest checkpoints up to ``step``."""
     remove_temporary(folder)
-    upto = [path for path in _folders(folder) if path.name <= _path(folder, step).name]
+    upto = [path for path in _folders(folder) if _step(path) <= step]
     for path in upto[keep_last:]:
-        remove_folder(path)
+        if is_ours(path):
+            remove_folder(path)
 
 
 def verified(folder: Path) -> Checkpoint:
     """The checkpoint in ``folder``. Raises DamagedFile if any byte of any of its files differs or a file is missing."""
     content = read_sealed_json(folder / CHECKPOINT_NAME)
-    if content.get("format") != "ard-checkpoint" or content.get("version") != FORMAT_VERSION:
+    if content.get("format") != FORMAT or content.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"{folder / CHECKPOINT_NAME} says format={content.get('format')!r}, version={content.get('version')!r}; "
-            f"expected 'ard-checkpoint', {FORMAT_VERSION}"
+            f"expected {FORMAT!r}, {FORMAT_VERSION}"
         )
     for name, sha256 in content["parts"].items():
-        path = folder / f"{name}.safetensors"
+        path = folder / f"{name}{_SUFFIX}"
         if not path.is_file():
             raise DamagedFile(f"{path} is missing")
         if file_sha256(path) != sha256:
@@ -107,14 +111,31 @@ def newest(folder: Path) -> Checkpoint | None:
 
     Warns of each newer one that is damaged; raises DamagedFile if all are.
     """
-    candidates = _folders(folder)
-    for path in candidates:
-        try:
-            return verified(path)
-        except DamagedFile as error:
-            warnings.warn(f"checkpoint {path.name} is damaged, falling back to the one before: {error}", stacklevel=2)
-    if candidates:
-        raise DamagedFile(f"{folder}: all {len(candidates)} checkpoints are damaged")
+    found = read_newest(folder, ())
+    return found and found[0]
+
+
+def read_newest(folder: Path, parts: Sequence[str]) -> tuple[Checkpoint, list[dict[str, Tensor]]] | None:
+    """`newest` and the tensors of these groups of it, also while its run is being trained.
+
+    That run may remove a checkpoint while it is read here; then there is a newer one.
+    """
+    candidates, warned = _folders(folder), set()
+    while candidates:
+        for path in candidates:
+            try:
+                checkpoint = verified(path)
+                return checkpoint, [checkpoint.read(part) for part in parts]
+            except (DamagedFile, OSError, RuntimeError, SafetensorError) as error:
+                if not path.exists():
+                    break
+                if path not in warned:
+                    text = f"checkpoint {path.name} is damaged, falling back to the one before: {error}"
+                    warnings.warn(text, stacklevel=2)
+                    warned.add(path)
+        else:
+            raise DamagedFile(f"{folder}: all {len(candidates)} checkpoints are damaged")
+        candidates = _folders(folder)
     return None
 
 
@@ -122,13 +143,35 @@ def remove_all(folder: Path) -> None:
     """Removes every checkpoint in ``folder``, and what killed writers have left there."""
     remove_temporary(folder)
     for path in _folders(folder):
-        remove_folder(path)
+        if is_ours(path):
+            remove_folder(path)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether ``folder`` is a checkpoint that this module wrote, and may remove: it holds nothing else."""
+    files = list(folder.iterdir())
+    names = {file.name for file in files if file.is_file() and not file.is_symlink()}
+    if (
+        folder.is_symlink()
+        or len(names) < len(files)
+        or any(name != CHECKPOINT_NAME and not name.endswith(_SUFFIX) for name in names)
+    ):
+        return False
+    try:
+        return json.loads((folder / CHECKPOINT_NAME).read_bytes())["format"] == FORMAT
+    except (OSError, ValueError, TypeError, KeyError):  # damaged, or lost: then by its other files
+        return {f"model{_SUFFIX}", f"ema{_SUFFIX}"} <= names
 
 
 def _path(folder: Path, step: int) -> Path:
-    return folder / f"{_PREFIX}{step:08d}"
+    return folder / f"step-{step:08d}"
 
 
 def _folders(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    return sorted((path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()), reverse=True)
+    found = (path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

@@ -24,6 +24,7 @@ import pytest
 import torch
 from ard import training_state
 from ard.runlog import read_log
+from ard.train import Stopped
 from fault_runs import (
     SPEC,
     Child,
@@ -153,8 +154,11 @@ def test_a_death_at_any_change_of_a_save_keeps_a_good_checkpoint(tmp_path, damag
     """The save also removes a checkpoint, and, if the newest was damaged, replaces that one."""
     work, start = partial(train, steps=3, keep_last=2), tmp_path / "start"
     train(tmp_path / "undisturbed", steps=3, keep_last=2)
-    train(start, steps=3 if damaged else 2, keep_last=2)
-    if damaged:
+    if not damaged:
+        with pytest.raises(Stopped):
+            train(start, stopping_at({1}), steps=3, keep_last=2)
+    else:
+        train(start, steps=3, keep_last=2)
         damage(start / "checkpoints/step-00000003/model.safetensors")
     folders = deaths(work, start, tmp_path, torn)
     assert len(folders) >= (7 if torn else 40), "a save flushes 6 files and log.jsonl"
@@ -232,9 +236,11 @@ def test_resume_and_resume_of_resume_equal_the_undisturbed_run(tmp_path, save_ev
     """Stopped by SIGTERM, of which the next step takes notice, and by the number of steps asked for."""
     settings = {"save_every": save_every, "keep_last": 1}
     whole = train(tmp_path / "whole", steps=12, **settings)
-    assert train(tmp_path / "parts", stopping_at({2}), steps=12, **settings).step == 3
+    with pytest.raises(Stopped, match=r"parts: stopped at step 3 of 12 and saved; give the command again to continue"):
+        train(tmp_path / "parts", stopping_at({2}), steps=12, **settings)
     assert train(tmp_path / "parts", steps=6, **settings).step == 6
-    assert train(tmp_path / "parts", stopping_at({8, 9}), steps=12, **settings).step == 9
+    with pytest.raises(Stopped, match=r"stopped at step 9 of 12"):
+        train(tmp_path / "parts", stopping_at({8, 9}), steps=12, **settings)
     resumed = toy_trainer(tmp_path / "parts", steps=12, **settings)
     assert resumed.step == 9
     parts = resumed.fit()
@@ -251,22 +257,45 @@ def test_scalars_of_a_preview_survive_until_their_line(tmp_path):
         toy_trainer(folder).fit(preview=preview, preview_every=3, on_step=stopping_at(steps))
 
     previewed(tmp_path / "whole", set())
-    previewed(tmp_path / "parts", {2})
+    with pytest.raises(Stopped):
+        previewed(tmp_path / "parts", {2})
     previewed(tmp_path / "parts", set())
     assert [line.get("distance") for line in read_log(tmp_path / "whole")] == [None, 3.0, 6.0]
     assert snapshot(tmp_path / "parts") == snapshot(tmp_path / "whole")
 
 
-def test_sigterm_saves_and_exits_with_0(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_its_status(tmp_path, number):
     code = f"from fault_runs import train; train(__import__('pathlib').Path({str(tmp_path)!r}), print, steps=10**6)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.Popen([sys.executable, "-uc", code], env=environment, stdout=subprocess.PIPE, text=True)
     for _ in range(3):
         run.stdout.readline()
-    run.terminate()
+    run.send_signal(number)
     last = int(run.communicate(timeout=60)[0].split()[-1])
-    assert run.returncode == 0
+    assert run.returncode == 128 + number
     assert saved_step(tmp_path) == last and litter(tmp_path) == []
+
+
+def test_a_signal_in_the_last_step_stops_what_would_come_next(tmp_path):
+    with pytest.raises(Stopped, match=r"run: stopped at step 3 of 3$"):
+        train(tmp_path / "run", stopping_at({2, 3}), steps=3)
+    assert saved_step(tmp_path / "run") == 3
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    trainer = toy_trainer(tmp_path / "run", steps=10, save_every=100)
+
+    def backward(module, micro, share, context):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(1.1)
+        raise AssertionError("it went on")
+
+    trainer.objective.backward = backward
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert saved_step(tmp_path / "run") == 0 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_toy_is_a_fair_test(tmp_path):

@@ -91,17 +91,19 @@ def test_temporary_litter_is_removed_and_nothing_else(tmp_path):
     file, folder = (writer.__enter__() for writer in writers)  # as if killed inside
     file.write_text("half")
     (folder / "part").write_text("half")
-    (tmp_path / ".tmpAb3dE6").write_text("half")  # so safetensors names its own
+    (tmp_path / ".tmp-mine").write_text("kept")
+    (tmp_path / ".tmp").mkdir()
+    (tmp_path / ".ard-tmp-link").symlink_to(tmp_path / ".tmp")
     remove_temporary(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "kept.json"]
+    assert sorted(os.listdir(tmp_path)) == [".ard-tmp-link", ".hidden", ".tmp", ".tmp-mine", "kept.json"]
 
 
-def test_safetensors_names_its_temporary_files_as_expected(tmp_path, monkeypatch):
-    """`remove_temporary` relies on it."""
+def test_what_safetensors_writes_on_its_way_is_in_our_temporary_folder(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("ard.files.file_sha256", lambda path: seen.append(path) or "")
+    monkeypatch.setattr("ard.files.file_sha256", lambda path: seen.append((path, os.listdir(tmp_path))) or "")
     write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
-    assert seen[0].name.startswith(".tmp") and os.listdir(tmp_path) == ["a.safetensors"]
+    (path, names), *_ = seen
+    assert names == [path.parent.name] and names[0].startswith(".ard-tmp-") and os.listdir(tmp_path) == [path.name]
 
 
 def test_removed_folder_is_gone_with_its_content(tmp_path):

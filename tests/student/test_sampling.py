@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +14,11 @@ import torch
 from ard.images import to_uint8
 from ard.model import DiTConfig
 from ard.parallel import Process
-from ard.sampling import SamplingConfig, parse_classes, sampler, write_samples
+from ard.sampling import LEAST_SHARD, SamplingConfig, parse_classes, sampler, write_samples
 from ard.sources import random_teacher
 from ard.streams import noise_at
 from ard.student import ARDStudent
+from fault_runs import Child, dying
 from safetensors.torch import load_file
 
 
@@ -61,27 +66,58 @@ def test_decoded_latents_are_images(tmp_path):
     def decode(latents):
         return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3).clamp(-1, 1)
 
-    write_samples(student_of(channels=4), tmp_path, SamplingConfig(count=3), decode=decode)
+    codec = SimpleNamespace(decode=decode, fingerprint="twice", downsampling=2)
+    write_samples(student_of(channels=4), tmp_path, SamplingConfig(count=3), codec=codec)
     assert images_of(tmp_path).shape == (3, 8, 8, 3)
 
 
-class OneOfTwo(Process):
-    """A rank of two that run one after the other."""
+FILES = ["grid.png", "sample.json", "samples.npz"]
+MANY = SamplingConfig(count=3 * LEAST_SHARD - 5, batch_size=LEAST_SHARD // 4)
 
-    def barrier(self) -> None:
-        pass
 
-    def gather(self, rows):
-        return rows
+def sample(folder: Path, report: Callable, process: Process | None = None) -> None:
+    write_samples(student_of(), folder, MANY, process=process, on_progress=report)
+
+
+def sample_as(rank: int, meeting: Path, folder: Path, report: Callable) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
+    sample(folder, report, Process(rank, 2))
+    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_write_the_samples_of_one(tmp_path):
-    student, config = student_of(), SamplingConfig(count=7, batch_size=2)
-    write_samples(student, tmp_path / "one", config)
-    for rank in (1, 0):
-        write_samples(student, tmp_path / "two", config, process=OneOfTwo(rank, 2))
-    assert np.abs(images_of(tmp_path / "one") - images_of(tmp_path / "two")).max() <= 1
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["grid.png", "sample.json", "samples.npz"]
+    sample(tmp_path / "one", bool)
+    children = [Child(sample_as, rank, tmp_path / "meeting", tmp_path / "two") for rank in range(2)]
+    assert all(child.kill_after(None)[1] for child in children)
+    assert (tmp_path / "one/samples.npz").read_bytes() == (tmp_path / "two/samples.npz").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == FILES
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_sampling_that_dies_at_any_change_on_disk_goes_on(tmp_path, torn):
+    Child(sample, tmp_path / "whole").kill_after(None)
+    whole, finished, number, first = (tmp_path / "whole/samples.npz").read_bytes(), False, 0, []
+    while not finished:
+        folder = tmp_path / str(number)
+        _, finished = Child(dying, sample, number, torn, folder).kill_after(None)
+        assert finished or not (folder / "sample.json").exists() or (folder / "samples.npz").read_bytes() == whole
+        done: list[int] = []
+        sample(folder, done.append)
+        first.append(done[0])  # what was there before
+        assert (folder / "samples.npz").read_bytes() == whole and sum(done) == MANY.count
+        assert sorted(path.name for path in folder.iterdir()) == FILES
+        number += 1
+    assert number > (5 if torn else 30) and max(first) == MANY.count and first[0] == 0
+
+
+def test_shards_of_other_samples_are_refused(tmp_path):
+    Child(dying, sample, 12, False, tmp_path).kill_after(None)
+    with pytest.raises(ValueError, match=r"\.ard-parts holds samples with seed=0; expected 1"):
+        write_samples(student_of(), tmp_path, replace(MANY, seed=1))
+    other = student_of()
+    other.pos_embed.data.add_(1.0)
+    with pytest.raises(ValueError, match=r"holds samples with weights_sha256="):
+        write_samples(other, tmp_path, MANY)
 
 
 def test_bf16_sampling_stays_near(tmp_path):

@@ -176,12 +176,28 @@ def test_too_little_space_is_refused_before_anything_is_written(tmp_path, monkey
     generate_store(tmp_path / "store", SPEC, FakeTeacher())  # the last shard alone
 
 
-def test_shards_of_an_unknown_spec_are_made_again(tmp_path):
+def test_shards_of_an_unknown_spec_are_not_touched(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         generate_store(tmp_path, SPEC, FakeTeacher(fail_after=12), batch_size=4)
     (tmp_path / MANIFEST_NAME).unlink()
-    store = generate_store(tmp_path, replace(SPEC, seed=8), FakeTeacher())
-    assert torch.equal(store.read("noise", torch.arange(23)), noise_at(8, range(23), (1, 4, 4)))
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"holds shard-00000.json and no manifest.json; expected a store or a new"):
+        generate_store(tmp_path, replace(SPEC, seed=8), FakeTeacher())
+    assert snapshot(tmp_path) == before
+
+
+def test_files_of_others_with_names_like_ours_stay(tmp_path):
+    """The user's own notes beside the shards, and a symlink with the prefix of our temporary folders."""
+    with pytest.raises(KeyboardInterrupt):
+        generate_store(tmp_path / "store", SPEC, FakeTeacher(fail_after=12), batch_size=4)
+    (tmp_path / "elsewhere").mkdir()
+    theirs = [tmp_path / "store" / name for name in ("shard-notes.json", ".tmp-notes", ".tmpAb3dE6")]
+    for path in theirs:
+        path.write_text("mine")
+    theirs.append(tmp_path / "store/.ard-tmp-link")
+    theirs[-1].symlink_to(tmp_path / "elsewhere")
+    generate_store(tmp_path / "store", SPEC, FakeTeacher())
+    assert all(path.exists() for path in theirs) and theirs[-1].is_symlink()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from ard import training_state
 from ard.files import DamagedFile, file_sha256, write_sealed_json
 from ard.training_state import CHECKPOINT_NAME
-from fault_runs import damages, litter, rewrite, snapshot, toy_trainer, train
+from fault_runs import SAVES, Child, damages, litter, rewrite, save_many, snapshot, toy_trainer, train
 
 FILES = ["checkpoint.json", *(f"{part}.safetensors" for part in ("model", "ema", "optimizer", "rng", "objective"))]
 
@@ -135,14 +135,33 @@ def test_failed_save_leaves_the_checkpoints_as_they_were(tmp_path):
     assert snapshot(tmp_path) == before and litter(tmp_path) == []
 
 
-def test_litter_of_a_process_with_the_same_number_is_no_obstacle(tmp_path):
-    """In containers every run may have the process number 1."""
+def test_what_a_killed_save_has_left_goes_and_what_others_have_put_there_stays(tmp_path):
     for step in (1, 2):
         training_state.save(tmp_path, step, {"a": {}}, {}, keep_last=2)
-    for name in ("step-00000001", "step-00000002", "step-00000003"):
-        (tmp_path / f".tmp-{name}.{os.getpid()}" / "below").mkdir(parents=True)
-    shutil.copytree(tmp_path, tmp_path.with_name("saved"))
-    training_state.save(tmp_path.with_name("saved"), 3, {"a": {}}, {}, keep_last=1)
-    assert os.listdir(tmp_path.with_name("saved")) == ["step-00000003"]
+    (tmp_path / ".ard-tmp-x/step-00000003").mkdir(parents=True)
+    theirs = ["step-00000000", "step-7", "step-best", "step-00000005"]
+    for name in theirs:
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000000/notes.txt").write_text("mine")
+    (tmp_path / "step-00000005/model.safetensors").write_text("mine")
+    (tmp_path / "step-00000006").symlink_to(tmp_path / "step-00000002")
+    theirs.append("step-00000006")
+    training_state.save(tmp_path, 3, {"a": {}}, {}, keep_last=1)
+    assert sorted(os.listdir(tmp_path)) == sorted([*theirs, "step-00000003"])
     training_state.remove_all(tmp_path)
-    assert os.listdir(tmp_path) == []
+    assert sorted(os.listdir(tmp_path)) == sorted(theirs)
+    with pytest.raises(FileExistsError, match=r"step-00000005 exists; expected a new folder"):
+        training_state.save(tmp_path, 5, {"a": {}}, {}, keep_last=1)
+
+
+def test_a_run_in_training_can_be_read_at_any_moment(tmp_path):
+    """One checkpoint is kept: between its listing and its reading it may be gone, and a newer one there."""
+    saving = Child(save_many, tmp_path)
+    seen, ended = set(), False
+    while not ended:
+        ended = not saving.alive()
+        if found := training_state.read_newest(tmp_path, ["a"]):
+            checkpoint, (tensors,) = found
+            assert torch.equal(tensors["x"], torch.full((1 << 15,), float(checkpoint.step)))
+            seen.add(checkpoint.step)
+    assert saving.kill_after(None)[1] and max(seen) == SAVES and len(seen) > 20
