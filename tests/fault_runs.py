@@ -12,6 +12,7 @@ import random
 import signal
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from ard import training_state
 from ard.files import read_sealed_json
@@ -34,7 +36,7 @@ from torch import Tensor, nn
 Report = Callable[[Any], Any]
 
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["torch._dynamo", "torch.distributed", "ard.train", "ard.store", "pytest"])
+_FORK.set_forkserver_preload(["torch._dynamo", "torch.distributed", "ard.demo", "ard.cli", "pytest"])
 
 SPEC = StoreSpec(
     count=23,
@@ -84,6 +86,16 @@ def toy_trainer(folder: Path | None, steps: int = 6, *, save_every=1, keep_last=
 def train(folder: Path, report: Report = bool, **settings) -> Fitted:
     """Trains a toy to the end; reports the updates done after each, when its checkpoint is saved."""
     return toy_trainer(folder, **settings).fit(on_step=report)
+
+
+@pytest.fixture
+def in_memory(tmp_path):
+    """In place of tmp_path: for a killed process, unlike for a machine without power, fsyncs would prove nothing."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
 
 
 SAVES = 200
@@ -186,6 +198,15 @@ class Child:
         if self._process.exitcode not in (0, -signal.SIGKILL):
             raise RuntimeError(f"the child has failed with exit code {self._process.exitcode}")
         return reports, self._process.exitcode == 0
+
+    def end(self, seconds: float | None, number: int) -> int:
+        """Its exit status; the signal is sent after so many seconds, if it is still there. None: waits for its end."""
+        self._process.join(seconds)
+        if self._process.is_alive():
+            os.kill(self._process.pid, number)
+        self._process.join(60)
+        assert not self._process.is_alive(), f"signal {number} did not end it"
+        return self._process.exitcode
 
     def alive(self) -> bool:
         return self._process.is_alive()

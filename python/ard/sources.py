@@ -45,7 +45,7 @@ def open_source(path: str | Path, weights: str = "ema", *, unfinished: bool = Fa
         raise FileNotFoundError(f"{path} does not exist; expected a run, a checkpoint or a file of weights")
     if path.is_file():
         return _source(path, read_state(path), {})
-    if (path / "checkpoints").is_dir():
+    if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
         found = training_state.read_newest(path / "checkpoints", [weights])
         if found is None:
             raise FileNotFoundError(f"{path} is a run without a checkpoint so far")

@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from fault_runs import (
     finished_samples,
     generate,
     generate_as,
+    in_memory,
     litter,
     snapshot,
     toy_trainer,
@@ -42,17 +42,7 @@ from fault_runs import (
 KILLS = [50, pytest.param(200, marks=pytest.mark.slow)]
 
 
-MEMORY = Path("/dev/shm")
-
-
-@pytest.fixture
-def tmp_path(tmp_path):
-    """In memory: for a killed process, unlike for a machine without power, thousands of fsyncs would prove nothing."""
-    if not os.access(MEMORY, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        yield Path(folder)
+tmp_path = in_memory
 
 
 def saved_step(folder: Path) -> int:
