@@ -23,7 +23,7 @@ from ard.recipe import ExecutionConfig, GanConfig, TrainConfig
 from ard.sources import random_teacher, state_sha256
 from ard.store import StoreSpec, TrajectoryStore, generate_store
 from ard.student import ARDStudent
-from ard.train import NonFiniteError, Run, Trainer
+from ard.train import NonFiniteError, Run, Stopped, Trainer
 from torch import Tensor
 
 MODEL = DiTConfig(
@@ -138,7 +138,7 @@ def run_case(case: Case, folder: Path, process: Process | None = None) -> Traine
 
     try:
         trainer.fit(on_step=hold if "hold" in case else None)
-    except NonFiniteError as error:
+    except (NonFiniteError, Stopped) as error:
         facts["error"] = str(error)
     facts["last_generator"] = torch.get_rng_state().tolist()
     facts |= {"step": trainer.step, "seen": trainer.objective.seen, "sharded": shares(trainer)}

@@ -248,6 +248,7 @@ def test_sigterm_saves_on_all_ranks_and_the_run_continues(runs, name, reference,
     """The signal comes after ``HELD`` updates; in the next the ranks agree to stop."""
     saved = verified(runs.path(name) / "checkpoints" / f"step-{HELD + 1:08d}")
     assert [seen["step"] for seen in runs.seen(name)] == [saved.step] * 2
+    assert all(f"stopped at step {saved.step} of {STEPS} and saved" in seen["error"] for seen in runs.seen(name))
     run_case({"name": name} | ALONE[reference], runs.folder)
     runs.assert_same(name, reference, bound)
     assert runs.order(name) == runs.order(reference)
