@@ -101,10 +101,13 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         raise ValueError(
             f"frechet_distance: b has {b.mean_F.numel()} features; expected {a.mean_F.numel()}, the number a has"
         )
-    eigenvalues_F, vectors_FF = torch.linalg.eigh(a.covariance_FF)
-    root_a_FF = (vectors_FF * eigenvalues_F.clamp(min=0.0).sqrt()) @ vectors_FF.T
-    product_FF = root_a_FF @ b.covariance_FF @ root_a_FF
-    product_eigenvalues_F = torch.linalg.eigvalsh((product_FF + product_FF.T) / 2)
+    try:
+        eigenvalues_F, vectors_FF = torch.linalg.eigh(a.covariance_FF)
+        root_a_FF = (vectors_FF * eigenvalues_F.clamp(min=0.0).sqrt()) @ vectors_FF.T
+        product_FF = root_a_FF @ b.covariance_FF @ root_a_FF
+        product_eigenvalues_F = torch.linalg.eigvalsh((product_FF + product_FF.T) / 2)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError("frechet_distance: the covariances have no eigenvalues; expected moderate numbers") from error
     trace_root = product_eigenvalues_F.clamp(min=0.0).sqrt().sum()
     distance = (
         (a.mean_F - b.mean_F).square().sum()

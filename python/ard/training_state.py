@@ -10,13 +10,13 @@ flushed and renamed: a folder with a final name is complete. Loading verifies ev
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ard.files import (
@@ -24,6 +24,7 @@ from ard.files import (
     atomic_folder,
     file_sha256,
     read_sealed_json,
+    read_tensors,
     remove_folder,
     remove_temporary,
     write_sealed_json,
@@ -50,7 +51,7 @@ class Checkpoint:
         """Tensors of one group, on the CPU."""
         if part not in self.sha256:
             raise ValueError(f"{self.folder} has no {part!r}; expected one of {sorted(self.sha256)}")
-        return load_file(self.folder / f"{part}.safetensors")
+        return read_tensors(self.folder / f"{part}.safetensors")
 
 
 def save(folder: Path, step: int, parts: Parts, facts: Mapping[str, Any], *, keep_last: int) -> Checkpoint:
@@ -93,13 +94,17 @@ def verified(folder: Path) -> Checkpoint:
             f"{folder / CHECKPOINT_NAME} says format={content.get('format')!r}, version={content.get('version')!r}; "
             f"expected 'ard-checkpoint', {FORMAT_VERSION}"
         )
-    for name, sha256 in content["parts"].items():
+    step, facts, parts = (content.get(name) for name in ("step", "facts", "parts"))
+    plain = type(step) is int and step >= 0 and isinstance(facts, dict) and isinstance(parts, dict)
+    if not plain or not all(re.fullmatch(r"\w+", name) and isinstance(parts[name], str) for name in parts):
+        raise DamagedFile(f"{folder / CHECKPOINT_NAME}: expected a step, facts, and parts by plain names")
+    for name, sha256 in parts.items():
         path = folder / f"{name}.safetensors"
         if not path.is_file():
             raise DamagedFile(f"{path} is missing")
         if file_sha256(path) != sha256:
             raise DamagedFile(f"{path}: sha256 differs from {CHECKPOINT_NAME}")
-    return Checkpoint(folder, content["step"], content["facts"], content["parts"])
+    return Checkpoint(folder, step, facts, parts)
 
 
 def newest(folder: Path) -> Checkpoint | None:

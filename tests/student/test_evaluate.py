@@ -184,7 +184,7 @@ def statistics_file(path, mu, sigma):
         (np.zeros(16), None, r"bad.npz: has no sigma"),
         (None, np.eye(16), r"bad.npz: has no mu"),
         (np.full(16, np.nan), np.eye(16), r"bad.npz: mu or sigma hold NaN or infinity"),
-        (np.array([None]), np.eye(1), r"allow_pickle=False"),
+        (np.array([None]), np.eye(1), r"mu is object \(1,\), a pickle"),
     ],
 )
 def test_bad_statistics_are_refused(tmp_path, mu, sigma, message):

@@ -160,7 +160,7 @@ def test_bad_labels_and_bad_files_are_refused(tmp_path):
     for labels, message in (
         (np.zeros(3, int), r"arr_1 is int64 \(3,\); expected integer labels \(2,\)"),
         (np.zeros(2), r"arr_1 is float64 \(2,\)"),
-        (np.array([None, None]), r"allow_pickle=False"),
+        (np.array([None, None]), r"arr_1 is object \(2,\), a pickle"),
     ):
         np.savez(path, random_images(2, 2, 2, 3), labels)
         with pytest.raises(ValueError, match=message):
@@ -179,7 +179,7 @@ def test_an_array_shorter_than_its_header_is_refused(tmp_path):
         content = archive.read("arr_0.npy")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", content[:-60])
-    with pytest.raises(ValueError, match=r"short.npz: arr_0 ends in image 1; expected 3 images"):
+    with pytest.raises(ValueError, match=r"short.npz: arr_0 says uint8 \(3, 4, 4, 3\), 144 bytes; expected the 84"):
         list(iterate_npz(path, 2))
 
 
