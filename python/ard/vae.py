@@ -22,6 +22,7 @@ from ard.files import file_sha256, shown, whole_tensors
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # by content, whatever the name ends in
 _MOST_LAYERS = 100  # of an autoencoder; the published one has 8
 LARGEST_IMAGE = 1 << 26  # pixels, of a file and of what is made of it: 256 MiB each
+LARGEST_ASPECT = 100  # long side over short side
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
@@ -158,23 +159,24 @@ def load_image(path: str | os.PathLike, size: int) -> Tensor:
     side is at least 2 * size, then bicubic to short side = size, then the centre.
     Only what PNG, JPEG, WEBP or BMP is by its content is read; of an animation, the first picture.
     Raises ValueError for a file that is no such image or not whole, one of more than 8 bits per channel, and, before
-    its pixels are read, one of more than LARGEST_IMAGE pixels, as it is or with short side = size.
+    its pixels are read, one of more than LARGEST_IMAGE pixels, as it is or with short side = size, or longer than
+    LARGEST_ASPECT times its width, or the other way round.
     """
     if size < 1:
         raise ValueError(f"load_image: size is {size}; expected at least 1")
     with open(path, "rb") as file:
         try:
             image = Image.open(file, formats=IMAGE_FORMATS)
-            pixels = _pixels(image.size, size)
-            if pixels <= LARGEST_IMAGE:
+            fits = _fits(image.size, size)
+            if fits:
                 image.load()
         except Exception as error:  # of many kinds, according to the format and the byte that is wrong
             formats = ", ".join(IMAGE_FORMATS)
             raise ValueError(f"load_image: {path} is not a whole image, {formats} ({shown(str(error))})") from error
-    if pixels > LARGEST_IMAGE:
+    if not fits:
         raise ValueError(
-            f"load_image: {path} has {image.width} x {image.height} pixels, {pixels} as it is or scaled to {size}; "
-            f"expected at most {LARGEST_IMAGE}"
+            f"load_image: {path} has {image.width} x {image.height} pixels; expected at most {LARGEST_IMAGE}, as it is "
+            f"and with short side {size}, and sides of at most {LARGEST_ASPECT} : 1"
         )
     if image.mode not in _EIGHT_BIT_MODES:
         raise ValueError(f"load_image: {path} has mode {image.mode}; expected 8 bits per channel")
@@ -188,10 +190,9 @@ def load_image(path: str | os.PathLike, size: int) -> Tensor:
     return torch.from_numpy(pixels_hwc / 127.5 - 1.0).permute(2, 0, 1).contiguous()
 
 
-def _pixels(sides: tuple[int, int], size: int) -> int:
-    """Most pixels at any time, of an image with these sides scaled to short side = size."""
+def _fits(sides: tuple[int, int], size: int) -> bool:
     short, long = sorted(sides)
-    return max(short * long, math.ceil(size * size * long / max(short, 1)))
+    return long <= LARGEST_ASPECT * short and max(short, size * size / short) * long <= LARGEST_IMAGE
 
 
 def _require_bounded(model: type, content: dict, folder: Path) -> None:
