@@ -214,6 +214,8 @@ def whole_tensors(path: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise DamagedFile(f"{path} is not a whole safetensors file ({_first_line(error)})") from error
+    except RuntimeError as error:  # PyTorch's, where the file exceeds what may be mapped
+        raise OSError(f"{path} cannot be opened ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -179,6 +179,8 @@ def _open_npz(path: Path):
             yield archive
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError) as error:
         raise ValueError(f"{Path(path).name}: not an .npz file, or not a whole one ({error})") from error
+    except OSError as error:  # a place beyond the file is sought; an error of the disk names no file either
+        raise ValueError(f"{Path(path).name}: cannot be read ({error})") from error
 
 
 def _array_names(archive: zipfile.ZipFile) -> tuple[str, ...]:

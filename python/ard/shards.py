@@ -230,7 +230,7 @@ class ShardedStore:
         self._count, self._shard_size = self.spec.count, self.spec.shard_size
         self._require_all()
         self._maps: dict[tuple[int, str], Tensor] = {}
-        self.names = tuple(self.spec.tensors(0))
+        self.names = tuple(sorted(self.spec.tensors(0)))
         if broken := [error for shard in range(len(self.shards)) if (error := self._header_error(shard))]:
             more = f", as {len(broken) - 1} more are" if len(broken) > 1 else ""
             raise DamagedFile(f"{broken[0]}{more}; remove such files and run the generation again")

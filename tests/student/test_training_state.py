@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from ard import training_state
-from ard.files import DamagedFile, file_sha256, write_sealed_json
+from ard.files import DamagedFile, file_sha256, read_sealed_json, write_sealed_json
 from ard.training_state import CHECKPOINT_NAME
 from fault_runs import damages, litter, rewrite, snapshot, toy_trainer, train
 
@@ -146,3 +146,16 @@ def test_litter_of_a_process_with_the_same_number_is_no_obstacle(tmp_path):
     assert os.listdir(tmp_path.with_name("saved")) == ["step-00000003"]
     training_state.remove_all(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"parts": {"../model": "0" * 64}}, {"parts": ["model"]}, {"parts": {"model": 1}}, {"step": "1"}, {"step": -1},
+     {"step": True}, {"facts": []}, {"facts": None}],
+)  # fmt: skip
+def test_content_of_another_kind_is_damage_whatever_its_sha256(tmp_path, changes):
+    folder = training_state.save(tmp_path, 1, {"model": {"a": torch.zeros(1)}}, {}, keep_last=1).folder
+    content = read_sealed_json(folder / CHECKPOINT_NAME)
+    write_sealed_json(folder / CHECKPOINT_NAME, {**content, **changes})
+    with pytest.raises(DamagedFile, match=r"checkpoint\.json: expected a step, facts, and parts by plain names"):
+        training_state.verified(folder)
