@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -27,16 +29,26 @@ def latents(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of the posterior's noise.")] = 0,
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    skip_damaged: Annotated[
+        bool,
+        typer.Option(
+            "--skip-damaged",
+            help="Try every image first and leave out those that cannot be read, listed in skipped.json in the store.",
+        ),
+    ] = False,
     device: Device = None,
 ) -> None:
-    """Encode an image folder once through a VAE; run again after a kill to finish it."""
-    from ard.latents import encode_folder
+    """Encode an image folder (PNG, JPEG, WEBP, BMP) once through a VAE; run again after a kill to finish it."""
+    from ard.latents import SKIPPED_NAME, damaged_images, encode_folder
     from ard.parallel import PATIENT, started
     from ard.vae import LatentCodec, image_files
 
     with refusals(), started(device, PATIENT) as process:
-        codec = LatentCodec(vae, device=process.device)
-        with progress_bar("latents", len(image_files(images)), process.is_main) as advance:
+        codec, files, skip = LatentCodec(vae, device=process.device), image_files(images), None
+        if skip_damaged:
+            with progress_bar("images", len(files), process.is_main) as advance:
+                skip = damaged_images(images, size, process, advance)
+        with progress_bar("latents", len(files) - len(skip or ()), process.is_main) as advance:
             store = encode_folder(
                 images,
                 codec,
@@ -46,11 +58,13 @@ def latents(
                 seed=seed,
                 dtype=dtype,
                 batch_size=batch_size,
+                skip=skip,
                 process=process,
                 on_progress=advance,
             )
         if process.is_main:
-            typer.echo(f"{out}: {len(store)} latents of shape {tuple(store.spec.image_shape)}")
+            skipped = f"; {len(skip)} images skipped, see {out / SKIPPED_NAME}" if skip else ""
+            typer.echo(f"{out}: {len(store)} latents of shape {tuple(store.spec.image_shape)}{skipped}")
 
 
 @app.command()
@@ -115,6 +129,7 @@ def evaluate(
 ) -> None:
     """Frechet distance, precision and recall of samples; called FID-50k only where it is."""
     from ard.evaluate import evaluate as score
+    from ard.evaluate import samples_file
     from ard.features import load_features
     from ard.files import write_json
     from ard.parallel import started
@@ -123,10 +138,10 @@ def evaluate(
         if not process.is_main:
             return
         if samples.is_dir():
-            samples = samples / json.loads((samples / "sample.json").read_text())["file"]
-        against = write_digits(samples.parent / "digits.npz") if reference == "digits" else Path(reference)
+            samples = samples_file(samples)
         extractor = load_features(features, device=process.device, weights=feature_weights)
-        result = score(samples, against, features=extractor, batch_size=batch_size, neighbours=neighbours)
+        with reference_file(reference) as against:
+            result = score(samples, against, features=extractor, batch_size=batch_size, neighbours=neighbours)
         path = out or samples.parent / "evaluate.json"
         write_json(path, result)
     for name, value in result["metrics"].items():
@@ -154,6 +169,16 @@ def export(
         recipe = read_recipe(config) if config else None
         settings = {"weights": weights, "unfinished": unfinished, "recipe": recipe, "segment": segment}
         typer.echo(export_weights(source, out, to=to, **settings))
+
+
+@contextmanager
+def reference_file(reference: str) -> Iterator[Path]:
+    """The file of this path; for "digits", a temporary one, which does not stay."""
+    if reference != "digits":
+        yield Path(reference)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield write_digits(Path(folder) / "digits.npz")
 
 
 def write_digits(path: Path) -> Path:

@@ -7,9 +7,8 @@ from pathlib import Path
 from ard.checkpoint import infer_config
 from ard.exchange import save_diffusers, segment_teacher_state
 from ard.files import write_tensors
-from ard.model import DiTConfig
 from ard.recipe import Recipe
-from ard.sources import open_source
+from ard.sources import model_config, open_source, require_config
 
 TARGETS = ("public", "diffusers")
 
@@ -50,7 +49,9 @@ def export_weights(
         )
     state = segment_teacher_state(opened.state, segment) if student else dict(opened.state)
     if opened.facts:
-        config = DiTConfig(**opened.facts["model"])
+        said = model_config(opened)
+        config = infer_config(state, num_heads=said.num_heads, input_size=said.input_size)
+        require_config(opened, config, said)
     elif recipe:
         config = infer_config(state, num_heads=recipe.model.num_heads)
     else:

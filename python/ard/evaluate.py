@@ -11,6 +11,7 @@ A file is read batch by batch: memory is one batch, (F, F) sums, and the feature
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ard.features import INCEPTION, Features
-from ard.files import atomic_path, file_sha256
-from ard.images import from_uint8, iterate_npz, npz_names, read_header, read_labels
+from ard.files import atomic_path, file_sha256, json_text, parse_json, shown, whole_tensors
+from ard.images import LARGEST_BATCH, from_uint8, iterate_npz, npz_names, read_array, read_header, read_labels
 from ard.metrics import FeatureAccumulator, FeatureStatistics, class_consistency, frechet_distance, precision_recall
 
 FID_50K_COUNT = 50_000
@@ -61,7 +62,7 @@ def evaluate(
                     precision_recall_reason, null or why there is no precision and recall
 
     samples, reference: files as in the module's docstring; the samples must be images.
-    batch_size: images per call of the extractor.
+    batch_size: images per call of the extractor, at most; LARGEST_BATCH values bound it too.
     neighbours: k of `precision_recall`.
     precision_recall_max: precision and recall take at most so many images of each file, evenly spaced over it.
     Raises ValueError, before any feature is computed, for less than 2 images, no more than ``neighbours`` where
@@ -150,6 +151,19 @@ def write_statistics(path: Path, images: Path, *, features: Features, batch_size
     return statistics
 
 
+def samples_file(folder: Path) -> Path:
+    """The file that sample.json in a folder of `ard sample` names: one in that folder, by a plain name."""
+    path = folder / "sample.json"
+    try:
+        content = parse_json(json_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({str(error)[:200]})") from error
+    name = content.get("file") if isinstance(content, dict) else None
+    if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+        raise ValueError(f"{path}: file is {shown(name)}; expected the name of a file in this folder")
+    return folder / name
+
+
 def open_images(path: Path) -> ImageFile:
     """Opens a file of images; ValueError for other suffixes, missing or wrong arrays."""
     path = Path(path)
@@ -169,17 +183,19 @@ def open_images(path: Path) -> ImageFile:
 
 
 def _open_safetensors(path: Path) -> ImageFile:
-    with safe_open(path, framework="pt") as tensors:
+    with whole_tensors(path), safe_open(path, framework="pt") as tensors:
         names = set(tensors.keys())
         if "images" not in names:
             raise ValueError(
-                f"{path.name}: holds {', '.join(sorted(names)) or 'nothing'}; expected images (N, c, h, w)"
+                f"{path.name}: holds {', '.join(sorted(names))[:200] or 'nothing'}; expected images (N, c, h, w)"
             )
         images = tensors.get_slice("images")
         shape, dtype = tuple(images.get_shape()), images.get_dtype()
-        labels_N = tensors.get_tensor("labels") if "labels" in names else None
+        labels_N = tensors.get_tensor("labels") if "labels" in names else None  # mapped, not read
     if len(shape) != 4 or 0 in shape or dtype not in ("F64", "F32", "F16", "BF16"):
         raise ValueError(f"{path.name}: images are {dtype} {shape}; expected floating point (N, c, h, w), N >= 1")
+    if math.prod(shape[1:]) > LARGEST_BATCH:
+        raise ValueError(f"{path.name}: images are {shape}; expected at most {LARGEST_BATCH} values an image")
     if labels_N is not None and (labels_N.shape != shape[:1] or labels_N.dtype not in (torch.int32, torch.int64)):
         raise ValueError(
             f"{path.name}: labels are {labels_N.dtype} {tuple(labels_N.shape)}; expected int64 ({shape[0]},)"
@@ -187,9 +203,9 @@ def _open_safetensors(path: Path) -> ImageFile:
 
     def batches(batch_size: int) -> Iterator[Tensor]:
         with safe_open(path, framework="pt") as tensors:
-            images = tensors.get_slice("images")
-            for first in range(0, shape[0], batch_size):
-                yield images[first : first + batch_size]
+            images, rows = tensors.get_slice("images"), min(batch_size, LARGEST_BATCH // math.prod(shape[1:]))
+            for first in range(0, shape[0], rows):
+                yield images[first : first + rows]
 
     return ImageFile(path, shape[0], shape[1:], labels_N, batches)
 
@@ -200,12 +216,22 @@ def _open_reference(path: Path, features: Features) -> tuple[FeatureStatistics |
     names = npz_names(path)
     if "mu" not in names and "sigma" not in names:
         return None, open_images(path)
-    with np.load(path, allow_pickle=False) as arrays:
-        if missing := {"mu", "sigma"} - set(names):
-            raise ValueError(f"{path.name}: has no {missing.pop()}; expected mu and sigma, or arr_0 alone")
-        mean_F, covariance_FF = (torch.from_numpy(np.asarray(arrays[name])) for name in ("mu", "sigma"))
-        count = int(arrays["count"]) if "count" in names else None
-        made_by = str(arrays["features"]) if "features" in names else features.name
+    if missing := {"mu", "sigma"} - set(names):
+        raise ValueError(f"{path.name}: has no {missing.pop()}; expected mu and sigma, or arr_0 alone")
+    arrays = {name: read_array(path, name) for name in ("mu", "sigma", "count", "features") if name in names}
+    kinds = {"mu": "f", "sigma": "f", "count": "iu", "features": "U"}
+    for name, array in arrays.items():
+        if array.dtype.kind not in kinds[name] or (
+            name in ("count", "features") and (array.shape or array.nbytes > 4096)
+        ):
+            raise ValueError(
+                f"{path.name}: {name} is {array.dtype} {array.shape}; expected what `write_statistics` writes"
+            )
+    mean_F, covariance_FF = (torch.from_numpy(arrays[name].astype(np.float64, copy=False)) for name in ("mu", "sigma"))
+    count = int(arrays["count"]) if "count" in arrays else None
+    made_by = str(arrays["features"]) if "features" in arrays else features.name
+    if count is not None and count < 2:
+        raise ValueError(f"{path.name}: count is {count}; expected at least 2")
     if mean_F.ndim != 1 or covariance_FF.shape != (len(mean_F), len(mean_F)):
         raise ValueError(
             f"{path.name}: mu and sigma have shapes {tuple(mean_F.shape)} and {tuple(covariance_FF.shape)}; "
@@ -214,8 +240,8 @@ def _open_reference(path: Path, features: Features) -> tuple[FeatureStatistics |
     if not torch.isfinite(mean_F).all() or not torch.isfinite(covariance_FF).all():
         raise ValueError(f"{path.name}: mu or sigma hold NaN or infinity; expected finite values")
     if made_by != features.name:
-        raise ValueError(f"{path.name}: statistics of features {made_by!r}; expected {features.name!r}")
-    statistics = FeatureStatistics(mean_F.double(), covariance_FF.double(), count)
+        raise ValueError(f"{path.name}: statistics of features {shown(made_by)}; expected {features.name!r}")
+    statistics = FeatureStatistics(mean_F, covariance_FF, count)
     return statistics, open_images(path) if "arr_0" in names else None
 
 

@@ -17,17 +17,14 @@ Two numbers of their class are not weights and differ from the release, see `use
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ard.files import atomic_folder, write_json, write_tensors
+from ard.files import atomic_folder, json_text, parse_json, read_tensors, shown, write_json, write_tensors
 from ard.model import DiT, DiTConfig, sincos_position_embedding
 from ard.student import final_layer_name
 
@@ -57,6 +54,8 @@ _SIZES = (
     "patch_size",
     "num_embeds_ada_norm",
 )
+_PATCHES = "pos_embed.proj.weight"
+_LARGEST_SIZE, _LARGEST_POSITIONS = 1 << 20, 1 << 25  # of a config; of the computed table, 160 x 160 for DiT-XL
 _NAMES_SHOWN = 8
 
 
@@ -112,6 +111,7 @@ def from_diffusers(tensors: Mapping[str, Tensor], config_json: Mapping) -> tuple
     copies of the embedders differ.
     """
     config = _read_config(config_json)
+    _require_sizes(tensors, config)
     shapes = _public_shapes(config)
     parts_of, copies_of = _parts(config.depth), _copies(config.depth)
     expected = {copy: shapes[name] for name, copies in copies_of.items() for copy in copies}
@@ -154,10 +154,7 @@ def load_diffusers(folder: str | os.PathLike) -> tuple[dict[str, Tensor], DiTCon
     content = read_json(folder / "config.json")
     tensors: dict[str, Tensor] = {}
     for path, names in weight_files(folder).items():
-        try:
-            loaded = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"load_diffusers: {path} is not a whole safetensors file ({error})") from error
+        loaded = read_tensors(path)
         if names is not None and (odd := sorted(names ^ loaded.keys())):
             raise ValueError(f"load_diffusers: {path} and {INDEX_NAME} disagree about {_listing(odd)}")
         tensors.update(loaded)
@@ -245,7 +242,7 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
 def read_json(path: Path) -> dict:
     """The JSON object in a file."""
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(json_text(path))
     except ValueError as error:
         raise ValueError(f"diffusers folder: {path} is not JSON ({error})") from error
     if not isinstance(content, dict):
@@ -288,24 +285,27 @@ def _copies(depth: int) -> dict[str, list[str]]:
 def _read_config(content: Mapping) -> DiTConfig:
     class_name = content.get("_class_name")
     if class_name not in (CLASS_NAME, _LEGACY_CLASS_NAME):
-        raise ValueError(f"from_diffusers: _class_name is {class_name!r}; expected {CLASS_NAME!r}")
+        raise ValueError(f"from_diffusers: _class_name is {shown(class_name)}; expected {CLASS_NAME!r}")
     if missing := [key for key in (*_SIZES, *_FIXED) if key not in content]:
         raise ValueError(f"from_diffusers: config lacks {_listing(missing)}")
     for key, value in _FIXED.items():
         if content[key] != value:
-            raise ValueError(f"from_diffusers: {key} is {content[key]!r}; expected {value!r}")
+            raise ValueError(f"from_diffusers: {key} is {shown(content[key])}; expected {value!r}")
     for key in _SIZES:
-        if type(content[key]) is not int or content[key] < 1:
-            raise ValueError(f"from_diffusers: {key} is {content[key]!r}; expected an integer of at least 1")
+        if type(content[key]) is not int or not 1 <= content[key] <= _LARGEST_SIZE:
+            found = shown(content[key])
+            raise ValueError(
+                f"from_diffusers: {key} is {found}; expected an integer of at least 1 and at most {_LARGEST_SIZE}"
+            )
     norm_eps = content.get("norm_eps", _DEFAULT_NORM_EPS)
     if norm_eps not in (_NORM_EPS, _DEFAULT_NORM_EPS):
-        raise ValueError(f"from_diffusers: norm_eps is {norm_eps!r}; expected {_NORM_EPS} or {_DEFAULT_NORM_EPS}")
+        raise ValueError(f"from_diffusers: norm_eps is {shown(norm_eps)}; expected {_NORM_EPS} or {_DEFAULT_NORM_EPS}")
     in_channels = content["in_channels"]
     out_channels = content.get("out_channels")
     out_channels = in_channels if out_channels is None else out_channels
     if out_channels not in (in_channels, 2 * in_channels):
         raise ValueError(
-            f"from_diffusers: out_channels is {out_channels!r}; expected {in_channels} (epsilon) or "
+            f"from_diffusers: out_channels is {shown(out_channels)}; expected {in_channels} (epsilon) or "
             f"{2 * in_channels} (epsilon and sigma)"
         )
     return DiTConfig(
@@ -320,6 +320,21 @@ def _read_config(content: Mapping) -> DiTConfig:
         learn_sigma=out_channels == 2 * in_channels,
         frequency_embedding_size=_FREQUENCY_SIZE,
     )
+
+
+def _require_sizes(tensors: Mapping[str, Tensor], config: DiTConfig) -> None:
+    """Sizes that the tensors bear out, before a model of these sizes is built on shapes alone."""
+    if config.depth > len(tensors):
+        raise ValueError(
+            f"from_diffusers: num_layers is {config.depth}; expected at most one for each of {len(tensors)} tensors"
+        )
+    if config.tokens * config.hidden_size > _LARGEST_POSITIONS:
+        raise ValueError(
+            f"from_diffusers: sample_size is {config.input_size}: {config.tokens} x {config.hidden_size} positions; "
+            f"expected at most {_LARGEST_POSITIONS} numbers"
+        )
+    expected = (config.hidden_size, config.in_channels, config.patch_size, config.patch_size)
+    _require_tensors("from_diffusers", {k: v for k, v in tensors.items() if k == _PATCHES}, {_PATCHES: expected})
 
 
 def _public_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
@@ -373,5 +388,5 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _listing(names: list[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
+    listed = ", ".join(name[:100] for name in names[:_NAMES_SHOWN])
+    return listed if len(names) <= _NAMES_SHOWN else f"{listed} and {len(names) - _NAMES_SHOWN} more"

@@ -24,6 +24,7 @@ from ard import digits
 from ard.images import quantize
 
 POOLED_SIDE = 8
+MOST_POOLED = 2048  # features: the covariance is (F, F)
 INCEPTION = "inception"
 
 
@@ -67,6 +68,11 @@ def _pooled(device: torch.device, weights: None) -> Features:
     def extract(images_Nchw: Tensor) -> Tensor:
         height, width = images_Nchw.shape[-2:]
         grid = (min(height, POOLED_SIDE), min(width, POOLED_SIDE))
+        if images_Nchw.shape[1] * grid[0] * grid[1] > MOST_POOLED:
+            raise ValueError(
+                f"features 'pooled': images have {images_Nchw.shape[1]} channels; expected at most "
+                f"{MOST_POOLED // (grid[0] * grid[1])}, for {MOST_POOLED} features"
+            )
         return F.adaptive_avg_pool2d(images_Nchw, grid).flatten(1)
 
     return Features("pooled", _on_device("pooled", extract, device))
@@ -89,11 +95,15 @@ def _inception(device: torch.device, weights: Path | None) -> Features:
             f"load_features: 'inception' needs torch-fidelity, which does not import ({error}); "
             "install it with `pip install torch-fidelity`"
         ) from error
-    network = module.FeatureExtractorInceptionV3(
-        "inception-v3-compat",
-        ["2048"],
-        feature_extractor_weights_path=None if weights is None else str(weights),
-    )
+    try:
+        network = module.FeatureExtractorInceptionV3(
+            "inception-v3-compat",
+            ["2048"],
+            feature_extractor_weights_path=None if weights is None else str(weights),
+        )
+    except Exception as error:  # of many kinds, according to the byte that is wrong
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"load_features: weights {weights or 'of torch-fidelity'} do not load ({reason})") from error
     network = network.to(device).eval()
 
     def extract(images_Nchw: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+LARGEST_JSON = 1 << 25  # bytes; the manifest of a store has some 200 for each shard
 _TEMPORARY = ".ard-tmp-"  # what the names of temporary folders begin with, and nobody else's names do
 
 
@@ -29,7 +31,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; on success flushes it to disk and renames it to ``path``."""
     with _temporary_folder(path.parent) as folder:
         temporary = folder / path.name
-        yield temporary
+        with _naming(path):
+            yield temporary
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
@@ -53,6 +56,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _flush(temporary)
         os.rename(temporary, path)
         _flush(path.parent)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Adds ``path`` to an error of the system that names no file: a full disk while a file is written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def remove_folder(path: Path) -> None:
@@ -133,8 +147,8 @@ def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_sealed_json(path: Path) -> dict[str, Any]:
     """The content that `write_sealed_json` wrote. Raises DamagedFile if a single bit of the file differs."""
     try:
-        text = path.read_bytes().decode()
-        value = json.loads(text)
+        text = json_text(path)
+        value = parse_json(text)
         seal = value.pop("sha256")
         intact = seal == _seal(value) and text == _json_text({**value, "sha256": seal})
     except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError) as error:
@@ -142,6 +156,29 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     if not intact:
         raise DamagedFile(f"{path}: its content differs from its sha256")
     return value
+
+
+def json_text(path: Path) -> str:
+    """Text of a JSON file. Raises ValueError for what is no regular file, is not UTF-8 or exceeds LARGEST_JSON."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file")
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; expected at most {LARGEST_JSON}")
+    return path.read_bytes().decode()
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads`, whose errors are all ValueErrors."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def shown(value: Any) -> str:
+    """A value from a file, for a message: at most 80 characters of its repr."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _json_text(value: Any) -> str:
@@ -155,10 +192,42 @@ def _seal(value: Mapping[str, Any]) -> str:
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     """Writes a safetensors file atomically and returns its sha256."""
     with atomic_path(path) as temporary:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"}
-        )
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(whole, temporary, {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({_first_line(error)})") from error
         return file_sha256(temporary)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises DamagedFile for one that is not whole, ValueError for one
+    that exceeds the machine's memory."""
+    with whole_tensors(path):
+        size, memory = path.stat().st_size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if size > memory:
+            raise ValueError(f"{path} has {size} bytes; expected at most this machine's memory of {memory}")
+        return load_file(path)
+
+
+@contextmanager
+def whole_tensors(path: Path) -> Iterator[None]:
+    """What safetensors says of a damaged file, in the body, becomes a DamagedFile that names it.
+
+    Raises FileNotFoundError for what is no regular file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; expected safetensors")
+    try:
+        yield
+    except SafetensorError as error:
+        raise DamagedFile(f"{path} is not a whole safetensors file ({_first_line(error)})") from error
+    except RuntimeError as error:  # PyTorch's, where the file exceeds what may be mapped
+        raise OSError(f"{path} cannot be opened ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def file_sha256(path: Path) -> str:

@@ -5,7 +5,10 @@ An ADM .npz holds ``arr_0``, uint8 images (N, h, w, c), and may hold ``arr_1``, 
 
 from __future__ import annotations
 
+import math
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +20,11 @@ from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
 
-from ard.files import atomic_path
+from ard.files import atomic_path, shown
 
 GRID_GAP = 2  # pixels
+LARGEST_BATCH = 1 << 25  # values; 170 images of 256 x 256 in colour
+_LARGEST_INFLATED, _MOST_INFLATION = 1 << 28, 100  # bytes; of an array beyond them, over its bytes in the .npz
 
 
 def quantize(images_Nchw: Tensor) -> Tensor:
@@ -112,11 +117,15 @@ def npz_names(path: Path) -> tuple[str, ...]:
 
 
 def iterate_npz(path: Path, batch_size: int) -> Iterator[np.ndarray]:
-    """The images, uint8 (n, h, w, c) with n <= batch_size, in file order; only one batch is in memory."""
+    """The images, uint8 (n, h, w, c) with n <= batch_size, in file order; only one batch is in memory.
+
+    A batch has at most LARGEST_BATCH values, so n is smaller for large images.
+    """
     if batch_size < 1:
         raise ValueError(f"iterate_npz: batch_size={batch_size}; expected at least 1")
     with _open_npz(path) as archive, _open_images(archive, path) as (file, shape):
-        image_bytes = int(np.prod(shape[1:]))
+        image_bytes = math.prod(shape[1:])
+        batch_size = min(batch_size, LARGEST_BATCH // image_bytes)
         for first in range(0, shape[0], batch_size):
             rows = min(batch_size, shape[0] - first)
             content = file.read(rows * image_bytes)
@@ -133,13 +142,23 @@ def read_labels(path: Path) -> np.ndarray | None:
     header = read_header(path)
     if "arr_1" not in header.names:
         return None
-    with np.load(path, allow_pickle=False) as arrays:
-        labels = arrays["arr_1"]
+    labels = read_array(path, "arr_1")
     if labels.shape != header.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
             f"{Path(path).name}: arr_1 is {labels.dtype} {labels.shape}; expected integer labels {header.shape[:1]}"
         )
     return labels.astype(np.int64)
+
+
+def read_array(path: Path, name: str) -> np.ndarray:
+    """One array of an .npz, of any dtype but object, in memory; no more is allocated than the file holds of it."""
+    with _open_npz(path) as archive, _open_array(archive, path, name) as (file, shape, fortran_order, dtype):
+        content = bytearray()
+        while chunk := file.read(1 << 20):
+            content += chunk
+    if len(content) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{Path(path).name}: {name} ends after {len(content)} bytes; expected {dtype} {shape}")
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran_order else "C")
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -153,16 +172,49 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 @contextmanager
 def _open_npz(path: Path):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file; expected an .npz")
     try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{Path(path).name}: not an .npz file ({error})") from error
-    with archive:
-        yield archive
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{Path(path).name}: not an .npz file, or not a whole one ({error})") from error
+    except OSError as error:  # a place beyond the file is sought; an error of the disk names no file either
+        raise ValueError(f"{Path(path).name}: cannot be read ({error})") from error
 
 
 def _array_names(archive: zipfile.ZipFile) -> tuple[str, ...]:
-    return tuple(name.removesuffix(".npy") for name in archive.namelist())
+    return tuple(name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy"))
+
+
+@contextmanager
+def _open_array(archive: zipfile.ZipFile, path: Path, name: str):
+    """Yields (file, shape, fortran_order, dtype): an array that the archive has, open at its first byte of data.
+
+    Raises ValueError where the header and the size in the archive disagree, and for bombs.
+    """
+    info, where = archive.getinfo(f"{name}.npy"), f"{Path(path).name}: {name}"
+    if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{where} is encrypted or compressed in another way; expected stored or deflated")
+    if info.file_size > max(_LARGEST_INFLATED, _MOST_INFLATION * info.compress_size):
+        raise ValueError(
+            f"{where} has {info.file_size} bytes, deflated to {info.compress_size}; expected at most "
+            f"{_LARGEST_INFLATED} or {_MOST_INFLATION} times as many"
+        )
+    with archive.open(info) as file:
+        try:
+            version = npy.read_magic(file)
+            if version != (1, 0):  # others allow headers of 4 GiB
+                raise ValueError(f"version {version}")
+            shape, fortran_order, dtype = npy.read_array_header_1_0(file)
+        except Exception as error:  # of many kinds: NumPy has Python parse the header
+            raise ValueError(f"{where} has no header of NumPy's version 1.0 ({shown(str(error))})") from error
+        if dtype.hasobject:
+            raise ValueError(f"{where} is {dtype} {shown(shape)}, a pickle; expected numbers or text")
+        size, held = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+        if size != held or any(side < 0 for side in shape):
+            raise ValueError(f"{where} says {dtype} {shown(shape)}, {size} bytes; expected the {held} that it has")
+        yield file, shape, fortran_order, dtype
 
 
 @contextmanager
@@ -173,16 +225,15 @@ def _open_images(archive: zipfile.ZipFile, path: Path):
         raise ValueError(
             f"{Path(path).name}: holds {', '.join(names) or 'nothing'}; expected arr_0, uint8 images (N, h, w, c)"
         )
-    with archive.open("arr_0.npy") as file:
-        version = npy.read_magic(file)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, fortran_order, dtype = read(file)
+    with _open_array(archive, path, "arr_0") as (file, shape, fortran_order, dtype):
         if dtype != np.uint8 or len(shape) != 4 or 0 in shape or fortran_order:
             order = "Fortran" if fortran_order else "C"
             raise ValueError(
                 f"{Path(path).name}: arr_0 is {dtype} {shape} in {order} order; "
                 "expected uint8 images (N, h, w, c), N >= 1, in C order"
             )
+        if math.prod(shape[1:]) > LARGEST_BATCH:
+            raise ValueError(f"{Path(path).name}: arr_0 is {shape}; expected at most {LARGEST_BATCH} values an image")
         yield file, shape
 
 

@@ -5,6 +5,7 @@ All sums and distances are float64.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -101,18 +102,19 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         raise ValueError(
             f"frechet_distance: b has {b.mean_F.numel()} features; expected {a.mean_F.numel()}, the number a has"
         )
-    eigenvalues_F, vectors_FF = torch.linalg.eigh(a.covariance_FF)
-    root_a_FF = (vectors_FF * eigenvalues_F.clamp(min=0.0).sqrt()) @ vectors_FF.T
-    product_FF = root_a_FF @ b.covariance_FF @ root_a_FF
-    product_eigenvalues_F = torch.linalg.eigvalsh((product_FF + product_FF.T) / 2)
-    trace_root = product_eigenvalues_F.clamp(min=0.0).sqrt().sum()
-    distance = (
-        (a.mean_F - b.mean_F).square().sum()
-        + torch.trace(a.covariance_FF)
-        + torch.trace(b.covariance_FF)
-        - 2.0 * trace_root
-    )
-    return max(float(distance), 0.0)
+    try:
+        eigenvalues_F, vectors_FF = torch.linalg.eigh(a.covariance_FF)
+        root_a_FF = (vectors_FF * eigenvalues_F.clamp(min=0.0).sqrt()) @ vectors_FF.T
+        product_FF = root_a_FF @ b.covariance_FF @ root_a_FF
+        product_eigenvalues_F = torch.linalg.eigvalsh((product_FF + product_FF.T) / 2)
+        trace_root = float(product_eigenvalues_F.clamp(min=0.0).sqrt().sum())
+    except torch.linalg.LinAlgError:  # of numbers that are not finite, by some versions of LAPACK
+        trace_root = math.nan
+    means = (a.mean_F - b.mean_F).square().sum()
+    distance = float(means + torch.trace(a.covariance_FF) + torch.trace(b.covariance_FF)) - 2.0 * trace_root
+    if not math.isfinite(distance):
+        raise ValueError(f"frechet_distance: the distance is {distance}; expected statistics whose products are finite")
+    return max(distance, 0.0)
 
 
 def precision_recall(

@@ -64,12 +64,22 @@ class SampleSpec:
 
     count: int
     shard_size: int
+    image_shape: tuple[int, int, int]  # (h, w, c) uint8 of images, (c, h, w) float32 of latents
+    pixels: bool  # images
+    num_classes: int
     seed: int
     classes: tuple[int, ...]
     precision: str
     weights_sha256: str
-    routing: tuple[Any, ...]  # history layers, window, sink
-    codec: str
+    history_layers: int
+    window: int | None
+    sink: int
+    codec: str  # fingerprint
+
+    def tensors(self, rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What a shard of so many samples holds."""
+        kind = torch.uint8 if self.pixels else torch.float32
+        return {"images": (kind, (rows, *self.image_shape)), "labels": (torch.int64, (rows,))}
 
 
 def write_samples(
@@ -94,6 +104,8 @@ def write_samples(
     shape, classes = (student.config.in_channels, *student.config.input_hw), student.config.num_classes
     config.labels(torch.arange(1), classes)  # raises for a class that is none
     pixels = codec is not None or student.config.in_channels in IMAGE_CHANNELS
+    scale, channels = (codec.downsampling, 3) if codec else (1, shape[0])
+    image_shape = (shape[1] * scale, shape[2] * scale, channels) if pixels else shape
     run = sampler(student, config, process.device)
     spent = [0.0, 0]  # seconds, samples
 
@@ -112,20 +124,24 @@ def write_samples(
     spec = SampleSpec(
         count=config.count,
         shard_size=config.batch_size * math.ceil(LEAST_SHARD / config.batch_size),
+        image_shape=image_shape,
+        pixels=pixels,
+        num_classes=classes,
         seed=config.seed,
         classes=config.classes,
         precision=config.precision,
         weights_sha256=state_sha256(student.state_dict()),
-        routing=(student.routing.history_layers, student.routing.window, student.routing.sink),
+        history_layers=student.routing.history_layers,
+        window=student.routing.window,
+        sink=student.routing.sink,
         codec=codec.fingerprint if codec else "none",
     )
     if process.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         remove_temporary(folder)
     process.barrier()
-    decoded = 3 * codec.downsampling**2 * math.prod(shape[1:]) if codec else math.prod(shape)
     # Twice on disk: in a shard and in the file.
-    sizes = {"batch_size": config.batch_size, "row_bytes": 2 * decoded * (1 if pixels else 4)}
+    sizes = {"batch_size": config.batch_size, "row_bytes": 2 * math.prod(image_shape) * (1 if pixels else 4)}
     write_shards(folder / PARTS, "samples", spec, make_rows, **sizes, process=process, on_progress=on_progress)
     seconds, made = process.gather(torch.tensor([spent])).T
     content = {
@@ -148,7 +164,7 @@ def write_samples(
 
 def _assemble(folder: Path, content: dict[str, Any], batch_size: int) -> None:
     """The files of ``folder`` from its shards, which are removed; the last is sample.json: ``content``, a sha256."""
-    parts, path = ShardedStore(folder / PARTS, "samples"), folder / content["file"]
+    parts, path = ShardedStore(folder / PARTS, "samples", SampleSpec), folder / content["file"]
     parts.verify()
     every = torch.arange(len(parts))
     labels, shown = parts.read("labels", every), parts.read("images", every[:GRID_SAMPLES])

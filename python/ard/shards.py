@@ -15,7 +15,6 @@ processes, writes what is missing and nothing twice. The JSON files hold their o
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -24,15 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from ard.config import build
 from ard.files import (
     DamagedFile,
     FolderLock,
     file_sha256,
     read_sealed_json,
     remove_temporary,
+    shown,
+    whole_tensors,
     write_sealed_json,
     write_tensors,
 )
@@ -40,6 +42,7 @@ from ard.parallel import Process
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+_LARGEST_COUNT = 1 << 40
 
 
 def shard_name(shard: int) -> str:
@@ -79,7 +82,7 @@ def write_shards(
             _write_shard(folder, shard, _rows(spec, shard), make_rows, batch_size, report, process)
         process.barrier()
         if process.is_main:
-            _complete(folder, kind)
+            _complete(folder, kind, spec)
         process.barrier()
 
 
@@ -104,12 +107,31 @@ def _write_shard(
 
 
 def shard_count(spec: Any) -> int:
-    return math.ceil(spec.count / spec.shard_size)
+    return -(-spec.count // spec.shard_size)
 
 
 def _rows(spec: Any, shard: int) -> range:
     """Global indices of a shard."""
     return range(shard * spec.shard_size, min((shard + 1) * spec.shard_size, spec.count))
+
+
+def _rows_of(spec: Any, name: str) -> range | None:
+    """Global indices of the shard of this name, None if the store has no such shard."""
+    match = re.fullmatch(r"shard-(\d{5,12})\.safetensors", name, re.ASCII)
+    if not match or shard_name(int(match[1])) != name or int(match[1]) >= shard_count(spec):
+        return None
+    return _rows(spec, int(match[1]))
+
+
+def _describes(entry: Any, rows: range | None) -> bool:
+    """Whether ``entry`` is what `_write_shard` says of a shard of these rows."""
+    return (
+        rows is not None
+        and isinstance(entry, dict)
+        and (entry.get("first"), entry.get("count")) == (rows.start, len(rows))
+        and type(entry.get("bytes")) is int
+        and isinstance(entry.get("content_sha256"), str)
+    )
 
 
 def _row_count(spec: Any, shards: Iterable[int]) -> int:
@@ -136,13 +158,11 @@ def _require_spec(folder: Path, kind: str, spec: Any) -> None:
     for name, value in dataclasses.asdict(spec).items():
         expected = list(value) if isinstance(value, tuple) else value
         if stored.get(name) != expected:
-            raise ValueError(
-                f"{folder} holds {kind} with {name}={stored.get(name)!r}; expected {expected!r}. Choose another "
-                "folder, or remove this one"
-            )
+            found = f"{folder} holds {kind} with {name}={shown(stored.get(name))}; expected {expected!r}"
+            raise ValueError(f"{found}. Choose another folder, or remove this one")
 
 
-def _finished(folder: Path, manifest: dict) -> dict[str, dict]:
+def _finished(folder: Path, manifest: dict, spec: Any) -> dict[str, dict]:
     """Entries of the shards that are whole: in the manifest, or with a JSON of their own."""
     entries = dict(manifest["shards"])
     for path in _own_json(folder):
@@ -153,19 +173,21 @@ def _finished(folder: Path, manifest: dict) -> dict[str, dict]:
     return {
         name: entry
         for name, entry in entries.items()
-        if (folder / name).exists() and (folder / name).stat().st_size == entry["bytes"]
+        if _describes(entry, _rows_of(spec, name))
+        and (folder / name).is_file()
+        and (folder / name).stat().st_size == entry["bytes"]
     }
 
 
 def _missing(folder: Path, kind: str, spec: Any) -> list[int]:
     """The shards that are not whole."""
-    done = _finished(folder, _read_manifest(folder, kind))
+    done = _finished(folder, _read_manifest(folder, kind), spec)
     return [shard for shard in range(shard_count(spec)) if shard_name(shard) not in done]
 
 
-def _complete(folder: Path, kind: str) -> None:
+def _complete(folder: Path, kind: str, spec: Any) -> None:
     manifest = _read_manifest(folder, kind)
-    shards = _finished(folder, manifest)
+    shards = _finished(folder, manifest, spec)
     write_sealed_json(folder / MANIFEST_NAME, {**manifest, "shards": dict(sorted(shards.items()))})
     for path in _own_json(folder):
         path.unlink()
@@ -190,44 +212,72 @@ def _read_manifest(folder: Path, kind: str) -> dict:
     manifest = read_sealed_json(path)
     if manifest.get("format") != f"ard-{kind}" or manifest.get("version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path} says format={manifest.get('format')!r}, version={manifest.get('version')!r}; "
+            f"{path} says format={shown(manifest.get('format'))}, version={shown(manifest.get('version'))}; "
             f"expected 'ard-{kind}', {FORMAT_VERSION}"
         )
+    for name in ("spec", "shards"):
+        if not isinstance(manifest.get(name), dict):
+            raise DamagedFile(f"{path}: {name} is {shown(manifest.get(name))}; expected an object")
     return manifest
 
 
 class ShardedStore:
-    """A complete store, opened for reading. Tensors are memory-mapped: only the rows that are read enter memory."""
+    """A complete store, opened for reading. Tensors are memory-mapped: only the rows that are read enter memory.
 
-    def __init__(self, folder: Path, kind: str):
+    Nothing in the manifest is believed: its spec is checked by type, every shard must be a regular file of the name,
+    the rows, the tensors and the dtypes that follow from the spec, and only such files are opened.
+    Raises DamagedFile where they are not, ValueError where the store is unfinished.
+    """
+
+    def __init__(self, folder: Path, kind: str, spec_class: type):
         self.folder, self.kind = Path(folder), kind
         manifest = _read_manifest(self.folder, kind)
-        self.spec_values: dict[str, Any] = manifest["spec"]
+        self.spec = _build_spec(self.folder / MANIFEST_NAME, spec_class, manifest["spec"])
         self.shards: dict[str, dict] = manifest["shards"]
-        self._count, self._shard_size = self.spec_values["count"], self.spec_values["shard_size"]
-        names = [shard_name(shard) for shard in range(math.ceil(self._count / self._shard_size))]
-        missing = [name for name in names if name not in self.shards or not (self.folder / name).exists()]
-        if missing:
-            written = [name for name in missing if (self.folder / name).with_suffix(".json").exists()]
-            lacking = [name for name in missing if name not in written or not (self.folder / name).exists()]
-            raise ValueError(
-                f"{self.folder} is unfinished: {len(lacking)} of {len(names)} shards of {kind} are missing, first "
-                f"{(lacking or missing)[0]}; run the generation again to finish it"
-            )
+        self._count, self._shard_size = self.spec.count, self.spec.shard_size
+        self._require_all()
         self._maps: dict[tuple[int, str], Tensor] = {}
-        self.names = self._names()
+        self.names = tuple(sorted(self.spec.tensors(0)))
+        if broken := [error for shard in range(len(self.shards)) if (error := self._header_error(shard))]:
+            more = f", as {len(broken) - 1} more are" if len(broken) > 1 else ""
+            raise DamagedFile(f"{broken[0]}{more}; remove such files and run the generation again")
+
+    def _require_all(self) -> None:
+        for name, entry in self.shards.items():
+            if not _describes(entry, _rows_of(self.spec, name)):
+                raise DamagedFile(
+                    f"{self.folder / MANIFEST_NAME}: {shown(name)} is {shown(entry)}; expected a shard of the spec"
+                )
+            path = self.folder / name
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise DamagedFile(f"{path} is no regular file; expected a shard")
+        written = {path.with_suffix(".safetensors").name for path in self.folder.glob("shard-*.json")}
+        present = {name for name in written | self.shards.keys() if (self.folder / name).is_file()}
+        whole, total = {name for name in present if _rows_of(self.spec, name)}, shard_count(self.spec)
+        finished = whole & self.shards.keys()
+        if len(finished) < total:
+            known = whole if len(whole) < total else finished
+            first = next(name for name in map(shard_name, range(total)) if name not in known)
+            raise ValueError(
+                f"{self.folder} is unfinished: {total - len(whole)} of {total} shards of {self.kind} are missing, "
+                f"first {first}; run the generation again to finish it"
+            )
 
     def __len__(self) -> int:
         return self._count
 
     def verify(self, on_progress: Callable[[int], None] | None = None) -> None:
-        """Raises DamagedFile naming every shard whose content differs from the manifest's sha256."""
+        """Raises DamagedFile naming every shard whose content differs from the manifest's sha256, or whose labels are
+        none."""
         broken = []
         for name, entry in self.shards.items():
             if file_sha256(self.folder / name) != entry["content_sha256"]:
                 broken.append(name)
             if on_progress:
                 on_progress(entry["count"])
+        if not broken:
+            for shard in range(len(self.shards)):
+                self._map(shard, "labels")
         if broken:
             raise DamagedFile(
                 f"{self.folder}: sha256 differs from the manifest for {', '.join(broken)}; "
@@ -256,21 +306,51 @@ class ShardedStore:
             rows.numpy()[here] = self._map(shard, name).numpy()[indices.numpy()[here] - shard * self._shard_size]
         return rows
 
-    def _names(self) -> tuple[str, ...]:
-        with self._open(0) as file:
-            return tuple(file.keys())
+    def _header_error(self, shard: int) -> str | None:
+        """What is wrong with the names, shapes and dtypes in a shard."""
+        path = self.folder / shard_name(shard)
+        try:
+            with self._open(shard) as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping); mapped, not read
+        except DamagedFile as error:
+            return str(error)
+        expected = self.spec.tensors(len(_rows(self.spec, shard)))
+        got = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
+        return None if got == expected else f"{path} holds {_listing(got)}; expected {_listing(expected)}"
 
     @contextmanager
     def _open(self, shard: int) -> Iterator[Any]:
-        try:
-            with safe_open(self.folder / shard_name(shard), framework="pt", device="cpu") as file:
-                yield file
-        except SafetensorError as error:
-            raise DamagedFile(f"{self.folder / shard_name(shard)}: {error}; `verify` names every such file") from error
+        path = self.folder / shard_name(shard)
+        with whole_tensors(path), safe_open(path, framework="pt", device="cpu") as file:
+            yield file
 
     def _map(self, shard: int, name: str) -> Tensor:
         # safetensors maps the file for CPU tensors: get_tensor reads no data, indexing it reads the touched pages.
         if (shard, name) not in self._maps:
             with self._open(shard) as file:
-                self._maps[shard, name] = file.get_tensor(name)
+                tensor = file.get_tensor(name)
+            if name == "labels" and not 0 <= int(tensor.min()) <= int(tensor.max()) < self.spec.num_classes:
+                raise DamagedFile(
+                    f"{self.folder / shard_name(shard)}: labels span [{int(tensor.min())}, {int(tensor.max())}]; "
+                    f"expected within [0, {self.spec.num_classes - 1}]"
+                )
+            self._maps[shard, name] = tensor
         return self._maps[shard, name]
+
+
+def _build_spec(path: Path, spec_class: type, values: dict[str, Any]) -> Any:
+    for name in ("count", "shard_size"):
+        if type(values.get(name)) is not int or not 1 <= values[name] <= _LARGEST_COUNT:
+            raise DamagedFile(f"{path}: {name} is {shown(values.get(name))}; expected 1 to {_LARGEST_COUNT}")
+    try:
+        spec = build(spec_class, values)
+    except ValueError as error:
+        raise DamagedFile(f"{path}: the spec is none ({str(error)[:200]})") from error
+    if any(not 1 <= size <= _LARGEST_COUNT for size in spec.image_shape):
+        raise DamagedFile(f"{path}: image_shape is {list(spec.image_shape)}; expected sizes of at least 1")
+    return spec
+
+
+def _listing(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
+    parts = [f"{shown(name)} {str(dtype).removeprefix('torch.')} {shape}" for name, (dtype, shape) in tensors.items()]
+    return ", ".join(parts[:8]) or "nothing"

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from ard import exchange, training_state
 from ard.checkpoint import load_student, load_teacher, read_state
+from ard.config import build
+from ard.files import shown
 from ard.model import DiT, DiTConfig
-from ard.recipe import Recipe
+from ard.recipe import Recipe, StudentConfig
 from ard.student import ARDStudent
 
 WEIGHTS = ("ema", "model")
@@ -53,7 +55,7 @@ def open_source(path: str | Path, weights: str = "ema", *, unfinished: bool = Fa
         steps = checkpoint.facts.get("steps")
         if not unfinished and checkpoint.step != steps:
             raise ValueError(
-                f"{path} is unfinished, at step {checkpoint.step} of {steps}; expected a run that has ended. Give its "
+                f"{path} is unfinished, at step {checkpoint.step} of {shown(steps)}; expected a run that has ended. Give its "
                 "command again to finish it, or take it as it is with --unfinished"
             )
         return _source(path, state, checkpoint.facts, checkpoint.step)
@@ -88,18 +90,24 @@ def open_student(
     source = open_source(path, weights, unfinished=unfinished)
     require_kind(source, "student")
     if source.facts:
-        config, routing = DiTConfig(**source.facts["model"]), source.facts["student"]
+        config, routing, steps = model_config(source), *_student_facts(source)
     elif recipe:
-        config = recipe.model
-        routing = {name: getattr(recipe.student, name) for name in ("history_layers", "window", "sink")}
+        config, routing, steps = recipe.model, recipe.student, recipe.steps
     else:
         raise ValueError(f"{path} is a bare file of weights; expected a recipe beside it, for heads and history layers")
     student = load_student(
         source.state,
         num_heads=config.num_heads,
         input_size=config.input_size,
-        **{name: routing[name] for name in ("history_layers", "window", "sink")},
+        history_layers=routing.history_layers,
+        window=routing.window,
+        sink=routing.sink,
     )
+    if student.steps != steps:
+        whose = "its checkpoint" if source.facts else "the recipe"
+        raise ValueError(
+            f"{path} has final layers for {student.steps} steps (a teacher has 1); expected {steps}, as {whose} says"
+        )
     require_config(source, student.config, recipe.model if recipe else config)
     if source.facts and recipe:
         for name, value in recipe.student_facts()["student"].items():
@@ -107,6 +115,26 @@ def open_student(
                 found = source.facts["student"][name]
                 raise ValueError(f"{source.path} is a student with {name}={found!r}; expected the recipe's {value!r}")
     return student.float(), source
+
+
+def model_config(source: Source) -> DiTConfig:
+    """The sizes that a run's facts say."""
+    try:
+        return build(DiTConfig, source.facts.get("model"))
+    except ValueError as error:
+        raise ValueError(f"{source.path}: the model of its facts is none ({str(error)[:200]})") from error
+
+
+def _student_facts(source: Source) -> tuple[StudentConfig, int]:
+    """History layers, window and sink, and the steps."""
+    student = source.facts.get("student")
+    steps = student.get("steps") if isinstance(student, dict) else None
+    if type(steps) is not int:
+        raise ValueError(f"{source.path}: the student of its facts is {shown(student)}; expected one with steps")
+    try:
+        return build(StudentConfig, {name: value for name, value in student.items() if name != "steps"}), steps
+    except ValueError as error:
+        raise ValueError(f"{source.path}: the student of its facts is none ({str(error)[:200]})") from error
 
 
 def random_teacher(config: DiTConfig, seed: int = 0) -> tuple[DiT, str]:

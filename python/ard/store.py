@@ -23,6 +23,7 @@ from ard.streams import noise_at
 from ard.trajectories import STATE_KINDS, check_keep
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # by name
 
 
 def fingerprint(spec: Any) -> str:
@@ -72,6 +73,12 @@ class StoreSpec:
 
     def fingerprint(self) -> str:
         return fingerprint(self)
+
+    def tensors(self, rows: int) -> Tensors:
+        """What a shard of so many trajectories holds."""
+        dtype, states = DTYPES[self.dtype], (rows, len(self.keep), *self.image_shape)
+        images = {"noise": (dtype, (rows, *self.image_shape)), **{name: (dtype, states) for name in self.store}}
+        return {**images, "labels": (torch.int64, (rows,))}
 
     def noise(self, indices: Sequence[int]) -> Tensor:
         """Noise of global indices, float32 (n, *image_shape)."""
@@ -129,8 +136,7 @@ class TrajectoryStore(ShardedStore):
     KIND = "trajectories"
 
     def __init__(self, folder: Path):
-        super().__init__(folder, self.KIND)
-        self.spec = StoreSpec(**self.spec_values)
+        super().__init__(folder, self.KIND, StoreSpec)
 
     def pairs(self, indices: Tensor, state: str = "x0") -> tuple[Tensor, Tensor, Tensor]:
         """(states, targets, labels) of a training batch.
@@ -171,6 +177,10 @@ class LatentSpec:
     def row_bytes(self) -> int:
         return math.prod(self.image_shape) * DTYPES[self.dtype].itemsize + torch.int64.itemsize
 
+    def tensors(self, rows: int) -> Tensors:
+        """What a shard of so many latents holds."""
+        return {"latents": (DTYPES[self.dtype], (rows, *self.image_shape)), "labels": (torch.int64, (rows,))}
+
 
 class LatentStore(ShardedStore):
     """Tensors latents (n, c, h, w) and labels (n,) int64 of real images."""
@@ -178,8 +188,7 @@ class LatentStore(ShardedStore):
     KIND = "latents"
 
     def __init__(self, folder: Path):
-        super().__init__(folder, self.KIND)
-        self.spec = LatentSpec(**{**self.spec_values, "image_shape": tuple(self.spec_values["image_shape"])})
+        super().__init__(folder, self.KIND, LatentSpec)
 
 
 def write_latents(
@@ -195,7 +204,13 @@ def write_latents(
 
     def make_rows(indices: range) -> dict[str, Tensor]:
         latents, labels = encode(indices)
-        return {"latents": latents.to("cpu", DTYPES[spec.dtype]), "labels": labels.cpu()}
+        latents = latents.to("cpu", DTYPES[spec.dtype])
+        if not latents.isfinite().all():
+            raise ValueError(
+                f"write_latents: latents {indices.start} to {indices.stop - 1} are not finite as {spec.dtype}; "
+                "expected finite latents"
+            )
+        return {"latents": latents, "labels": labels.cpu()}
 
     write_shards(
         Path(folder),

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ard.files import (
@@ -27,6 +25,7 @@ from ard.files import (
     atomic_folder,
     file_sha256,
     read_sealed_json,
+    read_tensors,
     remove_folder,
     remove_temporary,
     write_sealed_json,
@@ -53,7 +52,7 @@ class Checkpoint:
         """Tensors of one group, on the CPU."""
         if part not in self.sha256:
             raise ValueError(f"{self.folder} has no {part!r}; expected one of {sorted(self.sha256)}")
-        return load_file(self.folder / f"{part}{_SUFFIX}")
+        return read_tensors(self.folder / f"{part}{_SUFFIX}")
 
 
 def save(folder: Path, step: int, parts: Parts, facts: Mapping[str, Any], *, keep_last: int) -> Checkpoint:
@@ -97,13 +96,17 @@ def verified(folder: Path) -> Checkpoint:
             f"{folder / CHECKPOINT_NAME} says format={content.get('format')!r}, version={content.get('version')!r}; "
             f"expected {FORMAT!r}, {FORMAT_VERSION}"
         )
-    for name, sha256 in content["parts"].items():
+    step, facts, parts = (content.get(name) for name in ("step", "facts", "parts"))
+    plain = type(step) is int and step >= 0 and isinstance(facts, dict) and isinstance(parts, dict)
+    if not plain or not all(re.fullmatch(r"\w+", name) and isinstance(parts[name], str) for name in parts):
+        raise DamagedFile(f"{folder / CHECKPOINT_NAME}: expected a step, facts, and parts by plain names")
+    for name, sha256 in parts.items():
         path = folder / f"{name}{_SUFFIX}"
         if not path.is_file():
             raise DamagedFile(f"{path} is missing")
         if file_sha256(path) != sha256:
             raise DamagedFile(f"{path}: sha256 differs from {CHECKPOINT_NAME}")
-    return Checkpoint(folder, content["step"], content["facts"], content["parts"])
+    return Checkpoint(folder, step, facts, parts)
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -126,7 +129,7 @@ def read_newest(folder: Path, parts: Sequence[str]) -> tuple[Checkpoint, list[di
             try:
                 checkpoint = verified(path)
                 return checkpoint, [checkpoint.read(part) for part in parts]
-            except (DamagedFile, OSError, RuntimeError, SafetensorError) as error:
+            except (DamagedFile, OSError) as error:
                 if not path.exists():
                     break
                 if path not in warned:

@@ -6,17 +6,23 @@ Shape suffixes: N images, c channels (3 of an image, 4 of the published latents)
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from ard.exchange import model_folder, read_json, weight_files
-from ard.files import file_sha256
+from ard.files import file_sha256, shown, whole_tensors
 
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # by content, whatever the name ends in
+_MOST_LAYERS = 100  # of an autoencoder; the published one has 8
+LARGEST_IMAGE = 1 << 26  # pixels, of a file and of what is made of it: 256 MiB each
+LARGEST_ASPECT = 100  # long side over short side
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
@@ -29,7 +35,8 @@ class LatentCodec:
     device, dtype: where the weights stand, and in what the results come.
     Attributes: scaling_factor, latent_channels, downsampling (image pixels per latent pixel along a side), and
     fingerprint, the sha256 hex digest over config.json and the weight files, to store beside latents made with it.
-    Raises ImportError without diffusers; ValueError for another model, and for files that do not give all its weights.
+    Raises ImportError without diffusers; ValueError for another model, for a config whose numbers are none or ask for
+    more weights than the files hold, and for files that do not give all its weights.
     """
 
     def __init__(
@@ -45,9 +52,13 @@ class LatentCodec:
         folder = model_folder(path, "vae")
         content = read_json(folder / "config.json")
         if content.get("_class_name") != "AutoencoderKL":
-            raise ValueError(f"LatentCodec: {folder} holds a {content.get('_class_name')}; expected an AutoencoderKL")
+            found = str(content.get("_class_name"))[:80]
+            raise ValueError(f"LatentCodec: {folder} holds a {found}; expected an AutoencoderKL")
         if content.get("shift_factor") is not None:
-            raise ValueError(f"LatentCodec: shift_factor is {content['shift_factor']}; expected none, a scale only")
+            raise ValueError(
+                f"LatentCodec: shift_factor is {shown(content['shift_factor'])}; expected none, a scale only"
+            )
+        _require_bounded(AutoencoderKL, content, folder)
         self.fingerprint = _fingerprint([folder / "config.json", *weight_files(folder)])
         try:
             model, loading = AutoencoderKL.from_pretrained(
@@ -58,8 +69,9 @@ class LatentCodec:
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"LatentCodec: the weights in {folder} do not load ({error})") from error
+        except Exception as error:  # of many kinds, from diffusers and safetensors
+            reason = " ".join(str(error).split())[:500]
+            raise ValueError(f"LatentCodec: the weights in {folder} do not load ({reason})") from error
         # diffusers leaves weights that the file lacks at random values, with a warning only.
         if wrong := {kind: names for kind, names in loading.items() if names}:
             raise ValueError(f"LatentCodec: the weights in {folder} do not fit its config: {wrong}")
@@ -145,16 +157,27 @@ def load_image(path: str | os.PathLike, size: int) -> Tensor:
 
     Resized and cropped as ADM and DiT prepare ImageNet (Dhariwal and Nichol, 2021): halved by box means while the short
     side is at least 2 * size, then bicubic to short side = size, then the centre.
-    Raises ValueError for a file that is no whole image, or one of more than 8 bits per channel.
+    Only what PNG, JPEG, WEBP or BMP is by its content is read; of an animation, the first picture.
+    Raises ValueError for a file that is no such image or not whole, one of more than 8 bits per channel, and, before
+    its pixels are read, one of more than LARGEST_IMAGE pixels, as it is or with short side = size, or longer than
+    LARGEST_ASPECT times its width, or the other way round.
     """
     if size < 1:
         raise ValueError(f"load_image: size is {size}; expected at least 1")
     with open(path, "rb") as file:
         try:
-            image = Image.open(file)
-            image.load()
-        except (OSError, SyntaxError) as error:  # Pillow raises the latter for broken PNG chunks
-            raise ValueError(f"load_image: {path} is not a whole image ({error})") from error
+            image = Image.open(file, formats=IMAGE_FORMATS)
+            fits = _fits(image.size, size)
+            if fits:
+                image.load()
+        except Exception as error:  # of many kinds, according to the format and the byte that is wrong
+            formats = ", ".join(IMAGE_FORMATS)
+            raise ValueError(f"load_image: {path} is not a whole image, {formats} ({shown(str(error))})") from error
+    if not fits:
+        raise ValueError(
+            f"load_image: {path} has {image.width} x {image.height} pixels; expected at most {LARGEST_IMAGE}, as it is "
+            f"and with short side {size}, and sides of at most {LARGEST_ASPECT} : 1"
+        )
     if image.mode not in _EIGHT_BIT_MODES:
         raise ValueError(f"load_image: {path} has mode {image.mode}; expected 8 bits per channel")
     image = image.convert("RGB")
@@ -165,6 +188,38 @@ def load_image(path: str | os.PathLike, size: int) -> Tensor:
     left, top = (image.width - size) // 2, (image.height - size) // 2
     pixels_hwc = np.array(image.crop((left, top, left + size, top + size)), dtype=np.float32)
     return torch.from_numpy(pixels_hwc / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def _fits(sides: tuple[int, int], size: int) -> bool:
+    short, long = sorted(sides)
+    return long <= LARGEST_ASPECT * short and max(short, size * size / short) * long <= LARGEST_IMAGE
+
+
+def _require_bounded(model: type, content: dict, folder: Path) -> None:
+    """Checks the config's numbers, the last of them by a model on shapes alone: what it allocates, the files hold."""
+    scale = content.get("scaling_factor", 1.0)
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 < scale < math.inf:
+        raise ValueError(f"LatentCodec: scaling_factor is {shown(scale)}; expected a finite number above 0")
+    widths, layers = content.get("block_out_channels", [64]), content.get("layers_per_block", 1)
+    if not isinstance(widths, list) or type(layers) is not int or not 1 <= len(widths) * layers <= _MOST_LAYERS:
+        raise ValueError(
+            f"LatentCodec: block_out_channels is {shown(widths)}, layers_per_block {shown(layers)}; expected at most "
+            f"{_MOST_LAYERS} layers"
+        )
+    held = 0
+    for path in weight_files(folder):
+        with whole_tensors(path), safe_open(path, framework="pt") as file:
+            held += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
+    try:
+        with torch.device("meta"):
+            needed = sum(tensor.numel() for tensor in model.from_config(content).state_dict().values())
+    except Exception as error:  # of many kinds, according to the entry that is wrong
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"LatentCodec: {folder / 'config.json'} makes no AutoencoderKL ({reason})") from error
+    if needed > 2 * held:  # a few that are missing are named later
+        raise ValueError(
+            f"LatentCodec: {folder / 'config.json'} asks for {needed} weights; expected the {held} of the files"
+        )
 
 
 def _is_image(path: Path) -> bool:

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from ard import ARDStudent, DiT, DiTConfig
-from ard.checkpoint import load_student, load_teacher, save_safetensors
+from ard.checkpoint import load_student, load_teacher, read_state, save_safetensors
 from safetensors.torch import load_file
 
 CONFIGS = {
@@ -179,3 +179,60 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         save_safetensors(DiT(CONFIGS["sigma"]), path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["teacher.safetensors"]
     assert torch.equal(load_file(path)["pos_embed"], teacher.pos_embed)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_damaged_file_of_torch_save_is_refused_by_name(tmp_path, legacy):
+    path = tmp_path / "t.pt"
+    torch.save({"a": torch.zeros(9)}, path, _use_new_zipfile_serialization=not legacy)
+    content = path.read_bytes()
+    for length in (*range(0, 200, 7), len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"t\.pt"):
+            read_state(path)
+    path.write_bytes(content)
+    assert torch.equal(read_state(path)["a"], torch.zeros(9))
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 100])
+def test_a_damaged_safetensors_file_is_refused_by_name(tmp_path, content):
+    (tmp_path / "t.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"t\.safetensors is not a whole safetensors file"):
+        read_state(tmp_path / "t.safetensors")
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (torch.zeros(1).expand(1 << 34), r"t\.pt has tensors of 68719476736 bytes; expected at most the file's"),
+        (torch.empty(1 << 40, device="meta"), r"t\.pt has names or tensors of an odd kind: a"),
+        (torch.eye(3).to_sparse(), r"t\.pt has names or tensors of an odd kind: a"),
+    ],
+)
+def test_tensors_larger_than_their_file_are_refused(tmp_path, value, message):
+    torch.save({"a": value}, tmp_path / "t.pt")
+    with pytest.raises(ValueError, match=message):
+        read_state(tmp_path / "t.pt")
+
+
+@pytest.mark.parametrize("name", ["blocks.300000.x", f"blocks.{'9' * 5000}.x", "final_layer500000.x"])
+def test_a_name_does_not_make_a_model_deep(name, monkeypatch):
+    state = {**ARDStudent.from_teacher(teacher_of(), steps=2, history_layers=1).state_dict(), name: torch.zeros(1)}
+    monkeypatch.setattr(ARDStudent, "__init__", lambda *_, **__: pytest.fail("was built"))
+    with pytest.raises(ValueError, match=r"a tensor is named .*; expected at most 1000"):
+        load_student(state, num_heads=4, history_layers=1)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"pos_embed": torch.zeros(1, 1 << 40, 0)}, r"pos_embed has shape .*; expected elements"),
+        ({"y_embedder.embedding_table.weight": torch.zeros(1 << 60, 0)}, r"expected elements"),
+        ({"pos_embed": torch.zeros(1, 1 << 16, 1)}, r"pos_embed has 1 channels; expected 32"),
+    ],
+)
+def test_sizes_that_no_tensor_bears_out_are_refused(changes, message, monkeypatch):
+    state = {**teacher_of().state_dict(), **changes}
+    monkeypatch.setattr(DiT, "__init__", lambda *_: pytest.fail("was built"))
+    with pytest.raises(ValueError, match=message):
+        load_teacher(state, num_heads=4)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from ard import digits
-from ard.evaluate import NO_IMAGES, distance_names, evaluate, open_images, write_statistics
+from ard.cli import app
+from ard.evaluate import NO_IMAGES, distance_names, evaluate, open_images, samples_file, write_statistics
 from ard.features import Features, load_features
 from ard.files import file_sha256, write_tensors
 from ard.images import to_uint8, write_npz
 from ard.metrics import feature_statistics, frechet_distance, precision_recall
+from typer.testing import CliRunner
 
 POOLED = load_features("pooled")
 
@@ -184,7 +186,7 @@ def statistics_file(path, mu, sigma):
         (np.zeros(16), None, r"bad.npz: has no sigma"),
         (None, np.eye(16), r"bad.npz: has no mu"),
         (np.full(16, np.nan), np.eye(16), r"bad.npz: mu or sigma hold NaN or infinity"),
-        (np.array([None]), np.eye(1), r"allow_pickle=False"),
+        (np.array([None]), np.eye(1), r"mu is object \(1,\), a pickle"),
     ],
 )
 def test_bad_statistics_are_refused(tmp_path, mu, sigma, message):
@@ -263,3 +265,45 @@ def test_other_files_are_refused(tmp_path):
             evaluate(tmp_path / name, good, features=NeverCalled())
     with pytest.raises(ValueError, match=r"path is 'out.json'; expected a name that ends in .npz"):
         write_statistics(tmp_path / "out.json", good, features=NeverCalled())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"file": "../victim.npz"}', '{"file": "/dev/zero"}', '{"file": ".."}', '{"file": ""}', '{"file": "a\\u0000b"}',
+     '{"file": 1}', '{"file": "absent.npz"}', "{}", "[]", "", "[" * 100_000],
+)  # fmt: skip
+def test_sample_json_names_a_file_of_its_folder_or_is_refused(tmp_path, text):
+    save(tmp_path / "victim.npz", torch.zeros(4, 1, 8, 8))
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "sample.json").write_text(text)
+    with pytest.raises(ValueError, match=r"samples/sample\.json"):
+        samples_file(tmp_path / "samples")
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "samples"), "--reference", "digits"])
+    assert result.exit_code == 1 and sum(line.startswith("ard: ") for line in result.output.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples", "victim.npz"]
+
+
+def test_nothing_is_left_beside_the_samples_but_the_scores(tmp_path):
+    samples = save(tmp_path / "samples.npz", torch.rand(8, 1, 8, 8))
+    result = CliRunner().invoke(app, ["evaluate", str(samples), "--reference", "digits"])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "evaluate.json").read_text())["reference"]["file"] == "digits.npz"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluate.json", "samples.npz"]
+
+
+def test_damaged_safetensors_and_lying_statistics_are_refused_by_name(tmp_path):
+    samples = save(tmp_path / "samples.npz", torch.rand(8, 1, 8, 8))
+    for content in (b"", b"short", samples.read_bytes()):
+        (tmp_path / "bad.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad\.safetensors is not a whole safetensors file"):
+            evaluate(samples, tmp_path / "bad.safetensors", features=POOLED)
+    for wrong in ({"count": 1}, {"count": "2"}, {"count": np.arange(3)}, {"features": 3}):
+        np.savez(tmp_path / "bad.npz", **{"mu": np.zeros(64), "sigma": np.eye(64), **wrong})
+        with pytest.raises(ValueError, match=rf"bad\.npz: {next(iter(wrong))} is"):
+            evaluate(samples, tmp_path / "bad.npz", features=POOLED)
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(64), sigma=np.full((64, 64), 1e308))
+    with pytest.raises(ValueError, match=r"frechet_distance: the distance is (nan|inf); expected"):
+        evaluate(samples, tmp_path / "bad.npz", features=POOLED)
+    many = save(tmp_path / "many.npz", torch.rand(8, 33, 8, 8))
+    with pytest.raises(ValueError, match=r"features 'pooled': images have 33 channels; expected at most 32"):
+        evaluate(many, many, features=POOLED)

@@ -395,3 +395,21 @@ def test_broken_indices_are_refused(saved):
         load_diffusers(saved)
     index.write_text(json.dumps({"weight_map": whole}))
     assert_same(to_diffusers(*load_diffusers(saved))[0], tensors)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_layers": 10**7}, r"num_layers is 10000000; expected an integer of at least 1 and at most"),
+        ({"num_layers": 10**5}, r"num_layers is 100000; expected at most one for each of \d+ tensors"),
+        ({"sample_size": 10**6}, r"sample_size is 1000000: .* positions; expected at most"),
+        ({"attention_head_dim": 10**12}, r"attention_head_dim is 1000000000000; expected an integer"),
+        ({"attention_head_dim": 10**5}, r"pos_embed\.proj\.weight: expected \(400000, "),
+        ({"_class_name": "x" * 10**6}, r"_class_name is 'x{76}\.\.\.; expected"),
+    ],
+)
+def test_sizes_of_a_config_are_compared_with_the_tensors_before_a_model_is_built(changes, message, monkeypatch):
+    tensors, content = to_diffusers(teacher_of().state_dict(), SIGMA)
+    monkeypatch.setattr(DiT, "__init__", lambda *_: pytest.fail("was built"))
+    with pytest.raises(ValueError, match=message):
+        from_diffusers(tensors, content | changes)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ard.files import (
@@ -21,6 +25,7 @@ from ard.files import (
     write_sealed_json,
     write_tensors,
 )
+from ard.images import write_npz
 from fault_runs import rewrite
 from safetensors.torch import load_file
 
@@ -192,3 +197,45 @@ def test_a_folder_that_cannot_be_locked_is_warned_of(tmp_path, monkeypatch):
     monkeypatch.setattr("ard.files.fcntl.flock", refuse)
     with pytest.warns(UserWarning, match=r"cannot be locked \(not supported\); start no second job"):
         FolderLock(tmp_path).release()
+
+
+@contextmanager
+def full_disk(free: int) -> Iterator[None]:
+    """No file of this process may exceed ``free`` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    "write, name",
+    [
+        (lambda path: write_tensors(path, {"a": torch.zeros(1 << 16)}), "t.safetensors"),
+        (lambda path: write_npz(path, [np.zeros((64, 32, 32, 1), np.uint8)], 64), "t.npz"),
+        (lambda path: write_json(path, ["text"] * (1 << 13)), "t.json"),
+    ],
+)
+def test_a_full_disk_is_one_error_that_names_the_file(tmp_path, write, name):
+    (tmp_path / name).write_bytes(b"old")
+    with full_disk(1 << 13), pytest.raises(OSError, match=rf"{tmp_path}/{name}"):
+        write(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_json_of_an_attacker_is_damaged_json(tmp_path):
+    path = tmp_path / "a.json"
+    for content in (b"", b"\xff", b"[" * 100_000, b"[]", b"1" * 5000, b'{"sha256": [], "a": 1e999}'):
+        path.write_bytes(content)
+        with pytest.raises(DamagedFile, match=r"a\.json"):
+            read_sealed_json(path)
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DamagedFile, match=r"a\.json"):
+        read_sealed_json(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DamagedFile, match=r"a\.json"):
+        read_sealed_json(path)

@@ -23,6 +23,7 @@ from ard.images import (
     write_grid,
     write_npz,
 )
+from hostile_files import npy, npz
 from PIL import Image
 
 
@@ -160,7 +161,7 @@ def test_bad_labels_and_bad_files_are_refused(tmp_path):
     for labels, message in (
         (np.zeros(3, int), r"arr_1 is int64 \(3,\); expected integer labels \(2,\)"),
         (np.zeros(2), r"arr_1 is float64 \(2,\)"),
-        (np.array([None, None]), r"allow_pickle=False"),
+        (np.array([None, None]), r"arr_1 is object \(2,\), a pickle"),
     ):
         np.savez(path, random_images(2, 2, 2, 3), labels)
         with pytest.raises(ValueError, match=message):
@@ -179,7 +180,7 @@ def test_an_array_shorter_than_its_header_is_refused(tmp_path):
         content = archive.read("arr_0.npy")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", content[:-60])
-    with pytest.raises(ValueError, match=r"short.npz: arr_0 ends in image 1; expected 3 images"):
+    with pytest.raises(ValueError, match=r"short.npz: arr_0 says uint8 \(3, 4, 4, 3\), 144 bytes; expected the 84"):
         list(iterate_npz(path, 2))
 
 
@@ -219,3 +220,53 @@ def test_latent_preview():
     assert latent_preview(grey).ravel().tolist() == [-0.5, 1.0, 1.0]
     with pytest.raises(ValueError, match=r"shape \(1, 2, 4, 4\); expected .* one channel, or three and more"):
         latent_preview(torch.zeros(1, 2, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "arrays, zeros, message",
+    [
+        ({"arr_0": npy("|u1", (1 << 40, 8, 8, 1), bytes(64))}, 0, r"arr_0 says uint8 .*; expected the 64 that it has"),
+        ({"arr_0": npy("|u1", (-2, -8, 8, 1), bytes(128))}, 0, r"arr_0 says uint8 \(-2, -8, 8, 1\)"),
+        ({"arr_0": npy("|u1", (1 << 18, 32, 32, 1))}, 1 << 28, r"arr_0 has 2684\d+ bytes, deflated to \d+; expected"),
+        (
+            {"arr_0": npy("|u1", (1, 6000, 6000, 1))},
+            36_000_000,
+            r"arr_0 is .*; expected at most 33554432 values an image",
+        ),
+        ({"arr_0": npy("", "", header="(" * 9000)}, 0, r"arr_0 has no header of NumPy's version 1.0"),
+        ({"arr_0": b"\x93NUMPY\x02\x00\xff\xff\xff\x7f"}, 0, r"arr_0 has no header of NumPy's version 1.0"),
+    ],
+)
+def test_arrays_that_are_not_what_they_say_are_refused_before_they_are_read(tmp_path, arrays, zeros, message):
+    npz(tmp_path / "bad.npz", zeros, **arrays)
+    tracemalloc.start()
+    for read in (read_header, read_labels, read_npz, lambda path: next(iterate_npz(path, 4))):
+        with pytest.raises(ValueError, match=r"bad.npz: " + message):
+            read(tmp_path / "bad.npz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 23
+
+
+def test_every_changed_byte_of_an_npz_is_one_clear_error_or_none(tmp_path):
+    path = tmp_path / "bad.npz"
+    np.savez_compressed(path, random_images(3, 4, 4, 1), np.arange(3))
+    content, refused = path.read_bytes(), 0
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x41]) + content[place + 1 :])
+        try:
+            read_npz(path)
+        except ValueError as error:
+            assert "bad.npz" in str(error)
+            refused += 1
+    for length in range(0, len(content), 7):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"bad.npz"):
+            read_npz(path)
+    assert refused > len(content) / 3
+
+
+def test_a_batch_of_large_images_is_small(tmp_path, monkeypatch):
+    monkeypatch.setattr("ard.images.LARGEST_BATCH", 50)
+    write_npz(tmp_path / "a.npz", [random_images(5, 4, 4, 1)], 5)
+    assert [len(batch) for batch in iterate_npz(tmp_path / "a.npz", 100)] == [3, 2]

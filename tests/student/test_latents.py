@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from ard.cli import app
-from ard.latents import encode_folder, open_real
+from ard.latents import SKIPPED_NAME, damaged_images, encode_folder, open_real
 from ard.model import DiTConfig
+from ard.parallel import Process
 from ard.store import LatentStore
 from ard.streams import noise_at
 from ard.vae import LatentCodec, image_files, load_image
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 diffusers = pytest.importorskip("diffusers")
@@ -104,3 +108,72 @@ def test_real_latents_must_fit_the_model(images, vae, tmp_path):
         open_real("digits", CONFIG)
     with pytest.raises(ValueError, match=r"has 3 classes; expected the model's 2"):
         open_real(str(tmp_path), replace(CONFIG, num_classes=2))
+
+
+def with_weights(vae: Path, folder: Path, **changes: torch.Tensor) -> Path:
+    path = shutil.copytree(vae, folder) / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(path), **changes}, path, {"format": "pt"})
+    return folder
+
+
+def test_latents_that_are_not_finite_are_refused(images, vae, tmp_path):
+    broken = with_weights(vae, tmp_path / "vae", **{"quant_conv.bias": torch.full((8,), torch.nan)})
+    with pytest.raises(ValueError, match=r"latents 0 to 1 are not finite as float32"):
+        encode(images, broken, tmp_path / "store")
+    large = with_weights(vae, tmp_path / "large", **{"quant_conv.bias": torch.full((8,), 1e8)})
+    with pytest.raises(ValueError, match=r"latents 0 to 1 are not finite as float16"):
+        encode(images, large, tmp_path / "half", dtype="float16")
+    assert not list(tmp_path.glob("*/shard-*"))
+
+
+def test_damaged_images_are_named_or_skipped_and_listed(images, vae, tmp_path):
+    folder = shutil.copytree(images, tmp_path / "images")
+    whole = image_files(folder)
+    (folder / "a" / "1.png").write_bytes((folder / "a" / "1.png").read_bytes()[:200])
+    Image.new("RGB", (32, 32)).save(folder / "c" / "x.png", format="GIF")
+    out = tmp_path / "store"
+    arguments = ["latents", str(folder), "--vae", str(vae), "--out", str(out), "--size", "16", "--num-classes", "3"]
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 1 and "ard: load_image: " in refused.output and "a/1.png is not a" in refused.output
+    shutil.rmtree(out)
+
+    result = CliRunner().invoke(app, [*arguments, "--skip-damaged"])
+    assert result.exit_code == 0, result.output
+    assert "8 latents of shape (4, 8, 8); 2 images skipped, see" in result.output
+    listed = json.loads((out / SKIPPED_NAME).read_text())
+    assert listed["count"] == 2 and list(listed["images"]) == ["a/1.png", "c/x.png"]
+    assert all("is not a whole image" in reason for reason in listed["images"].values())
+    assert LatentStore(out).read("labels", torch.arange(8)).tolist() == [0] * 2 + [1] * 3 + [2] * 3
+    latent = LatentStore(out).read("latents", torch.tensor([7])).float()
+    codec, noise = LatentCodec(vae), noise_at(0, [7], (4, 8, 8), "posterior")
+    expected = codec.encode(load_image(whole[8][0], 16)[None], noise)
+    torch.testing.assert_close(latent, expected, rtol=1e-2, atol=1e-2)
+
+    (out / "shard-00000.safetensors").unlink()  # continues, and is another store where another image is damaged
+    assert CliRunner().invoke(app, [*arguments, "--skip-damaged"]).exit_code == 0
+    LatentStore(out).verify()
+    (folder / "b" / "0.png").write_bytes(b"")
+    assert "holds latents with count=8; expected 7" in CliRunner().invoke(app, [*arguments, "--skip-damaged"]).output
+
+
+def test_ranks_agree_on_what_is_damaged(images, tmp_path):
+    folder = shutil.copytree(images, tmp_path / "images")
+    (folder / "b" / "1.png").write_bytes(b"")
+    assert list(damaged_images(folder, 16)) == ["b/1.png"]
+
+    class Half(Process):
+        """The second of two ranks, which gathers what the first found."""
+
+        def gather(self, rows):
+            return torch.cat([torch.tensor([0, 0, 0, 0, 1], dtype=rows.dtype), rows])
+
+    assert list(damaged_images(folder, 16, Half(1, 2))) == ["b/1.png"]
+
+
+def test_a_folder_of_damaged_images_is_refused(images, vae, tmp_path):
+    for path, _ in image_files(shutil.copytree(images, tmp_path / "images")):
+        path.write_bytes(b"")
+    skip = damaged_images(tmp_path / "images", 16)
+    with pytest.raises(ValueError, match=r"holds no image that can be read"):
+        encode(tmp_path / "images", vae, tmp_path / "store", skip=skip)
+    assert len(skip) == 9 and not (tmp_path / "store").exists()

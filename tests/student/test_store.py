@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from collections import namedtuple
 from dataclasses import replace
@@ -309,3 +310,76 @@ def test_states_that_no_teacher_step_has_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=r"keep: got \(0, 15\); expected strictly descending"):
         generate_store(tmp_path / "store", replace(SPEC, keep=(0, 15)), FakeTeacher())
     assert not (tmp_path / "store").exists()
+
+
+def edited(finished: Path, folder: Path, edit) -> Path:
+    """A copy of the store whose manifest was changed by someone who can compute a sha256."""
+    shutil.copytree(finished, folder)
+    manifest = read_sealed_json(folder / MANIFEST_NAME)
+    edit(manifest)
+    write_sealed_json(folder / MANIFEST_NAME, manifest)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"count": 1 << 50}, r"count is 1125899906842624; expected 1 to"),
+        ({"count": 1 << 39}, r"'shard-00002\.safetensors' is .*; expected a shard of the spec"),
+        ({"count": 1 << 39, "shard_size": 1}, r"'shard-00000\.safetensors' is .*; expected a shard of the spec"),
+        ({"count": 24}, r"'shard-00002\.safetensors' is .*; expected a shard of the spec"),
+        ({"count": 22}, r"'shard-00002\.safetensors' is .*; expected a shard of the spec"),
+        ({"count": 16}, r"'shard-00002\.safetensors' is .*; expected a shard of the spec"),
+        ({"count": "23"}, r"count is '23'; expected 1 to"),
+        ({"count": True}, r"count is True; expected 1 to"),
+        ({"shard_size": 0}, r"shard_size is 0; expected 1 to"),
+        ({"keep": 3}, r"the spec is none \(config: keep is 3; expected a list\)"),
+        ({"image_shape": [1, 4, "4"]}, r"the spec is none \(config: image_shape\[2\] is '4'"),
+        ({"image_shape": [1, 4, 0]}, r"image_shape is \[1, 4, 0\]; expected sizes of at least 1"),
+        ({"more": 1}, r"the spec is none \(config: unknown key 'more'"),
+        ({"image_shape": [1, 4, 5]}, r"shard-00000\.safetensors holds .*; expected .*\(8, 1, 4, 5\).* as 2 more are"),
+        ({"dtype": "float16"}, r"shard-00000\.safetensors holds 'labels' .*; expected 'noise' float16"),
+        ({"num_classes": 9}, r"shard-00001\.safetensors: labels span \[0, 9\]; expected within \[0, 8\]"),
+    ],
+)
+def test_a_manifest_is_compared_with_the_shards(finished, tmp_path, changes, message):
+    folder = edited(finished, tmp_path / "store", lambda manifest: manifest["spec"].update(changes))
+    with pytest.raises(DamagedFile, match=message):
+        TrajectoryStore(folder).verify()
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../secret", "shard-00003.safetensors", "shard-000000.safetensors", ""])
+def test_only_shards_of_the_spec_are_opened(finished, tmp_path, name, monkeypatch):
+    def edit(manifest):
+        manifest["shards"][name] = manifest["shards"][SHARD_NAMES[2]]
+
+    (tmp_path / "secret").write_bytes(b"secret")
+    folder = edited(finished, tmp_path / "store", edit)
+    monkeypatch.setattr("ard.shards.file_sha256", lambda path: pytest.fail(f"{path} was opened"))
+    with pytest.raises(DamagedFile, match=r"expected a shard of the spec"):
+        TrajectoryStore(folder).verify()
+
+
+@pytest.mark.parametrize(
+    "value", [[], 1, None, {"first": 0}, {"first": 0, "count": 8, "bytes": 1, "content_sha256": 2}]
+)
+def test_entries_of_another_kind_are_refused_and_made_again(finished, tmp_path, value):
+    folder = edited(finished, tmp_path / "store", lambda manifest: manifest["shards"].update({SHARD_NAMES[0]: value}))
+    with pytest.raises(DamagedFile, match=r"'shard-00000\.safetensors' is .*; expected a shard of the spec"):
+        TrajectoryStore(folder)
+    teacher = FakeTeacher()
+    generate_store(folder, SPEC, teacher).verify()
+    assert teacher.rows == 8
+    for name in ("spec", "shards"):
+        odd = edited(finished, tmp_path / name, lambda manifest, name=name: manifest.update({name: value or []}))
+        with pytest.raises(DamagedFile, match=name):
+            TrajectoryStore(odd)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_shard_is_a_regular_file(finished, tmp_path, kind):
+    path = shutil.copytree(finished, tmp_path / "store") / SHARD_NAMES[1]
+    path.unlink()
+    path.symlink_to(finished / SHARD_NAMES[1]) if kind == "link" else os.mkfifo(path)
+    with pytest.raises(DamagedFile, match=r"shard-00001\.safetensors is no regular file"):
+        TrajectoryStore(path.parent)

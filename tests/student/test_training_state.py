@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from ard import training_state
-from ard.files import DamagedFile, file_sha256, write_sealed_json
+from ard.files import DamagedFile, file_sha256, read_sealed_json, write_sealed_json
 from ard.training_state import CHECKPOINT_NAME
 from fault_runs import SAVES, Child, damages, litter, rewrite, save_many, snapshot, toy_trainer, train
 
@@ -165,3 +165,16 @@ def test_a_run_in_training_can_be_read_at_any_moment(tmp_path):
             assert torch.equal(tensors["x"], torch.full((1 << 15,), float(checkpoint.step)))
             seen.add(checkpoint.step)
     assert saving.kill_after(None)[1] and max(seen) == SAVES and len(seen) > 20
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"parts": {"../model": "0" * 64}}, {"parts": ["model"]}, {"parts": {"model": 1}}, {"step": "1"}, {"step": -1},
+     {"step": True}, {"facts": []}, {"facts": None}],
+)  # fmt: skip
+def test_content_of_another_kind_is_damage_whatever_its_sha256(tmp_path, changes):
+    folder = training_state.save(tmp_path, 1, {"model": {"a": torch.zeros(1)}}, {}, keep_last=1).folder
+    content = read_sealed_json(folder / CHECKPOINT_NAME)
+    write_sealed_json(folder / CHECKPOINT_NAME, {**content, **changes})
+    with pytest.raises(DamagedFile, match=r"checkpoint\.json: expected a step, facts, and parts by plain names"):
+        training_state.verified(folder)

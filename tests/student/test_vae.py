@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ard.vae import LatentCodec, image_files, load_image
+from hostile_files import png
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -150,7 +151,7 @@ def test_weights_that_do_not_fit_are_refused(folder, edit, message):
 
 def test_a_cut_file_is_refused(folder):
     (folder / WEIGHTS_NAME).write_bytes((folder / WEIGHTS_NAME).read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"the weights in .* do not load"):
+    with pytest.raises(ValueError, match=r"is not a whole safetensors file"):
         LatentCodec(folder)
 
 
@@ -308,3 +309,49 @@ def test_what_is_no_image_is_refused(tmp_path):
         load_image(path, 16)
     with pytest.raises(ValueError, match=r"size is 0; expected at least 1"):
         load_image(path, 0)
+
+
+@pytest.mark.parametrize("format", ["GIF", "TIFF", "PPM", "ICO", "EPS"])
+def test_a_format_that_was_not_asked_for_is_refused_whatever_the_name(tmp_path, format, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    path = tmp_path / "a.png"
+    Image.fromarray(picture(32, 32)).save(path, format=format)
+    with pytest.raises(ValueError, match=r"a\.png is not a whole image, PNG, JPEG, WEBP, BMP"):
+        load_image(path, 16)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp"])
+def test_the_content_and_not_the_name_tells_the_format(tmp_path, name):
+    for format in ("PNG", "JPEG", "WEBP", "BMP"):
+        Image.fromarray(picture(32, 32)).save(tmp_path / name, format=format)
+        assert load_image(tmp_path / name, 16).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "width, height, size", [(1, 60000, 256), (60000, 1, 8), (8200, 8200, 8), (30000, 30000, 8), (9, 800, 1024)]
+)
+def test_more_pixels_than_are_sensible_are_refused_before_they_are_read(tmp_path, width, height, size, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png(width, height))
+    monkeypatch.setattr(Image.Image, "resize", lambda *_: pytest.fail("was resized"))
+    with pytest.raises(ValueError, match=rf"a\.png (has {width} x {height} pixels; expected at most|is not a whole)"):
+        load_image(tmp_path / "a.png", size)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        *(({"scaling_factor": value}, r"scaling_factor is .*; expected a finite number above 0")
+          for value in (float("nan"), float("inf"), 0.0, -0.2, "0.2", True, None)),
+        ({"layers_per_block": 10**7}, r"layers_per_block 10000000; expected at most 100 layers"),
+        ({"block_out_channels": "8"}, r"block_out_channels is '8'"),
+        ({"block_out_channels": [4096, 4096, 4096]}, r"asks for \d+ weights; expected the \d+ of the files"),
+        ({"latent_channels": 10**8}, r"asks for \d+ weights; expected the \d+ of the files"),
+        ({"norm_num_groups": 3}, r"makes no AutoencoderKL"),
+    ],
+)  # fmt: skip
+def test_numbers_of_the_config_are_checked_before_anything_is_allocated(folder, changes, message, monkeypatch):
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | changes))
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", lambda *_, **__: pytest.fail("was allocated"))
+    with pytest.raises(ValueError, match=message):
+        LatentCodec(folder)
