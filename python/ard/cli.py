@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ard import cli_sample, cli_train  # noqa: F401  (they add their commands)
-from ard.cli_base import app
+from ard.cli_base import app, refusals
 
 
 @app.command()
@@ -68,4 +68,5 @@ def demo(
     """The whole method on scikit-learn's handwritten digits: teacher, trajectories, students, samples, scores."""
     from ard.demo import run_demo
 
-    typer.echo(f"Report: {run_demo(out=out, quick=quick)}")
+    with refusals():
+        typer.echo(f"Report: {run_demo(out=out, quick=quick)}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ard.cli_base import Device, app, progress_bar, refusals
+from ard.cli_base import LARGEST_SEED, Device, app, progress_bar, refusals
 
 Weights = Annotated[str, typer.Option(help="Of a run: ema (averaged) or model.")]
 Recipe = Annotated[
@@ -25,7 +25,7 @@ def latents(
     size: Annotated[int, typer.Option(min=8, help="Pixels; images are scaled and cropped to it.")] = 256,
     num_classes: Annotated[int, typer.Option(min=1)] = 1000,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of the posterior's noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the posterior's noise.")] = 0,
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     device: Device = None,
 ) -> None:
@@ -59,7 +59,9 @@ def sample(
     out: Annotated[Path, typer.Option(help="Folder for samples.npz (or .safetensors), grid.png, sample.json.")],
     count: Annotated[int, typer.Option(min=1)] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Of one process.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise; sample i is a function of (seed, i).")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of the noise; sample i is a function of (seed, i).")
+    ] = 0,
     classes: Annotated[str, typer.Option(help="Such as 0,5,10-12, in turn; all if unset.")] = "",
     vae: Vae = None,
     weights: Weights = "ema",

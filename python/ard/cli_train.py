@@ -77,6 +77,7 @@ def trajectories(
     if config is None:
         raise typer.BadParameter("expected --config")
     from ard import stages
+    from ard.files import readable_size
     from ard.parallel import PATIENT
 
     with opened(config, arguments, device, PATIENT) as (recipe, process):
@@ -88,8 +89,8 @@ def trajectories(
                 recipe, dit, sha256, trajectories_folder(recipe), process=process, on_progress=advance
             )
         if process.is_main:
-            size = store.spec.row_bytes * len(store) / 2**20
-            typer.echo(f"{store.folder}: {len(store)} trajectories in {store.spec.shards} shards, {size:.1f} MiB")
+            size = readable_size(store.spec.row_bytes * len(store))
+            typer.echo(f"{store.folder}: {len(store)} trajectories in {store.spec.shards} shards, {size}")
 
 
 def verify(folder: Path) -> None:
@@ -252,8 +253,10 @@ def show_plan(recipe: Recipe, stage: str, processes: int, process: Process) -> N
 
 
 def readable(section: str, value: Any) -> str:
+    from ard.files import readable_size
+
     if section in ("memory", "disk"):
-        return f"{value / 2**30:,.2f} GiB"
+        return readable_size(value)
     if isinstance(value, list):
         return " x ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) else f"{value:.4%}"

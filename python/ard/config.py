@@ -133,7 +133,7 @@ def _within(number: Any, interval: str) -> bool:
     """Whether a number is in an interval such as "[0, 1)"; NaN is in none, infinity in "(0, inf]" only."""
     if not isinstance(number, numbers.Real) or isinstance(number, bool):
         return False
-    least, most = (float(end) if end in ("inf", "-inf") or "." in end else int(end) for end in interval[1:-1].split(", "))
+    least, most = (float(end) if end == "inf" else int(end) for end in interval[1:-1].split(", "))
     above = number >= least if interval[0] == "[" else number > least
     return above and (number <= most if interval[-1] == "]" else number < most)
 

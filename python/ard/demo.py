@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -45,7 +45,7 @@ class EvaluationConfig(Ranged):
     timing_batch_size: int
     timing_repeats: int
 
-    RANGES = {
+    RANGES: ClassVar = {
         "count": COUNT,
         "batch_size": "[1, 65536]",
         "seed": SEED,
@@ -61,7 +61,7 @@ class ComparisonConfig(Ranged):
     seeds: tuple[int, ...]  # of the data order; replace those of the recipe's training
     evaluation: EvaluationConfig
 
-    RANGES = {"history_layers": "[0, 1024]", "seeds": SEED}
+    RANGES: ClassVar = {"history_layers": "[0, 1024]", "seeds": SEED}
 
     def __post_init__(self):
         super().__post_init__()

@@ -7,6 +7,7 @@ Source: ``sklearn.datasets.load_digits``, the test set of the UCI "Optical Recog
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ class ClassifierConfig(Ranged):
     weight_decay: float = 1e-2
     seed: int = 0
 
-    RANGES = {
+    RANGES: ClassVar = {
         "steps": COUNT,
         "batch_size": "[1, 65536]",
         "learning_rate": "[0, inf)",

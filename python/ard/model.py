@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ class DiTConfig(Ranged):
     learn_sigma: bool = True
     frequency_embedding_size: int = 256
 
-    RANGES = {
+    RANGES: ClassVar = {
         "input_size": "[1, 4096]",
         "patch_size": "[1, 256]",
         "in_channels": "[1, 1024]",

@@ -1,8 +1,9 @@
 """Settings of teacher, trajectories, distillation and GAN fine-tune: frozen dataclasses, read from YAML.
 
-A recipe is one YAML file (configs/*.yaml). ``extends: other.yaml`` lays it over one beside it, or a shipped one by name; ``key.sub=value`` on the
-command line is laid over both; its value is YAML, or the text as it stands where a setting takes text. ``~`` in a path
-is the home folder. Sections that only other commands need (``demo``) are not part of a recipe.
+A recipe is one YAML file (configs/*.yaml). ``extends: other.yaml`` lays it over another one beside it, ``extends:
+digits`` over a shipped one; ``key.sub=value`` on the command line is laid over both. Its value is YAML, or, for a
+setting that is text, the text as it stands; ``~`` in a path is the home folder. Sections that only other commands need
+(``demo``) are not part of a recipe.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
@@ -64,7 +65,7 @@ class TrainConfig(Ranged):
     seed: int = 0
     log_every: int = 25  # steps per line of the log; each line holds the means since the line before
 
-    RANGES = {
+    RANGES: ClassVar = {
         "steps": COUNT,
         "batch_size": "[1, 65536]",
         "learning_rate": "[0, inf)",
@@ -107,7 +108,7 @@ class ExecutionConfig(Ranged):
     keep_last: int = 3  # checkpoints
     tensorboard: bool = False  # besides log.jsonl
 
-    RANGES = {"accumulation": "[1, 65536]", "save_every": COUNT, "keep_last": COUNT}
+    RANGES: ClassVar = {"accumulation": "[1, 65536]", "save_every": COUNT, "keep_last": COUNT}
 
     def __post_init__(self):
         super().__post_init__()
@@ -134,7 +135,7 @@ class TeacherConfig(Ranged):
     label_dropout: float = 0.1  # share of labels replaced by the null label
     train: TrainConfig | None = None
 
-    RANGES = {"label_dropout": "[0, 1]"}
+    RANGES: ClassVar = {"label_dropout": "[0, 1]"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -158,7 +159,7 @@ class TrajectoriesConfig(Ranged):
     dtype: str = "float16"
     precision: str = "fp32"  # of the teacher's forward
 
-    RANGES = {
+    RANGES: ClassVar = {
         "count": COUNT,
         "shard_size": COUNT,
         "batch_size": "[1, 65536]",
@@ -198,7 +199,7 @@ class StudentConfig(Ranged):
     sink: int = 0
     state: str = "x0"  # or "ode"
 
-    RANGES = {"history_layers": "[0, 1024]", "window": "[1, 1000]", "sink": "[0, 1000]"}
+    RANGES: ClassVar = {"history_layers": "[0, 1024]", "window": "[1, 1000]", "sink": "[0, 1000]"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -216,7 +217,7 @@ class PreviewConfig(Ranged):
     features: str = "pooled"  # see `ard.features.load_features`
     vae: str | None = None  # decodes latents for grid and features
 
-    RANGES = {"every": "[0, 1000000000]", "count": COUNT, "batch_size": "[1, 65536]", "grid": "[1, 65536]"}
+    RANGES: ClassVar = {"every": "[0, 1000000000]", "count": COUNT, "batch_size": "[1, 65536]", "grid": "[1, 65536]"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -240,7 +241,7 @@ class GanConfig(Ranged):
     kernel_size: int = 9  # of the residual convolution over tokens
     virtual_batch: int = 8  # consecutive samples of one process that share a batch norm's statistics
 
-    RANGES = {
+    RANGES: ClassVar = {
         "discriminator_learning_rate": "[0, inf)",
         "discriminator_betas": "[0, 1)",
         "start": "[0, 1000000000]",
@@ -319,9 +320,9 @@ def read_values(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, A
     shipped = {path.stem: path for path in sorted(Path(str(files("ard") / "configs")).glob("*.yaml"))}
     path = shipped.get(str(source), Path(source))
     if not path.exists():
-        known = ", ".join(shipped)
         raise ValueError(
-            f"config: no such file and no shipped recipe {described(str(source))}; expected a YAML file or one of {known}"
+            f"config: no such file and no shipped recipe {described(str(source))}; expected a YAML file or one of "
+            + ", ".join(shipped)
         )
     if path.resolve() in above:
         raise ValueError(f"config: {path} extends itself, by way of {', '.join(other.name for other in above)}")
@@ -329,7 +330,9 @@ def read_values(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, A
     base = values.pop("extends", None)
     if not isinstance(base, str | None):
         raise ValueError(f"{path}: extends is {described(base)}; expected the name of a YAML file beside it")
-    return values if base is None else merge(read_values(base if base in shipped else path.parent / base, (*above, path.resolve())), values)
+    if base is None:
+        return values
+    return merge(read_values(base if base in shipped else path.parent / base, (*above, path.resolve())), values)
 
 
 def write_recipe(path: Path, recipe: Recipe) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class SamplingConfig(Ranged):
     precision: str = "fp32"  # or "bf16"
     cuda_graph: bool = True  # on a GPU: one launch per batch
 
-    RANGES = {"count": COUNT, "batch_size": "[1, 65536]", "seed": SEED, "classes": f"[0, {LARGEST_CLASS}]"}
+    RANGES: ClassVar = {"count": COUNT, "batch_size": "[1, 65536]", "seed": SEED, "classes": f"[0, {LARGEST_CLASS}]"}
 
     def labels(self, indices: Tensor, num_classes: int) -> Tensor:
         """Labels of global indices."""

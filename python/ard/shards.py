@@ -31,6 +31,7 @@ from ard.files import (
     FolderLock,
     file_sha256,
     read_sealed_json,
+    readable_size,
     remove_temporary,
     write_sealed_json,
     write_tensors,
@@ -169,8 +170,10 @@ def _complete(folder: Path, kind: str) -> None:
 def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(f"{folder}: {needed / 2**30:.1f} GiB are still to be written; expected at most the "
-                      f"{free / 2**30:.1f} GiB that are free")  # fmt: skip
+        raise OSError(
+            f"{folder}: {readable_size(needed)} are still to be written; expected at most the {readable_size(free)} "
+            "that are free"
+        )
 
 
 def _read_manifest(folder: Path, kind: str) -> dict:
