@@ -15,6 +15,7 @@ app = typer.Typer(
 )
 
 LARGEST_SEED = 2**63 - 1  # as in `ard.config.SEED`
+LONGEST_LINE = 1000
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # of PyTorch's RuntimeErrors, on CPUs and on GPUs
 
 Config = Annotated[
@@ -46,6 +47,8 @@ def refusals() -> Iterator[None]:
 
 def _refuse(error: Exception, prefix: str = "") -> NoReturn:
     line = " ".join(line.strip() for line in str(error).splitlines()) or "Python's own objects"
+    if len(line) > LONGEST_LINE:  # the system's own errors repeat names of any length
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 4 :]}"
     typer.echo(f"ard: {prefix}{line}", err=True)
     raise typer.Exit(1) from error
 

@@ -22,9 +22,9 @@ def latents(
     images: Annotated[Path, typer.Argument(help="<class folder>/<image>; classes in sorted order.")],
     vae: Annotated[str, typer.Option(help="Folder of a diffusers AutoencoderKL.")],
     out: Annotated[Path, typer.Option(help="The store, for gan.real.")],
-    size: Annotated[int, typer.Option(min=8, help="Pixels; images are scaled and cropped to it.")] = 256,
-    num_classes: Annotated[int, typer.Option(min=1)] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    size: Annotated[int, typer.Option(min=8, max=8192, help="Pixels; images are scaled and cropped to it.")] = 256,
+    num_classes: Annotated[int, typer.Option(min=1, max=1_000_000)] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, max=65_536)] = 64,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the posterior's noise.")] = 0,
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     device: Device = None,
@@ -79,8 +79,8 @@ def sample(
 
     with refusals(), started(device) as process:
         settings = SamplingConfig(count, batch_size, seed, parse_classes(classes), precision, cuda_graph)
-        student, opened = open_student(source, read_recipe(config) if config else None, weights)
-        decode = LatentCodec(vae, device=process.device).decode if vae else None
+        student, opened = open_student(source, read_recipe(config) if config is not None else None, weights)
+        decode = LatentCodec(vae, device=process.device).decode if vae is not None else None
         facts = {"weights": weights, "weights_sha256": opened.sha256, "weights_step": opened.step}
         with progress_bar("sample", count, process.is_main) as advance:
             result = write_samples(
@@ -108,8 +108,8 @@ def evaluate(
     feature_weights: Annotated[
         Path | None, typer.Option(help="Inception's weights, if not torch-fidelity's own.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 256,
-    neighbours: Annotated[int, typer.Option(min=1, help="k of precision and recall.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, max=65_536)] = 256,
+    neighbours: Annotated[int, typer.Option(min=1, max=65_536, help="k of precision and recall.")] = 3,
     device: Device = None,
 ) -> None:
     """Frechet distance, precision and recall of samples; called FID-50k only where it is."""
@@ -149,7 +149,9 @@ def export(
     from ard.recipe import read_recipe
 
     with refusals():
-        recipe = read_recipe(config) if config else None
+        if segment is not None and to == "public":
+            raise ValueError(f"--segment is {segment}; expected none for --to public, which takes all of a student")
+        recipe = read_recipe(config) if config is not None else None
         typer.echo(export_weights(source, out, to=to, weights=weights, recipe=recipe, segment=segment))
 
 

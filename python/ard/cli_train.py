@@ -28,7 +28,7 @@ Fresh = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print shapes, parameters, FLOPs, memory and disk; run nothing.")
 ]
-Processes = Annotated[int, typer.Option(min=1, help="GPUs that --dry-run plans for.")]
+Processes = Annotated[int, typer.Option(min=1, max=65_536, help="GPUs that --dry-run plans for.")]
 RandomTeacher = Annotated[bool, typer.Option("--random-teacher", help="Random weights, to try a recipe without any.")]
 
 

@@ -9,7 +9,7 @@ from ard.exchange import save_diffusers, segment_teacher_state
 from ard.files import write_tensors
 from ard.model import DiTConfig
 from ard.recipe import Recipe
-from ard.sources import open_source
+from ard.sources import open_source, require_config
 
 TARGETS = ("public", "diffusers")
 
@@ -36,6 +36,8 @@ def export_weights(
     if out.exists():
         raise FileExistsError(f"{out} exists; expected a new path")
     opened = open_source(source, weights)
+    if recipe and opened.facts:
+        require_config(opened, DiTConfig(**opened.facts["model"]), recipe.model)
     if to == "public":
         if out.suffix != ".safetensors":
             raise ValueError(f"out: got {out.name!r}; expected a .safetensors file")

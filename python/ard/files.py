@@ -25,7 +25,12 @@ class DamagedFile(ValueError):
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; on success flushes it to disk and renames it to ``path``."""
+    """Yields a temporary path in the same folder; on success flushes it to disk and renames it to ``path``.
+
+    Raises ValueError if ``path`` is there and no file: a rename would replace a device, such as /dev/null.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is {'a folder' if path.is_dir() else 'a device'}; expected a file or a new name")
     temporary = path.with_name(f"{_TEMPORARY}-{path.name}.{os.getpid()}")
     try:
         yield temporary

@@ -67,6 +67,8 @@ def write_shards(
     Raises ValueError if another job writes to the folder.
     """
     process = process or Process()
+    if process.is_main and not (folder / MANIFEST_NAME).exists():
+        _require_space(folder, spec.count * row_bytes)
     with FolderLock(folder) if process.is_main else nullcontext():
         if process.is_main:
             _prepare(folder, kind, spec, row_bytes)
@@ -123,7 +125,6 @@ def _prepare(folder: Path, kind: str, spec: Any, row_bytes: int) -> None:
     if (folder / MANIFEST_NAME).exists():
         _require_spec(folder, kind, spec)
         return _require_space(folder, _row_count(spec, _missing(folder, kind, spec)) * row_bytes)
-    _require_space(folder, spec.count * row_bytes)
     for path in folder.glob("shard-*.json"):
         path.unlink()  # of which spec its shard was, only the manifest could tell
     manifest = {"format": f"ard-{kind}", "version": FORMAT_VERSION, "spec": dataclasses.asdict(spec), "shards": {}}
@@ -168,7 +169,7 @@ def _complete(folder: Path, kind: str) -> None:
 
 
 def _require_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
     if needed > free:
         raise OSError(
             f"{folder}: {readable_size(needed)} are still to be written; expected at most the {readable_size(free)} "
