@@ -20,12 +20,14 @@ def flops(
         str, typer.Option(help="Preset: DiT-S, DiT-B, DiT-L or DiT-XL with patch /2, /4 or /8.")
     ] = "DiT-XL/2",
     input_size: Annotated[int, typer.Option(min=1, help="Latent height = width; 32 is a 256-pixel image.")] = 32,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps S, one segment each.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps S, one segment each.")] = 4,
     history_layers: Annotated[int, typer.Option(min=0, help="Blocks that read the history, N.")] = 6,
     window: Annotated[
-        int | None, typer.Option(min=1, help="Segments a query sees, its own included; all if unset.")
+        int | None, typer.Option(min=1, max=1000, help="Segments a query sees, its own included; all if unset.")
     ] = None,
-    sink: Annotated[int, typer.Option(min=0, help="First segments that every query sees besides the window.")] = 0,
+    sink: Annotated[
+        int, typer.Option(min=0, max=1000, help="First segments that every query sees besides the window.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """FLOPs of teacher and student: analytic, and counted on shapes alone (no weights are allocated)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,6 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 app = typer.Typer(
     help="AutoRegressive Distillation of diffusion transformers.", no_args_is_help=True, pretty_exceptions_enable=False
 )
+
+LARGEST_SEED = 2**63 - 1  # as in `ard.config.SEED`
+LONGEST_LINE = 1000
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # of PyTorch's RuntimeErrors, on CPUs and on GPUs
 
 Config = Annotated[
     str, typer.Option("--config", "-c", help="YAML file, or a shipped one: digits, imagenet256, imagenet256_gan.")
@@ -42,8 +46,19 @@ def refusals() -> Iterator[None]:
         typer.echo("ard: stopped; every file on disk is whole, give the command again to continue", err=True)
         raise typer.Exit(128 + signal.SIGINT) from error
     except (ValueError, OSError, ImportError, NonFiniteError) as error:
-        typer.echo(f"ard: {error}", err=True)
-        raise typer.Exit(1) from error
+        _refuse(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+            raise
+        _refuse(error, "out of memory: ")
+
+
+def _refuse(error: Exception, prefix: str = "") -> NoReturn:
+    line = " ".join(line.strip() for line in str(error).splitlines()) or "Python's own objects"
+    if len(line) > LONGEST_LINE:  # the system's own errors repeat names of any length
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 4 :]}"
+    typer.echo(f"ard: {prefix}{line}", err=True)
+    raise typer.Exit(1) from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ard.cli_base import Device, Unfinished, app, progress_bar, refusals
+from ard.cli_base import LARGEST_SEED, Device, Unfinished, app, progress_bar, refusals
 
 Weights = Annotated[str, typer.Option(help="Of a run: ema (averaged) or model.")]
 Recipe = Annotated[
@@ -24,10 +24,10 @@ def latents(
     images: Annotated[Path, typer.Argument(help="<class folder>/<image>; classes in sorted order.")],
     vae: Annotated[str, typer.Option(help="Folder of a diffusers AutoencoderKL.")],
     out: Annotated[Path, typer.Option(help="The store, for gan.real.")],
-    size: Annotated[int, typer.Option(min=8, help="Pixels; images are scaled and cropped to it.")] = 256,
-    num_classes: Annotated[int, typer.Option(min=1)] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of the posterior's noise.")] = 0,
+    size: Annotated[int, typer.Option(min=8, max=8192, help="Pixels; images are scaled and cropped to it.")] = 256,
+    num_classes: Annotated[int, typer.Option(min=1, max=1_000_000)] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, max=65_536)] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the posterior's noise.")] = 0,
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     skip_damaged: Annotated[
         bool,
@@ -73,7 +73,9 @@ def sample(
     out: Annotated[Path, typer.Option(help="Folder for samples.npz (or .safetensors), grid.png, sample.json.")],
     count: Annotated[int, typer.Option(min=1)] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Of one process.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise; sample i is a function of (seed, i).")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of the noise; sample i is a function of (seed, i).")
+    ] = 0,
     classes: Annotated[str, typer.Option(help="Such as 0,5,10-12, in turn; all if unset.")] = "",
     vae: Vae = None,
     weights: Weights = "ema",
@@ -92,9 +94,9 @@ def sample(
 
     with refusals(), started(device) as process:
         settings = SamplingConfig(count, batch_size, seed, parse_classes(classes), precision, cuda_graph)
-        recipe = read_recipe(config) if config else None
+        recipe = read_recipe(config) if config is not None else None
         student, opened = open_student(source, recipe, weights, unfinished=unfinished)
-        codec = LatentCodec(vae, device=process.device) if vae else None
+        codec = LatentCodec(vae, device=process.device) if vae is not None else None
         facts = {"weights": weights, "weights_sha256": opened.sha256, "weights_step": opened.step}
         with progress_bar("sample", count, process.is_main) as advance:
             result = write_samples(
@@ -123,8 +125,8 @@ def evaluate(
     feature_weights: Annotated[
         Path | None, typer.Option(help="Inception's weights, if not torch-fidelity's own.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 256,
-    neighbours: Annotated[int, typer.Option(min=1, help="k of precision and recall.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, max=65_536)] = 256,
+    neighbours: Annotated[int, typer.Option(min=1, max=65_536, help="k of precision and recall.")] = 3,
     device: Device = None,
 ) -> None:
     """Frechet distance, precision and recall of samples; called FID-50k only where it is."""
@@ -166,7 +168,9 @@ def export(
     from ard.recipe import read_recipe
 
     with refusals():
-        recipe = read_recipe(config) if config else None
+        if segment is not None and to == "public":
+            raise ValueError(f"--segment is {segment}; expected none for --to public, which takes all of a student")
+        recipe = read_recipe(config) if config is not None else None
         settings = {"weights": weights, "unfinished": unfinished, "recipe": recipe, "segment": segment}
         typer.echo(export_weights(source, out, to=to, **settings))
 

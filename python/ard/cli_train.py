@@ -28,7 +28,7 @@ Fresh = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print shapes, parameters, FLOPs, memory and disk; run nothing.")
 ]
-Processes = Annotated[int, typer.Option(min=1, help="GPUs that --dry-run plans for.")]
+Processes = Annotated[int, typer.Option(min=1, max=65_536, help="GPUs that --dry-run plans for.")]
 RandomTeacher = Annotated[bool, typer.Option("--random-teacher", help="Random weights, to try a recipe without any.")]
 
 
@@ -78,6 +78,7 @@ def trajectories(
     if config is None:
         raise typer.BadParameter("expected --config")
     from ard import stages
+    from ard.files import readable_size
     from ard.parallel import PATIENT
 
     with opened(config, arguments, device, PATIENT) as (recipe, process):
@@ -89,8 +90,8 @@ def trajectories(
                 recipe, dit, sha256, trajectories_folder(recipe), process=process, on_progress=advance
             )
         if process.is_main:
-            size = store.spec.row_bytes * len(store) / 2**20
-            typer.echo(f"{store.folder}: {len(store)} trajectories in {store.spec.shards} shards, {size:.1f} MiB")
+            size = readable_size(store.spec.row_bytes * len(store))
+            typer.echo(f"{store.folder}: {len(store)} trajectories in {store.spec.shards} shards, {size}")
 
 
 def verify(folder: Path) -> None:
@@ -253,8 +254,10 @@ def show_plan(recipe: Recipe, stage: str, processes: int, process: Process) -> N
 
 
 def readable(section: str, value: Any) -> str:
+    from ard.files import readable_size
+
     if section in ("memory", "disk"):
-        return f"{value / 2**30:,.2f} GiB"
+        return readable_size(value)
     if isinstance(value, list):
         return " x ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) else f"{value:.4%}"

@@ -1,26 +1,187 @@
-"""YAML files into frozen dataclasses: an unknown key is answered with the nearest valid one."""
+"""YAML files into frozen dataclasses: an unknown key is answered with the nearest valid one.
+
+A dataclass says in ``RANGES`` which values its numbers may have, as intervals: ``{"steps": "[1, 1000]"}``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import numbers
+import os
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from ard_kernels.arguments import described
+
 Config = TypeVar("Config")
+
+LARGEST_FILE = 64 * 1024  # bytes of YAML
+DEEPEST = 20  # mappings and lists inside each other
+SEED = f"[0, {2**63 - 1}]"  # what NumPy's and PyTorch's generators both take
+COUNT = "[1, 1000000000]"
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: mappings, lists, text, numbers, true, false and null, each written out where it stands.
+
+    No aliases, which make a small file large; no tags; a key is text and is given once. Numbers are decimal and dates
+    are text, so 010 is not 8, nor 1:30 ninety.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event, problem = self.peek_event(), None
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"the alias *{event.anchor}; expected the value itself"
+        elif event.tag is not None:
+            problem = f"the tag {event.tag}; expected a value without one"
+        elif self._depth == DEEPEST:
+            problem = f"more than {DEEPEST} levels; expected fewer"
+        if problem:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        seen = set()
+        for key, _ in node.value:
+            problem = None
+            if key.tag != "tag:yaml.org,2002:str":
+                problem = f"the key {described(key.value)} that is not text; expected a name"
+            elif key.value in seen:
+                problem = f"the key {described(key.value)} twice; expected it once"
+            if problem:
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] in ("bool", "float", "null")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text. Raises ValueError in one line: ``where``, line, column and the problem."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = str(error.problem or error.context)
+        own = "; expected" in problem
+        raise ValueError(f"{where}{place}: " + (f"got {problem}" if own else f"{problem}; expected YAML")) from error
+    except (yaml.YAMLError, ValueError) as error:  # a character that is none of text, a number of 5000 digits
+        raise ValueError(f"{where}: {str(error).splitlines()[0]}; expected YAML") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
-    values = yaml.safe_load(Path(path).read_text())
+    """The mapping in a YAML file; ValueError in one line unless it is a file of at most LARGEST_FILE bytes of that."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: is {'no file' if path.exists() else 'not there'}; expected a YAML file")
+    with open(path, "rb") as file:
+        content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise ValueError(f"{path}: is larger than {LARGEST_FILE} bytes; expected a recipe in YAML")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; expected a recipe in YAML") from error
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}; expected a mapping")
     return values
+
+
+def require_ranges(where: str, values: Mapping[str, Any], ranges: Mapping[str, str]) -> None:
+    """Raises ValueError naming the first number, or entry of a list, outside its interval; None is in all of them."""
+    for name, interval in ranges.items():
+        value = values.get(name)
+        listed = isinstance(value, (list, tuple))
+        for i, number in enumerate(value if listed else () if value is None else (value,)):
+            if not _within(number, interval):
+                place = f"{name}[{i}]" if listed else name
+                raise ValueError(f"{_join(where, place)} is {described(number)}; expected within {interval}")
+
+
+class Ranged:
+    """Base of settings: their numbers are within the class's ``RANGES``, however an instance is made."""
+
+    RANGES: typing.ClassVar[dict[str, str]]
+
+    def __post_init__(self):
+        require_ranges(type(self).__name__, vars(self), self.RANGES)
+
+
+def _within(number: Any, interval: str) -> bool:
+    """Whether a number is in an interval such as "[0, 1)"; NaN is in none, infinity in "(0, inf]" only."""
+    if not isinstance(number, numbers.Real) or isinstance(number, bool):
+        return False
+    least, most = (float(end) if end == "inf" else int(end) for end in interval[1:-1].split(", "))
+    above = number >= least if interval[0] == "[" else number > least
+    return above and (number <= most if interval[-1] == "]" else number < most)
+
+
+def expand_paths(config: Any, where: str, names: Sequence[str]) -> None:
+    """For ``__post_init__``: ``~`` of these settings becomes the home folder. Raises ValueError on an empty path."""
+    for name in names:
+        value = getattr(config, name)
+        if value == "":
+            raise ValueError(f"{where}.{name} is ''; expected a path, or null for none")
+        if value is not None:
+            object.__setattr__(config, name, os.path.expanduser(value))
+
+
+def parse_override(cls: type, text: str) -> dict[str, Any]:
+    """``key.sub=value`` as the nested mapping to lay over those that ``cls`` is built from.
+
+    The value is YAML; where the field takes text it is that text as it stands, but null and ~ are None where the field
+    takes that. Raises ValueError on an unknown key, naming the nearest valid one, and on a value that is not YAML.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ValueError(f"override: got {described(text)}; expected key.sub=value")
+    names = key.split(".")
+    kind: Any = cls
+    for depth, name in enumerate(names):
+        section = next((each for each in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(each)), None)
+        if section is None:
+            above = ".".join(names[:depth])
+            raise ValueError(f"config: unknown key {described(key)}; {above!r} is no section; expected {above}=value")
+        _require_known(section, name, ".".join(names[:depth]))
+        kind = typing.get_type_hints(section)[name]
+    kinds = (kind, *typing.get_args(kind)) if typing.get_origin(kind) is not tuple else (kind,)
+    if str not in kinds:
+        nested = parse_yaml(value, f"override: got {described(text)}; expected key.sub=value, the value YAML")
+    else:
+        nested = None if value in ("null", "~") and type(None) in kinds else value
+    for name in reversed(names):
+        nested = {name: nested}
+    return nested
+
+
+def _require_known(cls: type, name: Any, where: str) -> None:
+    fields = [field.name for field in dataclasses.fields(cls)]
+    if name not in fields:
+        nearest = difflib.get_close_matches(str(name)[:80], fields, n=1, cutoff=0.0)
+        unknown = described(_join(where, name))
+        raise ValueError(f"config: unknown key {unknown}; did you mean {_join(where, nearest[0])!r}?")
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,18 +200,18 @@ def build(cls: type[Config], values: Mapping[str, Any], where: str = "") -> Conf
     another type than the field's; an int is taken where a float is expected, a list where a tuple is expected.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"config: {where or 'the file'} is {values!r}; expected a mapping")
+        raise ValueError(f"config: {where or 'the file'} is {described(values)}; expected a mapping")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
-        if key not in fields:
-            nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            raise ValueError(f"config: unknown key {_join(where, key)!r}; did you mean {_join(where, nearest[0])!r}?")
+        _require_known(cls, key, where)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise ValueError(f"config: missing key {_join(where, name)!r}")
-    return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in values.items()})
+    converted = {key: _convert(hints[key], value, _join(where, key)) for key, value in values.items()}
+    require_ranges(where, converted, getattr(cls, "RANGES", {}))
+    return cls(**converted)
 
 
 def _join(where: str, key: Any) -> str:
@@ -70,7 +231,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return _convert(chosen, value, where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"config: {where} is {value!r}; expected a list")
+            raise ValueError(f"config: {where} is {described(value)}; expected a list")
         if arguments[-1] is not Ellipsis and len(arguments) != len(value):
             raise ValueError(f"config: {where} has {len(value)} entries; expected {len(arguments)}")
         kinds = arguments if arguments[-1] is not Ellipsis else (arguments[0],) * len(value)
@@ -79,8 +240,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 takes 1e-3, without a point, for text
+        except OverflowError:
+            return math.inf
         except ValueError:
             pass
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"config: {where} is {value!r}; expected {kind.__name__}")
+        raise ValueError(f"config: {where} is {described(value)}; expected {kind.__name__}")
     return value

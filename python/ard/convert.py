@@ -36,6 +36,8 @@ def export_weights(
     if out.exists():
         raise FileExistsError(f"{out} exists; expected a new path")
     opened = open_source(source, weights, unfinished=unfinished)
+    if recipe and opened.facts:
+        require_config(opened, model_config(opened), recipe.model)
     if to == "public":
         if out.suffix != ".safetensors":
             raise ValueError(f"out: got {out.name!r}; expected a .safetensors file")

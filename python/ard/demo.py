@@ -16,13 +16,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ard import digits, report, stages
-from ard.config import build, merge
+from ard.config import COUNT, SEED, Ranged, build, merge
 from ard.digits import ClassifierConfig, DigitClassifier
 from ard.files import write_json
 from ard.gan import LatentsInMemory
@@ -38,22 +38,33 @@ from ard_kernels import flops
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Ranged):
     count: int  # images per sampler
     batch_size: int
     seed: int  # of the held-out noise
     timing_batch_size: int
     timing_repeats: int
 
+    RANGES: ClassVar = {
+        "count": COUNT,
+        "batch_size": "[1, 65536]",
+        "seed": SEED,
+        "timing_batch_size": "[1, 65536]",
+        "timing_repeats": COUNT,
+    }
+
 
 @dataclass(frozen=True)
-class ComparisonConfig:
+class ComparisonConfig(Ranged):
     classifier: ClassifierConfig
     history_layers: tuple[int, ...]  # one student each; the first, 0, is the baseline, the last is fine-tuned
     seeds: tuple[int, ...]  # of the data order; replace those of the recipe's training
     evaluation: EvaluationConfig
 
+    RANGES: ClassVar = {"history_layers": "[0, 1024]", "seeds": SEED}
+
     def __post_init__(self):
+        super().__post_init__()
         if len(self.history_layers) < 2 or self.history_layers[0] != 0:
             raise ValueError(f"demo.history_layers is {list(self.history_layers)}; expected 0 first, then others")
         if not self.seeds:

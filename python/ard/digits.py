@@ -7,12 +7,14 @@ Source: ``sklearn.datasets.load_digits``, the test set of the UCI "Optical Recog
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ard.config import COUNT, SEED, Ranged
 from ard.streams import batch_indices
 
 NUM_CLASSES = 10
@@ -72,12 +74,20 @@ class DigitClassifier(nn.Module):
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
+class ClassifierConfig(Ranged):
     steps: int = 400
     batch_size: int = 128
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     seed: int = 0
+
+    RANGES: ClassVar = {
+        "steps": COUNT,
+        "batch_size": "[1, 65536]",
+        "learning_rate": "[0, 1]",
+        "weight_decay": "[0, inf)",
+        "seed": SEED,
+    }
 
 
 def train_classifier(digits: Digits, config: ClassifierConfig) -> tuple[DigitClassifier, float]:

@@ -28,7 +28,12 @@ class DamagedFile(ValueError):
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; on success flushes it to disk and renames it to ``path``."""
+    """Yields a temporary path beside ``path``; on success flushes it to disk and renames it to ``path``.
+
+    Raises ValueError if ``path`` is there and no file: a rename would replace a device, such as /dev/null.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is {'a folder' if path.is_dir() else 'a device'}; expected a file or a new name")
     with _temporary_folder(path.parent) as folder:
         temporary = folder / path.name
         with _naming(path):
@@ -236,3 +241,12 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def readable_size(size: float) -> str:
+    """Bytes in the largest unit that they fill: "11.77 MiB"."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:,.2f} TiB"

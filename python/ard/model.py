@@ -14,12 +14,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ard.config import Ranged
 from ard_kernels import adaln_modulate, block_causal_attention_packed, gate_residual_adaln
 
 # packed q, k, v (B, T, 3, H, D) -> out (B, T, H, D)
@@ -37,7 +39,7 @@ _PRESET_PATCHES = (2, 4, 8)
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Ranged):
     """Sizes of a DiT. `input_size` is the height = width of the latent, or (height, width)."""
 
     input_size: int | tuple[int, int] = 32
@@ -51,11 +53,21 @@ class DiTConfig:
     learn_sigma: bool = True
     frequency_embedding_size: int = 256
 
+    RANGES: ClassVar = {
+        "input_size": "[1, 4096]",
+        "patch_size": "[1, 256]",
+        "in_channels": "[1, 1024]",
+        "hidden_size": "[1, 16384]",
+        "depth": "[1, 1024]",
+        "num_heads": "[1, 16384]",
+        "mlp_ratio": "(0, 64]",
+        "num_classes": "[1, 1000000]",
+        "frequency_embedding_size": "[2, 16384]",
+    }
+
     def __post_init__(self) -> None:
-        for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DiTConfig: {name} is {getattr(self, name)}; expected at least 1")
-        if any(side < 1 or side % self.patch_size for side in self.input_hw):
+        super().__post_init__()
+        if any(side % self.patch_size for side in self.input_hw):
             raise ValueError(
                 f"DiTConfig: input_size is {self.input_size}; expected multiples of patch_size={self.patch_size}"
             )
@@ -67,6 +79,10 @@ class DiTConfig:
         if self.frequency_embedding_size % 2:
             raise ValueError(
                 f"DiTConfig: frequency_embedding_size is {self.frequency_embedding_size}; expected an even number"
+            )
+        if self.mlp_hidden_size < 1:
+            raise ValueError(
+                f"DiTConfig: mlp_ratio is {self.mlp_ratio}; expected at least 1 / hidden_size={self.hidden_size}"
             )
 
     @classmethod

@@ -72,7 +72,7 @@ def started(device: str | None = None, patience: timedelta | None = None) -> Ite
     patience: how long a collective waits for a slower rank; torch's default finds hangs after 10 or 30 minutes.
     """
     available = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    kind = device or available[-1]
+    kind = available[-1] if device is None else device
     if kind not in available:
         raise ValueError(f"device: got {kind!r}; expected one of {available}, the GPU is that of the local rank")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

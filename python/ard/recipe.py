@@ -1,7 +1,9 @@
 """Settings of teacher, trajectories, distillation and GAN fine-tune: frozen dataclasses, read from YAML.
 
-A recipe is one YAML file (configs/*.yaml). ``extends: other.yaml`` lays it over another one; ``key.sub=value`` on the
-command line is laid over both. Sections that only other commands need (``demo``) are not part of a recipe.
+A recipe is one YAML file (configs/*.yaml). ``extends: other.yaml`` lays it over another one beside it, ``extends:
+digits`` over a shipped one; ``key.sub=value`` on the command line is laid over both. Its value is YAML, or, for a
+setting that is text, the text as it stands; ``~`` in a path is the home folder. Sections that only other commands need
+(``demo``) are not part of a recipe.
 """
 
 from __future__ import annotations
@@ -13,19 +15,23 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
 
-from ard.config import build, merge, read_yaml
+from ard.config import COUNT, SEED, Ranged, build, expand_paths, merge, parse_override, read_yaml
+from ard.diffusion import TRAIN_STEPS
 from ard.files import write_text
 from ard.model import DiTConfig
 from ard.parallel import STRATEGIES
 from ard.store import DTYPES, STATE_KINDS
+from ard.trajectories import check_keep
+from ard_kernels.arguments import described
 
 PRECISIONS = ("fp32", "bf16")
 FOREIGN_SECTIONS = ("demo",)
+LARGEST_SHARDS = 100_000  # their names have five digits
 
 
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
@@ -40,17 +46,11 @@ def _require_one_of(section: str, known: dict[str, tuple[Any, Sequence]]) -> Non
     for name, (value, choices) in known.items():
         if value not in choices:
             where = f"{section}.{name}" if section else name
-            raise ValueError(f"{where} is {value!r}; expected one of {', '.join(map(repr, choices))}")
-
-
-def _require_positive(section: str, values: dict[str, int]) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{section}.{name} is {value}; expected at least 1")
+            raise ValueError(f"{where} is {described(value)}; expected one of {', '.join(map(repr, choices))}")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Ranged):
     """What is computed; the defaults are the paper's student's."""
 
     steps: int
@@ -61,18 +61,26 @@ class TrainConfig:
     warmup_steps: int = 0  # learning rate rises linearly from 0
     cosine_decay: bool = False  # then falls to 0 along a half cosine, or stays
     ema_decay: float = 0.9999
-    grad_clip: float = 1.0  # 2-norm over all parameters
+    grad_clip: float = 1.0  # 2-norm over all parameters; .inf for no limit
     seed: int = 0
     log_every: int = 25  # steps per line of the log; each line holds the means since the line before
 
+    RANGES: ClassVar = {
+        "steps": COUNT,
+        "batch_size": "[1, 65536]",
+        "learning_rate": "[0, 1]",
+        "betas": "[0, 1)",
+        "weight_decay": "[0, inf)",
+        "warmup_steps": "[0, 1000000000]",
+        "ema_decay": "[0, 1)",
+        "grad_clip": "(0, inf]",
+        "seed": SEED,
+        "log_every": COUNT,
+    }
+
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
-        names = ("steps", "batch_size", "log_every")
-        _require_positive("train", {name: getattr(self, name) for name in names})
-        if self.warmup_steps < 0:
-            raise ValueError(f"train.warmup_steps is {self.warmup_steps}; expected at least 0")
-        if not self.grad_clip > 0.0:
-            raise ValueError(f"train.grad_clip is {self.grad_clip}; expected above 0, and .inf for no limit")
+        super().__post_init__()
 
     def learning_rate_at(self, step: int) -> float:
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
@@ -88,7 +96,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class ExecutionConfig:
+class ExecutionConfig(Ranged):
     """How it is computed; the values here change results by rounding at most (bf16's, for `precision`)."""
 
     strategy: str = "ddp"  # or "fsdp": weights, gradients, optimizer and EMA sharded (FSDP2)
@@ -100,11 +108,12 @@ class ExecutionConfig:
     keep_last: int = 3  # checkpoints
     tensorboard: bool = False  # besides log.jsonl
 
+    RANGES: ClassVar = {"accumulation": "[1, 65536]", "save_every": COUNT, "keep_last": COUNT}
+
     def __post_init__(self):
+        super().__post_init__()
         known = {"strategy": (self.strategy, STRATEGIES), "precision": (self.precision, PRECISIONS)}
         _require_one_of("execution", known)
-        names = ("accumulation", "save_every", "keep_last")
-        _require_positive("execution", {name: getattr(self, name) for name in names})
 
 
 def micro_batch_size(batch_size: int, processes: int, accumulation: int) -> int:
@@ -119,16 +128,22 @@ def micro_batch_size(batch_size: int, processes: int, accumulation: int) -> int:
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(Ranged):
     """The weights to distil; and, for `ard teacher`, how to make some."""
 
     checkpoint: str | None = None  # public DiT checkpoint, diffusers folder, or run of `ard teacher`
     label_dropout: float = 0.1  # share of labels replaced by the null label
     train: TrainConfig | None = None
 
+    RANGES: ClassVar = {"label_dropout": "[0, 1]"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        expand_paths(self, "teacher", ("checkpoint",))
+
 
 @dataclass(frozen=True)
-class TrajectoriesConfig:
+class TrajectoriesConfig(Ranged):
     """What `ard trajectories` samples from the teacher."""
 
     folder: str | None  # the store
@@ -144,15 +159,39 @@ class TrajectoriesConfig:
     dtype: str = "float16"
     precision: str = "fp32"  # of the teacher's forward
 
+    RANGES: ClassVar = {
+        "count": COUNT,
+        "shard_size": COUNT,
+        "batch_size": "[1, 65536]",
+        "seed": SEED,
+        "sampling_steps": f"[1, {TRAIN_STEPS}]",
+        "cfg_scale": "[0, inf)",
+        "cfg_channels": "[0, 1024]",
+    }
+
     def __post_init__(self):
-        _require_positive("trajectories", {"batch_size": self.batch_size})
+        super().__post_init__()
+        expand_paths(self, "trajectories", ("folder",))
         _require_one_of(
             "trajectories", {"dtype": (self.dtype, list(DTYPES)), "precision": (self.precision, PRECISIONS)}
         )
+        try:
+            check_keep(tuple(self.keep), self.sampling_steps)
+        except ValueError as error:
+            raise ValueError(f"trajectories.{error}") from None
+        if not self.store or len(set(self.store)) < len(self.store) or not set(self.store) <= set(STATE_KINDS):
+            kinds = ", ".join(map(repr, STATE_KINDS))
+            got = described(list(self.store))
+            raise ValueError(f"trajectories.store is {got}; expected one or both of {kinds}, each once")
+        if math.ceil(self.count / self.shard_size) > LARGEST_SHARDS:
+            raise ValueError(
+                f"trajectories.shard_size is {self.shard_size} of count={self.count}; expected at most "
+                f"{LARGEST_SHARDS} shards"
+            )
 
 
 @dataclass(frozen=True)
-class StudentConfig:
+class StudentConfig(Ranged):
     """The student; its steps are the trajectories' ``keep``."""
 
     history_layers: int = 6
@@ -160,12 +199,15 @@ class StudentConfig:
     sink: int = 0
     state: str = "x0"  # or "ode"
 
+    RANGES: ClassVar = {"history_layers": "[0, 1024]", "window": "[1, 1000]", "sink": "[0, 1000]"}
+
     def __post_init__(self):
+        super().__post_init__()
         _require_one_of("student", {"state": (self.state, STATE_KINDS)})
 
 
 @dataclass(frozen=True)
-class PreviewConfig:
+class PreviewConfig(Ranged):
     """Grids of samples and their Frechet distance to the teacher, during training, by the averaged weights."""
 
     every: int  # steps; 0 for never
@@ -175,15 +217,15 @@ class PreviewConfig:
     features: str = "pooled"  # see `ard.features.load_features`
     vae: str | None = None  # decodes latents for grid and features
 
+    RANGES: ClassVar = {"every": "[0, 1000000000]", "count": COUNT, "batch_size": "[1, 65536]", "grid": "[1, 65536]"}
+
     def __post_init__(self):
-        if self.every < 0:
-            raise ValueError(f"preview.every is {self.every}; expected at least 0")
-        names = ("count", "batch_size", "grid")
-        _require_positive("preview", {name: getattr(self, name) for name in names})
+        super().__post_init__()
+        expand_paths(self, "preview", ("vae",))
 
 
 @dataclass(frozen=True)
-class GanConfig:
+class GanConfig(Ranged):
     """Fine-tune of a distilled student against heads on the frozen teacher's features ("R+G")."""
 
     train: TrainConfig
@@ -199,9 +241,21 @@ class GanConfig:
     kernel_size: int = 9  # of the residual convolution over tokens
     virtual_batch: int = 8  # consecutive samples of one process that share a batch norm's statistics
 
+    RANGES: ClassVar = {
+        "discriminator_learning_rate": "[0, 1]",
+        "discriminator_betas": "[0, 1)",
+        "start": "[0, 1000000000]",
+        "factor": "[0, inf)",
+        "largest_weight": "[0, inf)",
+        "feature_timestep": f"[0, {TRAIN_STEPS - 1}]",
+        "projection": "[1, 65536]",
+        "kernel_size": "[1, 65536]",
+        "virtual_batch": "[1, 65536]",
+    }
+
     def __post_init__(self):
-        names = ("projection", "kernel_size", "virtual_batch")
-        _require_positive("gan", {name: getattr(self, name) for name in names})
+        super().__post_init__()
+        expand_paths(self, "gan", ("student", "real"))
         if self.kernel_size % 2 == 0:
             raise ValueError(f"gan.kernel_size is {self.kernel_size}; expected an odd number")
 
@@ -217,6 +271,24 @@ class Recipe:
     preview: PreviewConfig = field(default_factory=lambda: PreviewConfig(every=0))
     gan: GanConfig | None = None
 
+    def __post_init__(self):
+        model, trajectories, student = self.model, self.trajectories, self.student
+        most = {
+            "trajectories.cfg_channels": (trajectories.cfg_channels, f"model.in_channels={model.in_channels}"),
+            "student.history_layers": (student.history_layers, f"model.depth={model.depth}"),
+        }
+        for name, (value, limit) in most.items():
+            if value > int(limit.rpartition("=")[2]):
+                raise ValueError(f"{name} is {value}; expected at most {limit}")
+        if student.state not in trajectories.store:
+            store = list(trajectories.store)
+            raise ValueError(f"student.state is {student.state!r}; expected one of trajectories.store={store}")
+        if self.gan and self.gan.kernel_size // 2 > model.tokens:
+            raise ValueError(
+                f"gan.kernel_size is {self.gan.kernel_size}; expected at most {2 * model.tokens + 1}, which wraps "
+                f"around the {model.tokens} tokens once"
+            )
+
     @property
     def steps(self) -> int:
         """S, the student's steps."""
@@ -231,20 +303,12 @@ class Recipe:
 def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, or in the shipped one of that name ("imagenet256"), with ``key.sub=value`` over it.
 
-    Raises ValueError on an unknown key (naming the nearest valid one), a missing key, or a value of the wrong type.
+    Raises ValueError on an unknown key (naming the nearest valid one), a missing key, or a value of the wrong type or
+    outside its range.
     """
     values = {key: value for key, value in read_values(source).items() if key not in FOREIGN_SECTIONS}
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ValueError(f"override: got {override!r}; expected key.sub=value")
-        try:
-            nested: Any = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"override: got {override!r}; expected key.sub=value, the value YAML") from error
-        for name in reversed(key.split(".")):
-            nested = {name: nested}
-        values = merge(values, nested)
+        values = merge(values, parse_override(Recipe, override))
     return build(Recipe, values)
 
 
@@ -253,17 +317,22 @@ def read_values(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, A
 
     above: the files that extend this one.
     """
-    path = Path(source)
-    if not path.suffix:
-        path = Path(str(files("ard") / "configs" / f"{source}.yaml"))
-        if not path.exists():
-            known = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
-            raise ValueError(f"config: no shipped recipe {str(source)!r}; expected a YAML file or one of {known}")
+    shipped = {path.stem: path for path in sorted(Path(str(files("ard") / "configs")).glob("*.yaml"))}
+    path = shipped.get(str(source), Path(source))
+    if not path.exists():
+        raise ValueError(
+            f"config: no such file and no shipped recipe {described(str(source))}; expected a YAML file or one of "
+            + ", ".join(shipped)
+        )
     if path.resolve() in above:
         raise ValueError(f"config: {path} extends itself, by way of {', '.join(other.name for other in above)}")
     values = read_yaml(path)
     base = values.pop("extends", None)
-    return values if base is None else merge(read_values(path.parent / base, (*above, path.resolve())), values)
+    if not isinstance(base, str | None):
+        raise ValueError(f"{path}: extends is {described(base)}; expected the name of a YAML file beside it")
+    if base is None:
+        return values
+    return merge(read_values(base if base in shipped else path.parent / base, (*above, path.resolve())), values)
 
 
 def write_recipe(path: Path, recipe: Recipe) -> None:

@@ -6,15 +6,17 @@ They are made in shards, in a folder beside the file, which is put together in t
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from ard.config import COUNT, SEED, Ranged
 from ard.files import file_sha256, remove_folder, remove_temporary, write_json, write_tensors
 from ard.images import latent_preview, to_uint8, write_grid, write_npz
 from ard.parallel import Process
@@ -23,9 +25,11 @@ from ard.shards import ShardedStore, write_shards
 from ard.sources import state_sha256
 from ard.streams import noise_at
 from ard.student import ARDStudent
+from ard_kernels.arguments import described
 
 IMAGE_CHANNELS = (1, 3)  # a student of other channels makes latents
 GRID_SAMPLES = 100
+LARGEST_CLASS = 999_999  # of what a model may have
 
 PARTS = ".ard-parts"  # the folder of shards
 LEAST_SHARD = 64  # samples
@@ -42,7 +46,7 @@ class Codec(Protocol):
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Ranged):
     count: int
     batch_size: int = 64  # of one process
     seed: int = 0  # of the noise; sample i's is a function of (seed, i)
@@ -50,11 +54,13 @@ class SamplingConfig:
     precision: str = "fp32"  # or "bf16"
     cuda_graph: bool = True  # on a GPU: one launch per batch
 
+    RANGES: ClassVar = {"count": COUNT, "batch_size": "[1, 65536]", "seed": SEED, "classes": f"[0, {LARGEST_CLASS}]"}
+
     def labels(self, indices: Tensor, num_classes: int) -> Tensor:
         """Labels of global indices."""
         classes = torch.tensor(self.classes or tuple(range(num_classes)))
         if int(classes.min()) < 0 or int(classes.max()) >= num_classes:
-            raise ValueError(f"classes: got {list(self.classes)}; expected within [0, {num_classes - 1}]")
+            raise ValueError(f"classes: got {described(self.classes)}; expected within [0, {num_classes - 1}]")
         return classes[indices % len(classes)]
 
 
@@ -99,8 +105,6 @@ def write_samples(
     nothing was left to sample.
     """
     process = process or Process()
-    if config.count < 1 or config.batch_size < 1:
-        raise ValueError(f"count={config.count}, batch_size={config.batch_size}; expected at least 1")
     shape, classes = (student.config.in_channels, *student.config.input_hw), student.config.num_classes
     config.labels(torch.arange(1), classes)  # raises for a class that is none
     pixels = codec is not None or student.config.in_channels in IMAGE_CHANNELS
@@ -230,10 +234,13 @@ def parse_classes(text: str) -> tuple[int, ...]:
     """ "0,5,10-12" -> (0, 5, 10, 11, 12)."""
     classes: list[int] = []
     for part in filter(None, text.split(",")):
-        first, separator, last = part.partition("-")
-        if not first.strip().isdigit() or (separator and not last.strip().isdigit()):
-            raise ValueError(f"classes: got {text!r}; expected numbers and ranges such as 0,5,10-12")
-        if separator and int(last) < int(first):
+        match = re.fullmatch(r"\s*(\d{1,19})\s*(?:-\s*(\d{1,19})\s*)?", part, re.ASCII)
+        if not match:
+            raise ValueError(f"classes: got {described(text)}; expected numbers and ranges such as 0,5,10-12")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
             raise ValueError(f"classes: got the range {part!r}; expected it to ascend")
-        classes += range(int(first), int(last) + 1) if separator else [int(first)]
+        if last > LARGEST_CLASS or len(classes) + last - first > LARGEST_CLASS:
+            raise ValueError(f"classes: got {described(text)}; expected at most {LARGEST_CLASS}, and as many")
+        classes += range(first, last + 1)
     return tuple(classes)

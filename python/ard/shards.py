@@ -32,6 +32,7 @@ from ard.files import (
     FolderLock,
     file_sha256,
     read_sealed_json,
+    readable_size,
     remove_temporary,
     shown,
     whole_tensors,
@@ -70,6 +71,8 @@ def write_shards(
     Raises ValueError if another job writes to the folder.
     """
     process = process or Process()
+    if process.is_main and not (folder / MANIFEST_NAME).exists():
+        _require_space(folder, spec.count * row_bytes)
     with FolderLock(folder) if process.is_main else nullcontext():
         if process.is_main:
             _prepare(folder, kind, spec, row_bytes)
@@ -145,7 +148,6 @@ def _prepare(folder: Path, kind: str, spec: Any, row_bytes: int) -> None:
     if (folder / MANIFEST_NAME).exists():
         _require_spec(folder, kind, spec)
         return _require_space(folder, _row_count(spec, _missing(folder, kind, spec)) * row_bytes)
-    _require_space(folder, spec.count * row_bytes)
     strangers = sorted(path.name for path in folder.glob("shard-*"))
     if strangers:  # of which spec they are, only a manifest could tell
         raise ValueError(f"{folder} holds {strangers[0]} and no {MANIFEST_NAME}; expected a store or a new folder")
@@ -199,10 +201,12 @@ def _own_json(folder: Path) -> list[Path]:
 
 
 def _require_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
     if needed > free:
-        raise OSError(f"{folder}: {needed / 2**30:.1f} GiB are still to be written; expected at most the "
-                      f"{free / 2**30:.1f} GiB that are free")  # fmt: skip
+        raise OSError(
+            f"{folder}: {readable_size(needed)} are still to be written; expected at most the {readable_size(free)} "
+            "that are free"
+        )
 
 
 def _read_manifest(folder: Path, kind: str) -> dict:

@@ -55,8 +55,8 @@ def open_source(path: str | Path, weights: str = "ema", *, unfinished: bool = Fa
         steps = checkpoint.facts.get("steps")
         if not unfinished and checkpoint.step != steps:
             raise ValueError(
-                f"{path} is unfinished, at step {checkpoint.step} of {shown(steps)}; expected a run that has ended. Give its "
-                "command again to finish it, or take it as it is with --unfinished"
+                f"{path} is unfinished, at step {checkpoint.step} of {shown(steps)}; expected a run that has ended. "
+                "Give its command again to finish it, or take it as it is with --unfinished"
             )
         return _source(path, state, checkpoint.facts, checkpoint.step)
     if (path / training_state.CHECKPOINT_NAME).is_file():

@@ -43,6 +43,11 @@ def train_teacher(
     process, config = process or Process(), recipe.teacher.train
     if config is None:
         raise ValueError("recipe: teacher.train is missing; expected the settings of the teacher's training")
+    shape, num_classes = (recipe.model.in_channels, *recipe.model.input_hw), int(labels.max()) + 1
+    if tuple(images.shape[1:]) != shape:
+        raise ValueError(f"model is of {shape}; expected {tuple(images.shape[1:])}, the images of {data}")
+    if recipe.model.num_classes != num_classes:
+        raise ValueError(f"model.num_classes is {recipe.model.num_classes}; expected {num_classes}, those of {data}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         teacher = DiT(recipe.model).to(process.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ard.diffusion import ddim_steps
 from ard.model import DiT
+from ard_kernels.arguments import described
 
 STATE_KINDS = ("x0", "ode")
 
@@ -46,7 +47,7 @@ def check_keep(keep: tuple[int, ...], sampling_steps: int) -> None:
     descending = all(earlier > later for earlier, later in pairwise(keep))
     if not keep or not descending or keep[0] >= sampling_steps or keep[-1] < 0:
         raise ValueError(
-            f"keep: got {keep}; expected strictly descending indices in [0, sampling_steps={sampling_steps})"
+            f"keep: got {described(keep)}; expected strictly descending indices in [0, sampling_steps={sampling_steps})"
         )
 
 

@@ -363,7 +363,7 @@ def test_bfloat16_autocast_sampling():
     [
         (lambda: DiTConfig(input_size=9), r"input_size is 9; expected"),
         (lambda: DiTConfig(hidden_size=100, num_heads=3), r"hidden_size is 100; expected"),
-        (lambda: DiTConfig(depth=0), r"depth is 0; expected at least 1"),
+        (lambda: DiTConfig(depth=0), r"depth is 0; expected within \[1, "),
         (lambda: DiTConfig.from_name("DiT-XXL/2"), r"'DiT-XXL/2'; expected one of DiT-S/2"),
         (lambda: ARDStudent(SMALL, steps=0), r"steps is 0; expected at least 1"),
         (lambda: DiT(SMALL)(torch.zeros(1, 3, 8, 6), torch.zeros(1), torch.zeros(1).long()), r"x: got \(1, 3, 8, 6\)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -138,5 +139,13 @@ def test_classes_are_numbers_and_ranges():
             parse_classes(text)
     with pytest.raises(ValueError, match=r"expected within \[0, 2\]"):
         SamplingConfig(1, classes=(3,)).labels(torch.arange(1), 3)
-    with pytest.raises(ValueError, match=r"count=0, batch_size=64; expected at least 1"):
-        write_samples(student_of(), None, SamplingConfig(0))
+    with pytest.raises(ValueError, match=r"count is 0; expected within \[1, "):
+        SamplingConfig(0)
+
+
+@pytest.mark.parametrize("text", ["0-9999999999", "0-999999,0", "9" * 5000, "1000000", "²", "0-" * 3000, "-1"])
+def test_classes_beyond_any_model_are_refused_before_they_are_listed(text):
+    started = time.process_time()
+    with pytest.raises(ValueError, match=r"classes: got .*; expected") as refused:
+        parse_classes(text)
+    assert len(str(refused.value)) < 200 and time.process_time() - started < 1.0

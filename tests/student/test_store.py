@@ -167,7 +167,7 @@ def test_too_little_space_is_refused_before_anything_is_written(tmp_path, monkey
     needed = 23 * SPEC.row_bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
     teacher = FakeTeacher()
-    with pytest.raises(OSError, match=r"GiB are still to be written; expected at most the .* GiB that are free"):
+    with pytest.raises(OSError, match=r"KiB are still to be written; expected at most the .* KiB that are free"):
         generate_store(tmp_path / "store", SPEC, teacher)
     assert teacher.rows == 0 and list((tmp_path / "store").iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed))
