@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ard.cli_base import Device, app, progress_bar, refusals
+from ard.cli_base import Device, app, refusals
+from ard.progress import progress_bar
 
 Weights = Annotated[str, typer.Option(help="Of a run: ema (averaged) or model.")]
 Recipe = Annotated[
