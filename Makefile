@@ -67,7 +67,7 @@ $(OTHER)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(CP
 TOOLS := build/dist/tools
 dist: $(TOOLS)/.installed
 	rm -rf dist
-	$(TOOLS)/bin/python -m build --sdist --outdir dist
+	$(TOOLS)/bin/python -m build --sdist --outdir dist > build/dist/sdist.log || { cat build/dist/sdist.log; exit 1; }
 	tests/dist.sh $(PYTHON)
 ifeq ($(OTHER_PYTHON),)
 	@echo 'SKIPPED wheel for Python 3.12: none in ~/.pyenv/versions or on PATH; OTHER_PYTHON=... names one' >&2

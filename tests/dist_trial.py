@@ -11,9 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ard
 import torch
 
-import ard
 import ard_kernels
 
 

@@ -1,6 +1,7 @@
 """What a user gets from the package itself: light imports, the doctor, the build's environment variables, the sdist."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import ard_kernels
 
@@ -210,3 +212,41 @@ def test_the_version_stands_once():
     assert status == 0 and output.split()[-1] == ard_kernels.__version__
     for name in ("pyproject.toml", "setup.py", "ard_kernels/__init__.py", "python/ard/cli_base.py", "CITATION.cff"):
         assert ard_kernels.__version__ not in (ROOT / name).read_text(), name
+
+
+def make_targets(text):
+    """Names after `make` in a script or a workflow."""
+    return set(re.findall(r"^\s*(?:- run: )?make ([\w-]+)", text, re.MULTILINE))
+
+
+def test_workflow_runs_targets_of_the_makefile():
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    phony = re.search(r"\.PHONY: ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text())[1].replace("\\\n", " ").split()
+    jobs = yaml.safe_load(text)["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    commands = [step["run"] for step in steps if "run" in step]
+    assert commands and all(re.fullmatch(r"make [\w-]+( [A-Z_]+=\S*)*", command) for command in commands)
+    assert all(set(step) & {"run", "uses"} for step in steps) and all("runs-on" in job for job in jobs.values())
+    assert make_targets(text) <= set(phony)
+    # What CI runs it runs too, but for nvcc and a second Python, of which it has its own.
+    ci = make_targets((ROOT / ".ci" / "run").read_text())
+    assert ci - make_targets(text) == {"cuda-build", "test-other-python"} and "dist" in ci
+    for name in ("test", "wheels"):
+        assert jobs[name]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+    assert "refs/tags/" in jobs["wheels"]["if"] and "has not run" in text
+
+
+def test_citation_and_changelog():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["license"] == "Apache-2.0"
+    assert citation["message"] and citation["title"].startswith("ard-kernels") and citation["authors"]
+    (paper,) = citation["references"]
+    assert paper["type"] and paper["title"] and paper["authors"] and paper["url"].endswith("2504.11295")
+    versions = re.findall(r"^## \[(.+)\] - ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == ard_kernels.__version__, "the newest version of CHANGELOG.md is another"
+
+
+def test_dist_without_another_python_says_that_it_is_skipped():
+    command = ["make", "-n", "dist", "OTHER_PYTHON="]
+    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "SKIPPED wheel for Python 3.12" in planned and planned.count("tests/dist.sh") == 1
