@@ -5,14 +5,14 @@ from ard_kernels.backends import BackendStatus, backends, use_backend
 from ard_kernels.block_causal_attention import block_causal_attention, block_causal_attention_packed
 from ard_kernels.history import HeadNorm, HistoryCache, HistoryRouting, history_attention
 from ard_kernels.segment_adaln import adaln_modulate, gate_residual, gate_residual_adaln
-
-__version__ = "0.1.0"
+from ard_kernels.version import __version__
 
 __all__ = [
     "BackendStatus",
     "HeadNorm",
     "HistoryCache",
     "HistoryRouting",
+    "__version__",
     "adaln_modulate",
     "backends",
     "block_causal_attention",

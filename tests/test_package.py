@@ -1,11 +1,17 @@
-"""What a user gets from the package itself: light imports, the doctor, the build's environment variables."""
+"""What a user gets from the package itself: light imports, the doctor, the build's environment variables, the sdist."""
 
 import os
+import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+
+import ard_kernels
 
 ROOT = Path(__file__).parents[1]
 
@@ -122,3 +128,125 @@ def test_without_another_python_its_job_says_that_it_is_skipped():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "SKIPPED test-other-python: no Python 3.12" in done.stderr
     assert "make test-other-python" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "answer"),
+    [
+        ([], 2, "Usage:"),
+        (["--help"], 0, "finetune-gan"),
+        (["distill", "--help"], 0, "--dry-run"),
+        (["--version"], 0, f"ard-kernels {ard_kernels.__version__}, torch {metadata.version('torch')}, Python 3."),
+        (["distil"], 2, "No such command 'distil'"),
+        (["distill", "--stepps", "3"], 2, "No such option: --stepps"),
+        (["sample", "run", "--out", "samples", "--count", "0"], 2, "--count"),
+    ],
+)
+def test_what_needs_no_torch_does_not_import_it(arguments, status, answer):
+    """--help takes 0.3 s without torch, and more than 1.8 s with it; 10 s are for a busy machine."""
+    code = f"""
+import sys
+from ard.__main__ import main
+sys.argv = ["ard", *{arguments}]
+try:
+    main()
+finally:
+    print("modules:", *sorted({{"torch", "numpy", "sklearn", "PIL"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=10)
+    assert done.returncode == status, done.stderr
+    assert answer in done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].strip() == "modules:"
+
+
+def test_public_names_of_ard():
+    """They come at their first use; what is no name of it is an AttributeError, as of any module."""
+    import ard
+
+    for name in ard.__all__:
+        assert issubclass(getattr(ard, name), torch.nn.Module) or name == "DiTConfig"
+    with pytest.raises(AttributeError, match="'ard' has no attribute 'Dit'"):
+        ard.Dit  # noqa: B018
+
+
+def tracked_files():
+    """Of the clone; an unpacked sdist has no list of its own."""
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git clone")
+    return set(done.stdout.splitlines())
+
+
+@pytest.fixture(scope="module")
+def sdist_files(tmp_path_factory):
+    """What setuptools would put into the sdist, but for the metadata that it makes."""
+    folder = tmp_path_factory.mktemp("egg")
+    status, output = run_python("setup.py", "-q", "egg_info", "--egg-base", str(folder))
+    assert status == 0, output
+    names = set((folder / "ard_kernels.egg-info" / "SOURCES.txt").read_text().splitlines())
+    return {name for name in names if ".egg-info/" not in name}
+
+
+def test_sdist_has_every_file_of_the_repository(sdist_files):
+    tracked = tracked_files()
+    assert tracked - sdist_files == set()
+    untracked = sdist_files - tracked
+    ignored = subprocess.run(["git", "check-ignore", *untracked], cwd=ROOT, capture_output=True, text=True).stdout
+    assert set(ignored.splitlines()) == set(), "build products in the sdist"
+
+
+def test_packages_are_typed_and_have_their_data(tmp_path):
+    """Of both packages everything but the C++ module, which is built apart, gets into the wheel."""
+    status, output = run_python("setup.py", "-q", "build_py", "--build-lib", str(tmp_path))
+    assert status == 0, output
+    built = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"ard/py.typed", "ard_kernels/py.typed", "ard/configs/digits.yaml", "ard_kernels/tuned/sm90.json"} <= built
+    tracked = (name.removeprefix("python/") for name in tracked_files())
+    assert {name for name in tracked if name.startswith(("ard/", "ard_kernels/"))} <= built
+
+
+def test_the_version_stands_once():
+    version = (ROOT / "ard_kernels" / "version.py").read_text()
+    assert f'"{ard_kernels.__version__}"' in version
+    status, output = run_python("setup.py", "--version")
+    assert status == 0 and output.split()[-1] == ard_kernels.__version__
+    for name in ("pyproject.toml", "setup.py", "ard_kernels/__init__.py", "python/ard/cli_base.py", "CITATION.cff"):
+        assert ard_kernels.__version__ not in (ROOT / name).read_text(), name
+
+
+def make_targets(text):
+    """Names after `make` in a script or a workflow."""
+    return set(re.findall(r"^\s*(?:- run: )?make ([\w-]+)", text, re.MULTILINE))
+
+
+def test_workflow_runs_targets_of_the_makefile():
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    phony = re.search(r"\.PHONY: ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text())[1].replace("\\\n", " ").split()
+    jobs = yaml.safe_load(text)["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    commands = [step["run"] for step in steps if "run" in step]
+    assert commands and all(re.fullmatch(r"make [\w-]+( [A-Z_]+=\S*)*", command) for command in commands)
+    assert all(set(step) & {"run", "uses"} for step in steps) and all("runs-on" in job for job in jobs.values())
+    assert make_targets(text) <= set(phony)
+    # What CI runs it runs too, but for nvcc and a second Python, of which it has its own.
+    ci = make_targets((ROOT / ".ci" / "run").read_text())
+    assert ci - make_targets(text) == {"cuda-build", "test-other-python"} and "dist" in ci
+    for name in ("test", "wheels"):
+        assert jobs[name]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+    assert "refs/tags/" in jobs["wheels"]["if"] and "has not run" in text
+
+
+def test_citation_and_changelog():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["license"] == "Apache-2.0"
+    assert citation["message"] and citation["title"].startswith("ard-kernels") and citation["authors"]
+    (paper,) = citation["references"]
+    assert paper["type"] and paper["title"] and paper["authors"] and paper["url"].endswith("2504.11295")
+    versions = re.findall(r"^## \[(.+)\] - ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == ard_kernels.__version__, "the newest version of CHANGELOG.md is another"
+
+
+def test_dist_without_another_python_says_that_it_is_skipped():
+    command = ["make", "-n", "dist", "OTHER_PYTHON="]
+    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "SKIPPED wheel for Python 3.12" in planned and planned.count("tests/dist.sh") == 1

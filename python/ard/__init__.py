@@ -1,6 +1,17 @@
 """`ard`: autoregressive distillation of diffusion transformers, on the kernels of `ard_kernels`."""
 
-from ard.model import DiT, DiTConfig
-from ard.student import ARDStudent
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ard.model import DiT, DiTConfig
+    from ard.student import ARDStudent
 
 __all__ = ["ARDStudent", "DiT", "DiTConfig"]
+
+
+def __getattr__(name: str) -> object:
+    """The public names at their first use: `ard --help` does not wait for torch."""
+    if name in __all__:
+        return getattr(import_module("ard.student" if name == "ARDStudent" else "ard.model"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

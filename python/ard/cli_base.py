@@ -1,15 +1,18 @@
-"""What the commands of `ard` share: the app, common options, errors in one line, progress bars."""
+"""What the commands of `ard` share: the app, common options, errors in one line."""
 
 from __future__ import annotations
 
+import platform
+import runpy
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 app = typer.Typer(
     help="AutoRegressive Distillation of diffusion transformers.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -27,8 +30,20 @@ Unfinished = Annotated[bool, typer.Option("--unfinished", help="Take weights of 
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one.")]
 
 
+def _say_versions(asked: bool) -> None:
+    """Versions, without the second or two that importing torch takes."""
+    if asked:
+        own = runpy.run_path(str(Path(find_spec("ard_kernels").origin).with_name("version.py")))["__version__"]
+        typer.echo(f"ard-kernels {own}, torch {metadata.version('torch')}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_versions, is_eager=True, help="Print versions and exit.")
+    ] = False,
+) -> None:
     """AutoRegressive Distillation of diffusion transformers. Start a command on several GPUs with torchrun -m ard."""
 
 
@@ -59,12 +74,3 @@ def _refuse(error: Exception, prefix: str = "") -> NoReturn:
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 4 :]}"
     typer.echo(f"ard: {prefix}{line}", err=True)
     raise typer.Exit(1) from error
-
-
-@contextmanager
-def progress_bar(name: str, total: int, is_main: bool, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Yields advance(n) of a progress bar with the time left, on the main process."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not is_main) as progress:
-        task = progress.add_task(name, total=total, completed=done)
-        yield lambda n: progress.advance(task, n)

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from ard.cli_base import LARGEST_SEED, Device, Unfinished, app, progress_bar, refusals
+from ard.cli_base import LARGEST_SEED, Device, Unfinished, app, refusals
+from ard.progress import progress_bar
 
 Weights = Annotated[str, typer.Option(help="Of a run: ema (averaged) or model.")]
 Recipe = Annotated[

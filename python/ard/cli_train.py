@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ard.cli_base import Config, Device, Overrides, Unfinished, app, progress_bar, refusals
+from ard.cli_base import Config, Device, Overrides, Unfinished, app, refusals
+from ard.progress import counted, progress_bar
 
 if TYPE_CHECKING:
     from ard.model import DiT
@@ -217,14 +218,7 @@ def trajectories_folder(recipe: Recipe) -> Path:
 def steps_bar(name: str, config: TrainConfig, process: Process) -> Iterator[Callable[[int], None]]:
     """Yields on_step(updates done) of a progress bar; a run that continues starts where it was."""
     with progress_bar(name, config.steps, process.is_main) as advance:
-        shown = 0
-
-        def on_step(done: int) -> None:
-            nonlocal shown
-            advance(done - shown)
-            shown = done
-
-        yield on_step
+        yield counted(advance)
 
 
 def say_end(fitted: Fitted, folder: Path, process: Process) -> None:

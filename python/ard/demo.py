@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ard import digits, report, stages
 from ard.config import COUNT, SEED, Ranged, build, merge
@@ -28,6 +27,7 @@ from ard.files import write_json
 from ard.gan import LatentsInMemory
 from ard.metrics import FeatureStatistics, class_consistency, endpoint_mse, feature_statistics, frechet_distance
 from ard.model import DiT
+from ard.progress import counted, progress_bar
 from ard.recipe import PreviewConfig, Recipe, plain, read_values
 from ard.sources import open_source
 from ard.store import TrajectoryStore
@@ -96,24 +96,23 @@ def load_config(quick: bool = False, changes: dict[str, Any] | None = None) -> D
 
 @dataclass
 class Stopwatch:
-    """Seconds per stage, and a progress bar while a stage runs."""
+    """Seconds per stage, and its progress while it runs."""
 
-    progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str, total: int):
         """Yields advance(n=1)."""
-        task, start = self.progress.add_task(name, total=total), time.perf_counter()
-        yield lambda n=1: self.progress.advance(task, n)
-        self.progress.update(task, completed=total)
+        start = time.perf_counter()
+        with progress_bar(name, total) as advance:
+            yield advance
         self.seconds[name] = time.perf_counter() - start
 
     @contextmanager
     def training(self, name: str, total: int):
         """Yields a function of the updates done."""
         with self.stage(name, total) as advance:
-            yield lambda step: advance()
+            yield counted(advance)
 
 
 @dataclass
@@ -136,20 +135,19 @@ def run_demo(out: Path, quick: bool = False, config: DemoConfig | None = None) -
     """
     config, out = config or load_config(quick), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        watch, data = Stopwatch(progress), digits.load()
-        with watch.stage("classifier", 1):
-            classifier, accuracy = digits.train_classifier(data, config.demo.classifier)
-        teacher, teacher_sha256, teacher_log = make_teacher(data, config.recipe, out, watch)
-        store = make_trajectories(teacher, teacher_sha256, config.recipe, out, watch)
-        samplers = []
-        for seed in config.demo.seeds:
-            samplers += make_students(teacher, teacher_sha256, store, data, seed, config, out, watch)
-        judge = Judge(teacher, classifier, data, config, watch)
-        teacher_scores = judge.scores(judge.teacher_images)
-        rows = [judge.row(sampler) for sampler in samplers]
-        costs = measure_costs(teacher, samplers, config, watch)
+    watch, data = Stopwatch(), digits.load()
+    with watch.stage("classifier", 1) as advance:
+        classifier, accuracy = digits.train_classifier(data, config.demo.classifier)
+        advance()
+    teacher, teacher_sha256, teacher_log = make_teacher(data, config.recipe, out, watch)
+    store = make_trajectories(teacher, teacher_sha256, config.recipe, out, watch)
+    samplers = []
+    for seed in config.demo.seeds:
+        samplers += make_students(teacher, teacher_sha256, store, data, seed, config, out, watch)
+    judge = Judge(teacher, classifier, data, config, watch)
+    teacher_scores = judge.scores(judge.teacher_images)
+    rows = [judge.row(sampler) for sampler in samplers]
+    costs = measure_costs(teacher, samplers, config, watch)
     result = {
         "quick": quick,
         "settings": {**plain(config.recipe), "demo": plain(config.demo)},
