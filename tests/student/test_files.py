@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from ard.files import (
     write_json,
     write_sealed_json,
     write_tensors,
+    write_text,
 )
 from fault_runs import rewrite
 from safetensors.torch import load_file
@@ -190,3 +192,14 @@ def test_a_folder_that_cannot_be_locked_is_warned_of(tmp_path, monkeypatch):
     monkeypatch.setattr("ard.files.fcntl.flock", refuse)
     with pytest.warns(UserWarning, match=r"cannot be locked \(not supported\); start no second job"):
         FolderLock(tmp_path).release()
+
+
+def test_a_folder_and_a_device_are_not_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # what is true of it is true of /dev/null, which root could replace
+    with pytest.raises(ValueError, match=r"folder: is a folder; expected a file or a new name"):
+        write_text(tmp_path / "folder", "")
+    with pytest.raises(ValueError, match=r"pipe: is a device; expected a file or a new name"):
+        write_text(tmp_path / "pipe", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
