@@ -84,7 +84,7 @@ class ClassifierConfig(Ranged):
     RANGES: ClassVar = {
         "steps": COUNT,
         "batch_size": "[1, 65536]",
-        "learning_rate": "[0, 1]",
+        "learning_rate": "[0, 10]",
         "weight_decay": "[0, inf)",
         "seed": SEED,
     }

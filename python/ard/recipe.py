@@ -68,7 +68,7 @@ class TrainConfig(Ranged):
     RANGES: ClassVar = {
         "steps": COUNT,
         "batch_size": "[1, 65536]",
-        "learning_rate": "[0, 1]",
+        "learning_rate": "[0, 10]",
         "betas": "[0, 1)",
         "weight_decay": "[0, inf)",
         "warmup_steps": "[0, 1000000000]",
@@ -242,7 +242,7 @@ class GanConfig(Ranged):
     virtual_batch: int = 8  # consecutive samples of one process that share a batch norm's statistics
 
     RANGES: ClassVar = {
-        "discriminator_learning_rate": "[0, 1]",
+        "discriminator_learning_rate": "[0, 10]",
         "discriminator_betas": "[0, 1)",
         "start": "[0, 1000000000]",
         "factor": "[0, inf)",

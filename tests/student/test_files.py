@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from ard.files import (
     write_json,
     write_sealed_json,
     write_tensors,
+    write_text,
 )
 from ard.images import write_npz
 from fault_runs import rewrite
@@ -239,3 +241,14 @@ def test_json_of_an_attacker_is_damaged_json(tmp_path):
     os.mkfifo(path)
     with pytest.raises(DamagedFile, match=r"a\.json"):
         read_sealed_json(path)
+
+
+def test_a_folder_and_a_device_are_not_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # what is true of it is true of /dev/null, which root could replace
+    with pytest.raises(ValueError, match=r"folder: is a folder; expected a file or a new name"):
+        write_text(tmp_path / "folder", "")
+    with pytest.raises(ValueError, match=r"pipe: is a device; expected a file or a new name"):
+        write_text(tmp_path / "pipe", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)

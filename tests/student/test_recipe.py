@@ -221,9 +221,9 @@ OUT_OF_RANGE = [
     ("teacher.label_dropout=5", "teacher.label_dropout is 5.0; expected within [0, 1]"),
     ("teacher.label_dropout=-0.5", "teacher.label_dropout is -0.5; expected within [0, 1]"),
     ("teacher.train.ema_decay=1", "teacher.train.ema_decay is 1.0; expected within [0, 1)"),
-    ("distill.learning_rate=.nan", "distill.learning_rate is nan; expected within [0, 1]"),
-    ("distill.learning_rate=-1e-3", "distill.learning_rate is -0.001; expected within [0, 1]"),
-    ("distill.learning_rate=inf", "distill.learning_rate is inf; expected within [0, 1]"),
+    ("distill.learning_rate=.nan", "distill.learning_rate is nan; expected within [0, 10]"),
+    ("distill.learning_rate=-1e-3", "distill.learning_rate is -0.001; expected within [0, 10]"),
+    ("distill.learning_rate=inf", "distill.learning_rate is inf; expected within [0, 10]"),
     ("distill.betas=[0.9, 1]", "distill.betas[1] is 1.0; expected within [0, 1)"),
     ("distill.betas=[.nan, 0.9]", "distill.betas[0] is nan; expected within [0, 1)"),
     ("distill.weight_decay=-1", "distill.weight_decay is -1.0; expected within [0, inf)"),
@@ -238,7 +238,7 @@ OUT_OF_RANGE = [
     ("gan.start=-5", "gan.start is -5; expected within [0, "),
     ("gan.factor=.nan", "gan.factor is nan; expected within [0, inf)"),
     ("gan.largest_weight=-1", "gan.largest_weight is -1.0; expected within [0, inf)"),
-    ("gan.discriminator_learning_rate=.inf", "gan.discriminator_learning_rate is inf; expected within [0, 1]"),
+    ("gan.discriminator_learning_rate=.inf", "gan.discriminator_learning_rate is inf; expected within [0, 10]"),
     ("gan.discriminator_betas=[0, 2]", "gan.discriminator_betas[1] is 2.0; expected within [0, 1)"),
     ("gan.kernel_size=99", "gan.kernel_size is 99; expected at most 33, which wraps around the 16 tokens once"),
     ("model.frequency_embedding_size=0", "model.frequency_embedding_size is 0; expected within [2, "),
@@ -272,7 +272,7 @@ OUT_OF_RANGE = [
     ("student.sink=-1", "student.sink is -1; expected within [0, "),
     ("preview.batch_size=0", "preview.batch_size is 0; expected within [1, "),
     ("execution.keep_last=0", "execution.keep_last is 0; expected within [1, "),
-    (f"distill.learning_rate={'9' * 4000}", "distill.learning_rate is inf; expected within [0, 1]"),
+    (f"distill.learning_rate={'9' * 4000}", "distill.learning_rate is inf; expected within [0, 10]"),
 ]  # fmt: skip
 
 
