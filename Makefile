@@ -15,8 +15,8 @@ export ARD_BUILD_CUDA
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test test-slow test-other-python test-sanitize dist lint format bench aot aot-update cuda-build cuda-build-update \
-  gpu-check bench-gpu clean
+.PHONY: install demo test test-slow test-other-python test-sanitize dist lint format bench aot aot-update cuda-build \
+  cuda-build-update gpu-check bench-gpu clean
 
 install: $(STAMP)
 
@@ -62,18 +62,14 @@ $(OTHER)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(CP
 	$(OTHER)/bin/pip install --quiet --no-compile torch==$(OTHER_TORCH) --editable '.[test]'
 	touch $@
 
-# dist/: the sdist, and made from it a manylinux wheel for PYTHON and for OTHER_PYTHON, each tried in an environment with
-# nothing but torch. ARD_BUILD_CUDA=1 builds the CUDA kernels into the wheels. Its tools are pinned, and apart from .venv.
+# dist/: the sdist, and made from it a manylinux wheel for PYTHON and for OTHER_PYTHON; both are tried in environments with
+# nothing but torch. ARD_BUILD_CUDA=1 puts the CUDA kernels into the wheels. Its tools are pinned, and apart from .venv.
 TOOLS := build/dist/tools
 dist: $(TOOLS)/.installed
 	rm -rf dist
 	$(TOOLS)/bin/python -m build --sdist --outdir dist > build/dist/sdist.log || { cat build/dist/sdist.log; exit 1; }
-	tests/dist.sh $(PYTHON)
-ifeq ($(OTHER_PYTHON),)
-	@echo 'SKIPPED wheel for Python 3.12: none in ~/.pyenv/versions or on PATH; OTHER_PYTHON=... names one' >&2
-else
-	tests/dist.sh $(OTHER_PYTHON)
-endif
+	$(if $(OTHER_PYTHON),,@echo 'SKIPPED wheel for Python 3.12: no other Python found; OTHER_PYTHON=... names one' >&2)
+	printf '%s\n' $(PYTHON) $(OTHER_PYTHON) | xargs -n 1 -P 2 tests/dist.sh
 	$(TOOLS)/bin/twine check --strict dist/*
 	ls -l dist
 

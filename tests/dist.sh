@@ -1,13 +1,11 @@
 #!/usr/bin/env bash
 # dist.sh PYTHON: dist/ gets the manylinux wheel of this Python, made from the sdist that is there; both are tried.
-# Called by `make dist`. Everything else is made in build/dist, and what is large is removed again.
+# Called by `make dist`, for two Pythons at once. Everything else is made in build/dist and removed again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-name=$("$1" -c 'import sys; print("python{}.{}".format(*sys.version_info))')
-work=$PWD/build/dist/$name
 tools=$PWD/build/dist/tools/bin
-rm -rf "$work"
-mkdir -p "$work"
+work=$(mktemp -d "$PWD/build/dist/XXXXXX")
+trap 'rm -rf "$work"' EXIT
 
 # A dependency of the package: pinned, because a range would bring another build.
 "$1" -m venv "$work/venv"
@@ -18,8 +16,8 @@ mkdir -p "$work"
 # libgomp stays out: one grafted under another name would be a second OpenMP runtime beside torch's, with threads of its
 # own. As it is, the name libgomp.so.1 resolves to torch's, which is loaded first (tests/dist_trial.py counts them).
 # The tag is the oldest glibc that the symbols allow; auditwheel finds it.
-PATH=$tools:$PATH auditwheel repair --exclude libgomp.so.1 --wheel-dir "$work/repaired" "$work"/*.whl 2> "$work/auditwheel.log" \
-  || { cat "$work/auditwheel.log"; exit 1; }
+PATH=$tools:$PATH auditwheel repair --exclude libgomp.so.1 --wheel-dir "$work/repaired" "$work"/*.whl \
+  2> "$work/auditwheel.log" || { cat "$work/auditwheel.log"; exit 1; }
 cp "$work"/repaired/*manylinux*.whl dist
 
 trial() { # from another folder, so that nothing is found but what was installed
@@ -30,4 +28,3 @@ trial
 "$work/venv/bin/pip" uninstall --quiet --yes ard-kernels
 "$work/venv/bin/pip" install --quiet --no-compile "$(echo "$work"/repaired/*.whl)[train]"
 trial --command "$work/venv/bin/ard"
-rm -rf "$work/venv"
