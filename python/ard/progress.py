@@ -78,7 +78,7 @@ class Lines:
 
     def advance(self, n: int = 1) -> None:
         self.done, now = self.done + n, time.monotonic()
-        if now - self.said >= INTERVAL:
+        if now - self.said >= INTERVAL and self.done < self.total:
             self._say(self._count() + self._speed(now))
             self.said, self.since = now, None
         if self.since is None:

@@ -75,6 +75,13 @@ def test_more_than_all_is_shown_as_all(capsys, clock):
     assert capsys.readouterr().err.splitlines()[1:] == ["sample: 10 of 10, done in 0:00:00"]
 
 
+def test_the_last_advance_is_said_once(capsys, clock):
+    with progress_bar("classifier", 1) as advance:
+        clock[0] += 78
+        advance()
+    assert capsys.readouterr().err.splitlines()[1:] == ["classifier: 1 of 1, done in 0:01:18"]
+
+
 def test_other_processes_say_nothing(capsys):
     with progress_bar("sample", 10, is_main=False) as advance:
         advance(4)
