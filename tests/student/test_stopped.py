@@ -156,10 +156,16 @@ def fresh(inputs: Path, folder: Path, name: str) -> Path:
 
 
 def product(folder: Path, name: str) -> dict:
-    """The output, without seconds."""
+    """The output, without seconds, and without checkpoints but the last: a stopped run has saved one of its own."""
     files = snapshot(folder / COMMANDS[name].out)
+    last = max((path.split("/")[1] for path in files if path.startswith("checkpoints/")), default="")
     timed = ("sample.json", "report.json", "report.md")
-    return {path: content for path, content in files.items() if path not in timed and "log.jsonl" not in path}
+
+    def kept(path: str) -> bool:
+        top, _, below = path.partition("/")
+        return path not in timed and "log.jsonl" not in path and (top != "checkpoints" or below.startswith(last))
+
+    return {path: content for path, content in files.items() if kept(path)}
 
 
 @pytest.mark.parametrize(
