@@ -134,9 +134,9 @@ def _directly(op: Callable, kernel: Callable, with_gradient: Callable, places: S
 
 
 def _plain(x: Tensor) -> bool:
-    """Whether x is memory as it stands: no subclass, negated view, zero tensor of autograd, not empty, not on meta."""
+    """Whether x is memory as it stands: no subclass, negated view or zero tensor of autograd, and not on meta."""
     try:
-        return type(x) in _PLAIN and not x.is_neg() and x.data_ptr() != 0
+        return type(x) in _PLAIN and not x.is_neg() and (x.data_ptr() != 0 or not (x.numel() or x.is_meta))
     except RuntimeError:  # what torch.func has left has no pointer
         return False
 

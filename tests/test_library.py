@@ -112,6 +112,7 @@ def test_plain_calls_do_not_reach_the_dispatcher():
         lambda *args: called.append("op") or defined(*args), lambda x: x + 1, lambda x: x + 1, [0]
     )
     assert torch.equal(recorded(torch.zeros(3)), torch.ones(3)) and not called
+    assert recorded(torch.zeros(0)).shape == (0,) and not called  # as the workspace of a cache on the CPU
     assert recorded(torch.zeros(3, device="meta")).is_meta and called == ["op"]
 
     class Wrapped(torch.Tensor):
