@@ -305,7 +305,8 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def stop_signals() -> Iterator[list[int]]:
     """A list of the SIGTERMs and SIGINTs received, which do not end the process while the context is open.
 
-    But a second SIGINT does, by KeyboardInterrupt. Signals reach the main thread only: elsewhere the list stays empty.
+    But a second SIGINT does, by KeyboardInterrupt. What is ignored, as SIGINT is in the background, stays so. Signals
+    reach the main thread only: elsewhere the list stays empty.
     """
     received: list[int] = []
     first = math.inf
@@ -321,7 +322,8 @@ def stop_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield received
     finally:

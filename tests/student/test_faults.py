@@ -256,7 +256,8 @@ def test_scalars_of_a_preview_survive_until_their_line(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_with_its_status(tmp_path, number):
-    code = f"from fault_runs import train; train(__import__('pathlib').Path({str(tmp_path)!r}), print, steps=10**6)"
+    code = "import pathlib, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += f"from fault_runs import train; train(pathlib.Path({str(tmp_path)!r}), print, steps=10**6)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.Popen([sys.executable, "-uc", code], env=environment, stdout=subprocess.PIPE, text=True)
     for _ in range(3):
@@ -273,7 +274,21 @@ def test_a_signal_in_the_last_step_stops_what_would_come_next(tmp_path):
     assert saved_step(tmp_path / "run") == 3
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path):
+@pytest.fixture
+def foreground(monkeypatch):
+    """SIGINT as in a terminal: in the background it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_ignored_ctrl_c_stays_ignored(tmp_path, foreground):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raising = lambda step: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    assert train(tmp_path / "run", raising, steps=3).step == 3
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, foreground):
     trainer = toy_trainer(tmp_path / "run", steps=10, save_every=100)
 
     def backward(module, micro, share, context):
