@@ -53,7 +53,7 @@ def open_source(path: str | Path, weights: str = "ema", *, unfinished: bool = Fa
             raise FileNotFoundError(f"{path} is a run without a checkpoint so far")
         checkpoint, (state,) = found
         steps = checkpoint.facts.get("steps")
-        if not unfinished and checkpoint.step != steps:
+        if not unfinished and (type(steps) is not int or checkpoint.step < steps):
             raise ValueError(
                 f"{path} is unfinished, at step {checkpoint.step} of {shown(steps)}; expected a run that has ended. "
                 "Give its command again to finish it, or take it as it is with --unfinished"

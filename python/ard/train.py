@@ -250,6 +250,8 @@ class Trainer:
                 training_state.remove_all(run.checkpoints)
             if run.recipe:
                 write_recipe(run.folder / "config.yaml", run.recipe)
+            if checkpoint:  # what was finished may have steps to go now
+                training_state.set_steps(checkpoint, self.config.steps)
             training_state.tidy(run.checkpoints, self.step, keep_last=self.execution.keep_last)
         folder = run.folder if self.process.is_main else None
         return RunLog(folder, self.step, pending, tensorboard=self.execution.tensorboard)

@@ -79,6 +79,15 @@ def save(folder: Path, step: int, parts: Parts, facts: Mapping[str, Any], *, kee
     return Checkpoint(path, step, dict(facts), sha256)
 
 
+def set_steps(checkpoint: Checkpoint, steps: int) -> None:
+    """Notes that the run of the checkpoint is to have so many updates in all: its fact "steps"."""
+    remove_temporary(checkpoint.folder)  # what a death while this was written has left
+    path = checkpoint.folder / CHECKPOINT_NAME
+    content = read_sealed_json(path)
+    if content["facts"].get("steps") != steps:
+        write_sealed_json(path, {**content, "facts": {**content["facts"], "steps": steps}})
+
+
 def tidy(folder: Path, step: int, *, keep_last: int) -> None:
     """Removes what killed writers have left, and all but the ``keep_last`` newest checkpoints up to ``step``."""
     remove_temporary(folder)
