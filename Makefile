@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 CUDA := $(wildcard csrc/*/*.cu)
-FORMATTED := $(CPP) $(CUDA) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
+FORMATTED := $(CPP) $(CUDA) $(wildcard testing/emulator/*.cpp testing/emulator/*.h)
 
 # .venv gets the CUDA kernels where there is a GPU to run them (and nvcc to build them). The tests run their source in
-# tests/emulator either way; `make cuda-build` compiles them wherever nvcc is.
+# testing/emulator either way; `make cuda-build` compiles them wherever nvcc is.
 ARD_BUILD_CUDA ?= $(if $(wildcard /dev/nvidiactl /dev/dxg),auto,0)
 export ARD_BUILD_CUDA
 
@@ -37,7 +37,7 @@ test-slow: install
 	$(BIN)/pytest -m slow
 
 # The quick tests with the versions of a GPU machine instead of the pinned ones, on a Python 3.12 of pyenv or on PATH.
-# Without the long tests and those of tests/emulator. --no-compile saves 25 seconds of CPU.
+# Without the long tests and those of testing/emulator. --no-compile saves 25 seconds of CPU.
 OTHER := build/other-python
 OTHER_TORCH := 2.11.0
 OTHER_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) \
@@ -51,7 +51,7 @@ test-other-python:
 else
 test-other-python: $(OTHER)/.installed
 	$(OTHER)/bin/pytest -m 'not slow' -k '$(QUICK)' tests/test_library.py tests/test_package.py \
-	  tests/block_causal_attention tests/history tests/segment_adaln
+	  tests/block_causal_attention tests/history_attention tests/segment_adaln
 endif
 
 $(OTHER)/.installed: export ARD_BUILD_CUDA := 0
@@ -86,7 +86,7 @@ test-sanitize: install
 	rm -rf $(SANITIZED)
 	ARD_SANITIZE=1 ARD_BUILD_CUDA=0 $(BIN)/pip install --quiet --no-deps --target $(SANITIZED) .
 	LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONPATH=$(SANITIZED) \
-	  ARD_EXPECT_EXTENSION=$(SANITIZED) $(BIN)/pytest tests/segment_adaln tests/history \
+	  ARD_EXPECT_EXTENSION=$(SANITIZED) $(BIN)/pytest tests/segment_adaln tests/history_attention \
 	  -k 'not compile and not triton and not cuda'
 
 lint: install

@@ -1,9 +1,9 @@
 """ard-kernels: the ops of AutoRegressive Distillation (ARD, arXiv 2504.11295). Needs torch and numpy only."""
 
 from ard_kernels import flops
-from ard_kernels.backends import BackendStatus, backends, use_backend
 from ard_kernels.block_causal_attention import block_causal_attention, block_causal_attention_packed
-from ard_kernels.history import HeadNorm, HistoryCache, HistoryRouting, history_attention
+from ard_kernels.common.backends import BackendStatus, backends, use_backend
+from ard_kernels.history_attention import HeadNorm, HistoryCache, HistoryRouting, history_attention
 from ard_kernels.segment_adaln import adaln_modulate, gate_residual, gate_residual_adaln
 from ard_kernels.version import __version__
 

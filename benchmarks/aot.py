@@ -31,11 +31,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ard_kernels import tuning
 from ard_kernels.block_causal_attention import triton_impl as attention
 from ard_kernels.block_causal_attention.tiles import column_tiles, make_tables
-from ard_kernels.history import triton_impl as history
-from ard_kernels.history.splits import workspace_elements
+from ard_kernels.common import tuning
+from ard_kernels.history_attention import triton_impl as history
+from ard_kernels.history_attention.splits import workspace_elements
 from ard_kernels.segment_adaln import triton_impl as adaln
 from benchmarks.candidates import candidates, keys
 from benchmarks.markdown import table

@@ -1,4 +1,4 @@
-"""The configurations worth trying for each key of `ard_kernels.tuning`: `make aot` chooses from them, the tuner times.
+"""The configurations worth trying for each key of common/tuning.py: `make aot` chooses from them, the tuner times.
 
 Attention: from large tiles and deep pipelines to what fits in registers. A tile of 128 rows is 2 warpgroups of wgmma;
 64 columns leave room for 2 thread blocks on a multiprocessor, one's softmax beside the other's matmuls.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ard_kernels import tuning
+from ard_kernels.common import tuning
 
 ATTENTION = ("attention_forward", "attention_backward_dq", "attention_backward_dkv", "attention_history")
 ADALN = ("adaln_forward", "adaln_backward")

@@ -8,15 +8,11 @@ is written when all of it ran.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-# At the end of the path, so that an installed ard_kernels comes first.
-sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.board import Board
 from benchmarks.rows import results_folder

@@ -51,7 +51,7 @@ REQUIRED = (
     (r"block_causal_attention/sm90", ("90a",), ("hgmma", "utmaldg")),
     (rf"segment_adaln/(?!.*{UNALIGNED})", ("80", "90a"), ("ldg128/ldgsts", "stg128")),
     (rf"segment_adaln/.*{UNALIGNED}", ("80", "90a"), ("stg128",)),
-    (r"history_cache/", ("80", "90a"), ("ldg128", "stg128")),
+    (r"history_attention/", ("80", "90a"), ("ldg128", "stg128")),
 )
 
 

@@ -24,7 +24,7 @@ from ard_kernels import (
     gate_residual_adaln,
     history_attention,
 )
-from ard_kernels.backends import _refusals
+from ard_kernels.common.backends import _refusals
 
 B, H, D, L, S = 1, 16, 72, 64, 4
 T, C = S * L, H * D

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ard_kernels.block_causal_attention.spec import useful_pairs
-from benchmarks.cases import ADALN, ATTENTION, MASKS, PACKED, Case
 from benchmarks.measure import Job
+from testing.cases import ADALN, ATTENTION, MASKS, PACKED, Case
 
 # (B, T, C) tensors any kernel must read or write, and FLOPs per element of one: forward, backward.
 ADALN_WORK = {

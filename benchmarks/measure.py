@@ -15,14 +15,14 @@ import torch
 from torch._functorch import config as functorch_config
 
 from ard_kernels import history_attention
-from ard_kernels.backends import resolve
-from benchmarks import cases
+from ard_kernels.common.backends import resolve
 from benchmarks.block_causal_attention.peers import attention_peers
-from benchmarks.cases import ADALN, MASKS, Case
 from benchmarks.history_attention.peers import history_peers, segments
 from benchmarks.rows import describe, goal, row
 from benchmarks.segment_adaln.peers import adaln_peers
 from benchmarks.timing import Timing, interleaved, make_timer, rotating, sets_needed
+from testing import cases
+from testing.cases import ADALN, MASKS, Case
 
 # Tensors (B, T, C) that the reference copies: the two of a single one partly stay in a 32 MB cache.
 COPIED = 6

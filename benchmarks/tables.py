@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.cases import BACKENDS
 from benchmarks.markdown import markdown
 from benchmarks.rows import relative_noise
+from testing.cases import BACKENDS
 
 # What a reader sees instead of a candidate's name.
 WORDS = {

@@ -5,7 +5,7 @@
 
 #include "common/python.h"
 #include "gpu_bindings.h"
-#include "history_cache/params.h"
+#include "history_attention/params.h"
 #include "segment_adaln/params.h"
 #include "segment_adaln/row_kernels.h"
 
@@ -72,7 +72,7 @@ PYBIND11_MODULE(_C, m) {
     return workspace_floats(segments, (gated ? 1 : 0) + (normed ? 2 : 0));
   });
   m.def(
-      "history_cache_append",
+      "history_append",
       [](const HeadsView& k, const HeadsView& v, const HeadsView& cache_k, const HeadsView& cache_v, int64_t batch,
          int64_t heads, int64_t tokens, int64_t row_bytes, int64_t element_bytes, int threads) {
         append_cpu({k, v, cache_k, cache_v, batch, heads, tokens, row_bytes, element_bytes, threads});

@@ -6,12 +6,12 @@
 namespace ard {
 
 void bind_block_causal_attention(pybind11::module_& m);
-void bind_history_cache(pybind11::module_& m);
+void bind_history_attention(pybind11::module_& m);
 void bind_segment_adaln(pybind11::module_& m);
 
 inline void bind_gpu(pybind11::module_ m) {
   bind_block_causal_attention(m);
-  bind_history_cache(m);
+  bind_history_attention(m);
   bind_segment_adaln(m);
 }
 

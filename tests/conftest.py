@@ -1,22 +1,15 @@
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# `benchmarks` is tested too; at the end of the path, so that an installed ard_kernels comes first.
-sys.path.append(str(Path(__file__).parents[1]))
-
 # All tests use CPU tensors, on a machine with a GPU too: the Triton kernels run in Triton's interpreter. It reads the
 # variable when it is imported.
 os.environ["TRITON_INTERPRET"] = "1"
 
-import emulator
-import triton_interpreter
-
-from ard_kernels import extension
+from ard_kernels.common import extension
+from testing import emulator, triton_interpreter
 
 # Drawn cases are the same in every run, so a failure is a failure everywhere.
 settings.register_profile(
@@ -38,8 +31,8 @@ def _fresh():
 
 @pytest.fixture(autouse=True, scope="session")
 def _emulate_cuda(request):
-    """The CUDA C++ kernels run in tests/emulator, on CPU tensors; built when a test asks for them."""
-    homes = ("block_causal_attention", "history", "segment_adaln", "test_emulator.py", "test_fuzz.py")
+    """The CUDA C++ kernels run in testing/emulator, on CPU tensors; built when a test asks for them."""
+    homes = ("block_causal_attention", "history_attention", "segment_adaln", "test_emulator.py", "test_fuzz.py")
     asking = (item.path for item in request.session.items if "cuda" in item.nodeid)
     if any(path.name in homes or path.parent.name in homes for path in asking):
         extension.emulated = emulator.load()

@@ -51,6 +51,6 @@ if sys.argv[1:2] == ["--command"]:
     check(run(command, "--version").startswith(f"ard-kernels {version}, torch "), "ard --version")
     flops = json.loads(run(command, "flops", "--json"))
     check(flops["student_sampling"]["counted"] == 959843008512, f"ard flops --json: {flops}")
-cuda = "with" if hasattr(ard_kernels.extension.module, "gpu") else "without"
+cuda = "with" if hasattr(ard_kernels.common.extension.module, "gpu") else "without"
 tried = "op and command" if sys.argv[1:] else "op"
 print(f"ard-kernels {version}, Python {sys.version.split()[0]}, {cuda} CUDA kernels: {tried} as expected")

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from ard_kernels import tuning
+from ard_kernels.common import tuning
 from benchmarks import aot
 
 GOOD = aot.Row(

@@ -117,7 +117,7 @@ def test_a_good_row_passes(row, arch):
         (HOPPER, {"utmaldg": 0}, "no UTMALDG"),
         (ADALN, {"ldg128": 0, "ldgsts": 0}, "no LDG128/LDGSTS"),
         (UNALIGNED, {"stg128": 0}, "no STG128"),
-        (ADALN, {"source": "history_cache/append.cu", "stg128": 0}, "no STG128"),
+        (ADALN, {"source": "history_attention/append.cu", "stg128": 0}, "no STG128"),
     ],
 )
 def test_a_bad_row_does_not(row, change, message):

@@ -1,9 +1,9 @@
-"""The emulator that runs the CUDA kernels' source finds mistakes: kernels with one each (tests/emulator/probes.h)."""
+"""The emulator that runs the CUDA kernels' source finds mistakes: kernels with one each (testing/emulator/probes.h)."""
 
 import pytest
 import torch
 
-from ard_kernels import extension
+from ard_kernels.common import extension
 
 NONE, NO_BARRIER, NO_WAIT, NEVER_WAITS, SKIPS_BARRIER = range(5)
 DIVERGES, OUT_OF_BOUNDS, PAST_END, MISALIGNED, CONFLICTS = range(5, 10)

@@ -25,7 +25,6 @@ from fuzz import (
     plain_parts,
     reversed_attention,
 )
-from oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_close, error_norm
 
 from ard_kernels import (
     HeadNorm,
@@ -37,6 +36,7 @@ from ard_kernels import (
     gate_residual_adaln,
     history_attention,
 )
+from testing.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_close, error_norm
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:There is a performance drop")]
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from gpu_runs import ROOT, gpu_check, plant, results
 
-from benchmarks import cases
 from benchmarks.gpu import __main__ as run
 from benchmarks.gpu import checklist, machine, processes
 from benchmarks.gpu.log import Log
 from benchmarks.gpu.record import BROKEN_CONTEXT, Record, Unfinished
+from testing import cases
 
 CPU = torch.device("cpu")
 # What a killed or hung run may take beyond its minutes.
@@ -24,7 +24,7 @@ MARGIN = 15.0
 # history_attention on cuda crashes, and with norms it hangs; pieces of work may take 6 s.
 CRASH_AND_HANG = """
 import os, signal, time
-from ard_kernels.history import cuda
+from ard_kernels.history_attention import cuda
 from benchmarks.gpu.record import Record
 def faulty(*inputs, **named):
     if inputs[10] is not None:
@@ -36,7 +36,7 @@ Record.attempt.__defaults__ = (6.0,)
 # The same crash, and of the kernel benchmarks only the last job, which is history attention.
 CRASH_IN_A_JOB = """
 import os, signal
-from ard_kernels.history import cuda
+from ard_kernels.history_attention import cuda
 from benchmarks import jobs
 cuda.forward = lambda *inputs, **named: os.kill(os.getpid(), signal.SIGSEGV)
 all_jobs = jobs.gpu_jobs

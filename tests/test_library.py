@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import ard_kernels
-from ard_kernels import library
-from ard_kernels.backends import resolve
 from ard_kernels.block_causal_attention import op
+from ard_kernels.common import library
+from ard_kernels.common.backends import resolve
 
 L = 4
 
@@ -152,7 +152,8 @@ if holder == "ops.aten":
 else:
     delattr(functools.reduce(getattr, holder.split("."), torch), name)
 import ard_kernels
-from ard_kernels import HistoryCache, adaln_modulate, block_causal_attention, history_attention, library
+from ard_kernels import HistoryCache, adaln_modulate, block_causal_attention, history_attention
+from ard_kernels.common import library
 q = torch.randn(1, 2, 8, 8, requires_grad=True)
 x, row = torch.randn(1, 8, 16, requires_grad=True), torch.randn(1, 2, 16)
 block_causal_attention(q, q, q, segment_length=4).sum().backward()

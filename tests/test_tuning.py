@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ard_kernels import __version__, gpu_support, tuning
-from ard_kernels.backends import automatic_order
+from ard_kernels import __version__
 from ard_kernels.block_causal_attention.triton_impl import parts_of
+from ard_kernels.common import gpu_support, tuning
+from ard_kernels.common.backends import automatic_order
 from benchmarks.candidates import candidates, keys
 
 

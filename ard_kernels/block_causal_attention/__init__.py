@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ard_kernels.arguments import check_scale
-from ard_kernels.autocast import cast_to_autocast
-from ard_kernels.backends import resolve
 from ard_kernels.block_causal_attention import spec
 from ard_kernels.block_causal_attention.op import forward_op, packed_op
-from ard_kernels.segments import check_segment_length
+from ard_kernels.common.arguments import check_scale
+from ard_kernels.common.autocast import cast_to_autocast
+from ard_kernels.common.backends import resolve
+from ard_kernels.common.segments import check_segment_length
 
 __all__ = ["block_causal_attention", "block_causal_attention_packed"]
 

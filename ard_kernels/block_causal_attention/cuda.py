@@ -7,10 +7,10 @@ from functools import lru_cache
 
 import torch
 
-from ard_kernels import extension
 from ard_kernels.block_causal_attention.tiles import heads_per_group, schedule
 from ard_kernels.block_causal_attention.torch_impl import gradients_like, out_like
-from ard_kernels.gpu_support import architecture, keep_if_captured, multiprocessors, on_device, shared_limit
+from ard_kernels.common import extension
+from ard_kernels.common.gpu_support import architecture, keep_if_captured, multiprocessors, on_device, shared_limit
 
 
 def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from ard_kernels import triton_support
-from ard_kernels.backends import check_backend, register_backend
 from ard_kernels.block_causal_attention import cuda, spec, torch_impl
-from ard_kernels.library import define_op
-from ard_kernels.segments import check_lengths
+from ard_kernels.common import triton_support
+from ard_kernels.common.backends import check_backend, register_backend
+from ard_kernels.common.library import define_op
+from ard_kernels.common.segments import check_lengths
 
 OP = "block_causal_attention"
 

@@ -6,7 +6,7 @@ first `sink` segments. The masks of the ARD paper (arXiv 2504.11295, Fig. 4):
     M1 block-diagonal   window=1            M3 own + noise segment   window=1, sink=1
     M2 sliding window   window=2            M4 block-causal          window=None
 
-`lengths` is the list of `ard_kernels.segments`.
+`lengths` is the list of `ard_kernels.common.segments`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ard_kernels.arguments import check_int, check_tensor, described, is_int
-from ard_kernels.segments import segment_offsets
+from ard_kernels.common.arguments import check_int, check_tensor, described, is_int
+from ard_kernels.common.segments import segment_offsets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256

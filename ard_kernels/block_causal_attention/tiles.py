@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from ard_kernels.block_causal_attention.spec import key_ranges, query_range
-from ard_kernels.gpu_support import upload
-from ard_kernels.segments import segment_offsets
+from ard_kernels.common.gpu_support import upload
+from ard_kernels.common.segments import segment_offsets
 
 # Heads whose keys and values fit in half of an H100's 50 MB of L2 are worked on together, tile by tile; the next group
 # starts when they are done. Without groups (all heads' longest tile first) K and V would come from HBM for every tile.

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from ard_kernels.autocast import without_autocast
 from ard_kernels.block_causal_attention.spec import key_ranges, query_range, sees, segment_ids
-from ard_kernels.library import private
-from ard_kernels.segments import segment_offsets
+from ard_kernels.common.autocast import without_autocast
+from ard_kernels.common.library import private
+from ard_kernels.common.segments import segment_offsets
 
 # Segments shorter than ALONE share calls, GROUP tokens or more in each; longer ones have a call each. Measured with
 # AVX2, fp32, 1 thread, forward + backward in ms by tokens of a group (first: a call per segment):

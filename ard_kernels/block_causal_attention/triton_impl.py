@@ -23,11 +23,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ard_kernels import tuning
 from ard_kernels.block_causal_attention.tiles import heads_per_group, schedule
 from ard_kernels.block_causal_attention.torch_impl import gradients_like, out_like
-from ard_kernels.gpu_support import keep_if_captured, on_device
-from ard_kernels.triton_parts import (
+from ard_kernels.common import tuning
+from ard_kernels.common.gpu_support import keep_if_captured, on_device
+from ard_kernels.common.triton_parts import (
     add_dot,
     dot_transposed,
     load_rows,
@@ -36,7 +36,7 @@ from ard_kernels.triton_parts import (
     store_rows,
     zero_rows,
 )
-from ard_kernels.triton_support import Launch, strides
+from ard_kernels.common.triton_support import Launch, strides
 
 # Arguments of which Triton shall not compile one variant that are multiples of 16 and one that are not.
 SIZES = ["H", "T", "batch_heads", "group", "tiles"]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ard_kernels.autocast import autocast_dtype
-from ard_kernels.backends import resolve
+from ard_kernels.common.autocast import autocast_dtype
+from ard_kernels.common.backends import resolve
 from ard_kernels.segment_adaln import spec
 from ard_kernels.segment_adaln.op import gate_op, gated_op, modulate_op
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ard_kernels.gpu_support import upload
-from ard_kernels.segments import segment_offsets
+from ard_kernels.common.gpu_support import upload
+from ard_kernels.common.segments import segment_offsets
 
 
 class Chunks(NamedTuple):

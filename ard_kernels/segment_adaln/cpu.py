@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ard_kernels import extension
+from ard_kernels.common import extension
+from ard_kernels.common.segments import segment_offsets
 from ard_kernels.segment_adaln.torch_impl import gradients, outputs
-from ard_kernels.segments import segment_offsets
 
 refuses = extension.refuses_cpu
 

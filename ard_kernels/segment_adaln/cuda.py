@@ -12,11 +12,11 @@ from itertools import pairwise
 
 import torch
 
-from ard_kernels import extension
-from ard_kernels.gpu_support import keep_if_captured, multiprocessors, on_device, shared_limit
+from ard_kernels.common import extension
+from ard_kernels.common.gpu_support import keep_if_captured, multiprocessors, on_device, shared_limit
+from ard_kernels.common.segments import segment_offsets
 from ard_kernels.segment_adaln.chunks import Chunks, chunks
 from ard_kernels.segment_adaln.torch_impl import gradients, of_no_tokens, outputs
-from ard_kernels.segments import segment_offsets
 
 MOST_CHANNELS = 8192
 # Of a multiprocessor, by the compiler's report: registers per thread of the kernels of 8 elements per thread.

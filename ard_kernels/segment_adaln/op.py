@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from ard_kernels import triton_support
-from ard_kernels.backends import check_backend, register_backend
-from ard_kernels.library import define_op
+from ard_kernels.common import triton_support
+from ard_kernels.common.backends import check_backend, register_backend
+from ard_kernels.common.library import define_op
 from ard_kernels.segment_adaln import cpu, cuda, spec, torch_impl
 
 IMPLEMENTATIONS = {

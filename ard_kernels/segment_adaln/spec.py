@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ard_kernels.arguments import check_number, check_tensor, described
-from ard_kernels.segments import check_lengths, check_segment_length, segment_offsets
+from ard_kernels.common.arguments import check_number, check_tensor, described
+from ard_kernels.common.segments import check_lengths, check_segment_length, segment_offsets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import torch
 
+from ard_kernels.common.segments import segment_offsets
 from ard_kernels.segment_adaln.spec import row_of_token
-from ard_kernels.segments import segment_offsets
 
 
 def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:

@@ -18,11 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ard_kernels import tuning
-from ard_kernels.gpu_support import keep_if_captured, multiprocessors, on_device
-from ard_kernels.segment_adaln.chunks import chunk_tokens, chunks
-from ard_kernels.segment_adaln.torch_impl import gradients, of_no_tokens, outputs
-from ard_kernels.triton_parts import (
+from ard_kernels.common import tuning
+from ard_kernels.common.gpu_support import keep_if_captured, multiprocessors, on_device
+from ard_kernels.common.triton_parts import (
     add_rows,
     load_rows,
     multiply_rows,
@@ -36,7 +34,9 @@ from ard_kernels.triton_parts import (
     widen_rows,
     zero_rows,
 )
-from ard_kernels.triton_support import Launch, strides
+from ard_kernels.common.triton_support import Launch, strides
+from ard_kernels.segment_adaln.chunks import chunk_tokens, chunks
+from ard_kernels.segment_adaln.torch_impl import gradients, of_no_tokens, outputs
 
 # Arguments of which Triton shall not compile one variant that are multiples of 16 and one that are not.
 SIZES = ["T", "chunk_count", "S"]

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ard_kernels.block_causal_attention.spec import dense_mask, key_ranges
-from ard_kernels.segments import segment_offsets
-from benchmarks.cases import MASKS, Case
+from ard_kernels.common.segments import segment_offsets
+from testing.cases import MASKS, Case
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # Implementations behind scaled_dot_product_attention, by device.

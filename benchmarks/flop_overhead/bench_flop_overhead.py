@@ -11,12 +11,12 @@ from ard.student import ARDStudent
 
 from ard_kernels import HistoryRouting, flops
 from benchmarks.board import Group
-from benchmarks.cases import MASKS
 from benchmarks.flop_overhead.counts import compare_models, design_table
 from benchmarks.measure import Measurement
 from benchmarks.rows import best_device, row
 from benchmarks.student.work import all_captured, randomize
 from benchmarks.timing import interleaved, wall_timer
+from testing.cases import MASKS
 
 DEVICE = best_device()
 ON_GPU = DEVICE.type == "cuda"

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ard_kernels import flops as analytic
 from benchmarks.baselines import published_student
 from benchmarks.baselines.published_student import PublishedStudent
-from benchmarks.cases import MASKS
+from testing.cases import MASKS
 
 MODELS = ("DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2")
 STEPS = range(2, 9)

@@ -7,7 +7,7 @@ over after the minutes given, come what may; what was found is in <results>/gpu_
 may take longer. The exit status is 1 if the build or a stage that checks failed.
 
 On a machine without a GPU, --dry-run takes every stage's path on tiny shapes: Triton in its interpreter, the CUDA C++
-kernels in tests/emulator.
+kernels in testing/emulator.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ NAMES = tuple(stage.name for stage in STAGES)
 GROUPS = {"benchmark": ("environment", "kernels", "student", "scaling", "student_compiled")}
 # Without a sign of life for so long a process is ended: torch's start from a cold disk takes 10 to 20 s.
 SILENCE = 60.0
-EMULATOR_SILENCE = 600.0  # a dry run may have to compile tests/emulator
+EMULATOR_SILENCE = 600.0  # a dry run may have to compile testing/emulator
 # Exit status of a stage's process that was not to be started. It has said why.
 REFUSED = 3
 OVER = "the run's time was over"
@@ -126,7 +126,7 @@ def run_here(stages: list[Stage], folder: Path, end: float, dry: bool, resumed: 
         sys.exit(REFUSED)
     if dry:
         machine.repair_interpreter()
-        print(machine.load_emulator() or "backend cuda: tests/emulator", flush=True)
+        print(machine.load_emulator() or "backend cuda: testing/emulator", flush=True)
     elif resumed:
         if machine.build_is_gone(log):  # built on another machine of this kind
             log.forget(["build"])

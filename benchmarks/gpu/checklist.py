@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from ard_kernels.backends import refusal
-from benchmarks.cases import ADALN, ATTENTION, BACKENDS, MASKS, OPS, PACKED, Case, tiny_case
+from ard_kernels.common.backends import refusal
 from benchmarks.gpu.record import MOST_CRASHES, Record
+from testing.cases import ADALN, ATTENTION, BACKENDS, MASKS, OPS, PACKED, Case, tiny_case
 
 # The first of each is the model's.
 HALVES = (torch.bfloat16, torch.float16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -10,15 +9,13 @@ from functools import cache
 import torch
 
 from ard_kernels.block_causal_attention.reference import block_causal_attention as attention_reference
-from ard_kernels.history.norm import normalise
+from ard_kernels.history_attention.norm import normalise
 from ard_kernels.segment_adaln import reference as adaln_reference
-from benchmarks import cases
-from benchmarks.cases import ADALN, MASKS, OPS, Case
 from benchmarks.gpu import checklist
-from benchmarks.gpu.record import ROOT, Record
-
-sys.path.append(str(ROOT / "tests"))  # the tolerance rule is said once, there
-from oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_close
+from benchmarks.gpu.record import Record
+from testing import cases
+from testing.cases import ADALN, MASKS, OPS, Case
+from testing.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_close
 
 # fp64 (T, T) matrices alive at once in the reference and its gradient.
 MATRICES = 7

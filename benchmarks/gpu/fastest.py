@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from ard_kernels import tuning
-from ard_kernels.tuning import shape_class
+from ard_kernels.common import tuning
+from ard_kernels.common.tuning import shape_class
 from benchmarks.gpu.record import ROOT
 from benchmarks.rows import load_rooms
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from ard_kernels import adaln_modulate, block_causal_attention, gate_residual_adaln
-from benchmarks import cases
-from benchmarks.cases import OPS, Case
 from benchmarks.gpu import checklist
 from benchmarks.gpu.correctness import difference
 from benchmarks.gpu.record import COMPILE_LIMIT, Record
 from benchmarks.measure import relative
+from testing import cases
+from testing.cases import OPS, Case
 
 
 def forward_and_backward(case: Case, backend: str, inputs, grad_outputs, cache) -> list[torch.Tensor]:

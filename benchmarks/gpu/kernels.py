@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.cases import BACKENDS
 from benchmarks.gpu import checklist
 from benchmarks.gpu.fastest import compare_backends, faster_words
 from benchmarks.gpu.log import Found
@@ -12,6 +11,7 @@ from benchmarks.gpu.record import COMPILE_LIMIT, LIMIT, Record
 from benchmarks.jobs import gpu_jobs
 from benchmarks.measure import How, Job, measure, our_makers, peer_makers
 from benchmarks.rows import verdict
+from testing.cases import BACKENDS
 
 # A job prepares a dozen candidates, some of which Inductor compiles, and times them.
 JOB_LIMIT = 300.0

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from ard_kernels import extension
-from ard_kernels.triton_support import INSTALLED
+from ard_kernels.common import extension
+from ard_kernels.common.triton_support import INSTALLED
 from benchmarks.gpu.log import Log
 from benchmarks.gpu.record import ROOT, Record, run_environment
 from benchmarks.timing import interleaved, make_timer
@@ -127,26 +127,18 @@ def find_tool(name: str) -> str | None:
 def repair_interpreter() -> None:
     """Of Triton, in this process, as the tests do."""
     if INSTALLED:
-        reach_tests()
-        import triton_interpreter
+        from testing import triton_interpreter
 
         triton_interpreter.repair()
 
 
-def reach_tests() -> None:
-    """What benchmarks and tests share stands there."""
-    if str(ROOT / "tests") not in sys.path:
-        sys.path.append(str(ROOT / "tests"))
-
-
 def load_emulator() -> str:
-    """Let tests/emulator serve backend cuda on CPU tensors, in this process; why not, where it cannot be built."""
+    """Let testing/emulator serve backend cuda on CPU tensors, in this process; why not, where it cannot be built."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return f"the emulator of the CUDA kernels needs a C++ compiler, and there is no {compiler}: cuda is left out"
-    reach_tests()
     try:
-        import emulator
+        from testing import emulator
     except ImportError as error:  # pybind11
         return f"the emulator of the CUDA kernels is not usable: {error}: cuda is left out"
     extension.emulated = emulator.load()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ard_kernels.gpu_support import architecture
+from ard_kernels.common.gpu_support import architecture
 from benchmarks.gpu.log import Found, Log
 from benchmarks.rows import describe, environment
 

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from ard_kernels.backends import refusal
-from benchmarks import cases
-from benchmarks.cases import ADALN, ATTENTION, BACKENDS, OPS, Case
+from ard_kernels.common.backends import refusal
 from benchmarks.gpu import checklist
 from benchmarks.gpu.machine import find_tool, load_emulator, output_of, repair_interpreter
 from benchmarks.gpu.record import Record
+from testing import cases
+from testing.cases import ADALN, ATTENTION, BACKENDS, OPS, Case
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu.tune`: times a few configurations of every Triton kernel and keeps the winners.
 
-Winners go to `ard_kernels.tuning.cache_file()`, where the library finds them, and to the results. Which kernels an op
-runs is not listed here: it is what the op asks `tuning.lookup` for. Kernels of one call are tuned in turn, the others
+Winners go to `tuning.cache_file()`, where the library finds them, and to the results. Which kernels an op runs is not
+listed here: it is what the op asks `tuning.lookup` for. Kernels of one call are tuned in turn, the others
 at their best so far.
 """
 
@@ -17,16 +17,16 @@ from typing import NamedTuple
 
 import torch
 
-from ard_kernels import tuning
-from benchmarks import cases
+from ard_kernels.common import tuning
 from benchmarks.candidates import candidates
-from benchmarks.cases import ADALN, OPS, Case
 from benchmarks.gpu import checklist
 from benchmarks.gpu.log import Found, Log
 from benchmarks.gpu.record import Record, Unfinished
 from benchmarks.measure import relative
 from benchmarks.rows import describe
 from benchmarks.timing import interleaved, make_timer
+from testing import cases
+from testing.cases import ADALN, OPS, Case
 
 # A kernel's candidates, each compiled and timed; all kernels of one call.
 KERNEL_LIMIT, CASE_LIMIT = 120.0, 300.0

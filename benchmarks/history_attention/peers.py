@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks.block_causal_attention.peers import FORCED, Attend, forced_sdpa
-from benchmarks.cases import Case
+from testing.cases import Case
 
 
 def segments(case: Case, q, k, v) -> Iterator[tuple[int, list[torch.Tensor]]]:

@@ -1,7 +1,7 @@
 """The adaLN family; shift, scale and gate are strided chunks of one projection, as in the model."""
 
-from benchmarks.cases import ADALN
 from benchmarks.kernel_groups import kernel_groups
+from testing.cases import ADALN
 
 GROUPS = kernel_groups(ADALN)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import EPS
+from testing.cases import EPS
 
 
 def modulate_rows(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

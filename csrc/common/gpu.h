@@ -1,5 +1,5 @@
 // What the GPU kernels use of CUDA, by name: each instruction stands here once, as PTX. Without nvcc the names mean the
-// functions of tests/emulator, which run a block's threads one after another on the host: the tests execute the very
+// functions of testing/emulator, which run a block's threads one after another on the host: the tests execute the very
 // source of the kernels. So kernels use nothing of CUDA but what this header (and hopper.h) declares.
 #pragma once
 

@@ -1,6 +1,6 @@
 // What the Hopper kernels (sm_90a) use beyond gpu.h: barriers in shared memory that count bytes, tensor maps and the
 // copy engine (TMA), registers moved between warpgroups, the warpgroup's matrix instruction (wgmma). Without nvcc the
-// names mean the functions of tests/emulator/hopper_emulator.h.
+// names mean the functions of testing/emulator/hopper_emulator.h.
 //
 // A warpgroup is four warps, the first a multiple of four. Its matrix instructions run behind its back: between
 // wgmma_fence() and the wgmma_wait() that covers them, no thread touches their accumulators or operands.

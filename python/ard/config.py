@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ard_kernels.arguments import described
+from ard_kernels.common.arguments import described
 
 Config = TypeVar("Config")
 

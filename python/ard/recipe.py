@@ -27,7 +27,7 @@ from ard.model import DiTConfig
 from ard.parallel import STRATEGIES
 from ard.store import DTYPES, STATE_KINDS
 from ard.trajectories import check_keep
-from ard_kernels.arguments import described
+from ard_kernels.common.arguments import described
 
 PRECISIONS = ("fp32", "bf16")
 FOREIGN_SECTIONS = ("demo",)

@@ -25,7 +25,7 @@ from ard.shards import ShardedStore, write_shards
 from ard.sources import state_sha256
 from ard.streams import noise_at
 from ard.student import ARDStudent
-from ard_kernels.arguments import described
+from ard_kernels.common.arguments import described
 
 IMAGE_CHANNELS = (1, 3)  # a student of other channels makes latents
 GRID_SAMPLES = 100

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ard.diffusion import ddim_steps
 from ard.model import DiT
-from ard_kernels.arguments import described
+from ard_kernels.common.arguments import described
 
 STATE_KINDS = ("x0", "ode")
 

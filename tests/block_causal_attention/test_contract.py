@@ -8,9 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ard_kernels
-from ard_kernels import block_causal_attention, block_causal_attention_packed, gpu_support
+from ard_kernels import block_causal_attention, block_causal_attention_packed
 from ard_kernels.block_causal_attention import cuda
 from ard_kernels.block_causal_attention.spec import useful_pairs
+from ard_kernels.common import gpu_support
 
 
 def qkv(*shape, dtype=torch.float32, grad=False):
@@ -196,7 +197,7 @@ def test_use_backend_and_environment(monkeypatch):
         block_causal_attention(q, k, v, segment_length=16)
     with ard_kernels.use_backend("cpu"):  # the argument wins
         block_causal_attention(q, k, v, segment_length=16, backend="torch")
-    monkeypatch.setattr(sys.modules["ard_kernels.backends"], "_environment", "cuda")
+    monkeypatch.setattr(sys.modules["ard_kernels.common.backends"], "_environment", "cuda")
     with pytest.raises(ValueError, match=r"'cuda' \(environment ARD_BACKEND\)"):
         block_causal_attention(q, k, v, segment_length=16)
     with pytest.raises(ValueError, match="name is 'nope'; expected one of"), ard_kernels.use_backend("nope"):
@@ -204,16 +205,16 @@ def test_use_backend_and_environment(monkeypatch):
 
 
 def test_backends_lists_a_reason_for_every_refusal():
-    table = ard_kernels.backends("cpu")["block_causal_attention"]
+    table = ard_kernels.common.backends("cpu")["block_causal_attention"]
     assert table["torch"].available and not table["torch"].reason
     assert all(status.reason for status in table.values() if not status.available)
 
 
 def test_the_interpreter_is_never_the_automatic_choice(monkeypatch):
-    module = sys.modules["ard_kernels.backends"]
-    assert ard_kernels.backends("cpu")["block_causal_attention"]["triton"].available
+    module = sys.modules["ard_kernels.common.backends"]
+    assert ard_kernels.common.backends("cpu")["block_causal_attention"]["triton"].available
     assert module.resolve("block_causal_attention", None, torch.device("cpu"), torch.float32, 16) == "torch"
-    monkeypatch.setattr(ard_kernels.triton_support, "INTERPRETING", False)
+    monkeypatch.setattr(ard_kernels.common.triton_support, "INTERPRETING", False)
     q, k, v = qkv(1, 1, 32, 16)
     with pytest.raises(ValueError, match="runs in Triton's interpreter only"):
         block_causal_attention(q, k, v, segment_length=16, backend="triton")

@@ -5,14 +5,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import BACKWARD_FACTOR, assert_all_close, assert_close
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ard_kernels import block_causal_attention, block_causal_attention_packed, extension, tuning
+from ard_kernels import block_causal_attention, block_causal_attention_packed
 from ard_kernels.block_causal_attention import cuda, tiles, torch_impl
 from ard_kernels.block_causal_attention.reference import block_causal_attention as reference
 from ard_kernels.block_causal_attention.spec import dense_mask
+from ard_kernels.common import extension, tuning
+from testing.oracle import BACKWARD_FACTOR, assert_all_close, assert_close
 
 BACKENDS = ["torch", "triton"]  # triton: in its interpreter, so with fewer and smaller cases
 CUDA_HEAD_DIMS = [64, 72, 80, 96, 128]  # cuda: in the emulator, 16-bit dtypes only

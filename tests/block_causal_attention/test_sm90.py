@@ -1,14 +1,14 @@
-"""The Hopper kernel's source, run by tests/emulator on CPU tensors; its layouts, which are plain index algebra."""
+"""The Hopper kernel's source, run by testing/emulator on CPU tensors; its layouts, which are plain index algebra."""
 
 import numpy as np
 import pytest
 import torch
-from oracle import assert_close
 
-from ard_kernels import extension
 from ard_kernels.block_causal_attention.reference import block_causal_attention as reference
 from ard_kernels.block_causal_attention.spec import dense_mask
 from ard_kernels.block_causal_attention.tiles import make_tables
+from ard_kernels.common import extension
+from testing.oracle import assert_close
 
 HEAD_DIMS = [64, 72, 80, 96, 128]
 BLOCK_M = BLOCK_N = 128

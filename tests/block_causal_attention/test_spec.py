@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ard_kernels.block_causal_attention import spec
-from ard_kernels.segments import segment_offsets
+from ard_kernels.common.segments import segment_offsets
 
 masks = st.tuples(st.one_of(st.none(), st.integers(1, 6)), st.integers(0, 5))
 ragged = st.lists(st.integers(1, 7), min_size=1, max_size=7)

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ard_kernels import extension
 from ard_kernels.block_causal_attention.spec import dense_mask
 from ard_kernels.block_causal_attention.tiles import column_tiles, heads_per_group, make_tables, schedule
 from ard_kernels.block_causal_attention.triton_impl import head_of, parts_of
-from benchmarks.waves import efficiency, makespan
+from ard_kernels.common import extension
+from testing.waves import efficiency, makespan
 
 BLOCKS = st.sampled_from([1, 4, 16, 32])
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ard_kernels import extension, gpu_support
+from ard_kernels.common import extension, gpu_support
 from ard_kernels.segment_adaln import cuda
 
 

@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import BACKWARD_FACTOR, assert_all_close
 
 import ard_kernels
-from ard_kernels import adaln_modulate, extension, gate_residual, gate_residual_adaln, tuning
+from ard_kernels import adaln_modulate, gate_residual, gate_residual_adaln
+from ard_kernels.common import extension, tuning
+from ard_kernels.common.segments import segment_offsets
 from ard_kernels.segment_adaln import reference
 from ard_kernels.segment_adaln.chunks import chunk_tokens, make_chunks
 from ard_kernels.segment_adaln.spec import row_of_token
-from ard_kernels.segments import segment_offsets
-from benchmarks.traffic import adaln_over_minimum
+from testing.oracle import BACKWARD_FACTOR, assert_all_close
+from testing.traffic import adaln_over_minimum
 
 # triton in its interpreter, cuda in the emulator of thread blocks: so with smaller cases
 BACKENDS = ["torch", "cpu", "triton", "cuda"]

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from oracle import assert_close
 
-from ard_kernels import HeadNorm, HistoryCache, extension, history_attention
+from ard_kernels import HeadNorm, HistoryCache, history_attention
 from ard_kernels.block_causal_attention.reference import block_causal_attention as dense_reference
-from ard_kernels.history.norm import normalise
+from ard_kernels.common import extension
+from ard_kernels.history_attention.norm import normalise
+from testing.oracle import assert_close
 
 D = 72
 HALVES = [torch.bfloat16, torch.float16]

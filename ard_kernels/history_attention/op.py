@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import torch
 
-from ard_kernels import triton_support
-from ard_kernels.backends import check_backend, register_backend
 from ard_kernels.block_causal_attention.spec import check_qkv, check_rows_apart, check_window
 from ard_kernels.block_causal_attention.torch_impl import out_like
-from ard_kernels.history import cpu, cuda, spec, torch_impl
-from ard_kernels.history.norm import HeadNorm, check_norm, normalise
-from ard_kernels.history.splits import workspace_elements
-from ard_kernels.library import define_op
+from ard_kernels.common import triton_support
+from ard_kernels.common.backends import check_backend, register_backend
+from ard_kernels.common.library import define_op
+from ard_kernels.history_attention import cpu, cuda, spec, torch_impl
+from ard_kernels.history_attention.norm import HeadNorm, check_norm, normalise
+from ard_kernels.history_attention.splits import workspace_elements
 
 OP = "history_attention"
 
 IMPLEMENTATIONS = {
     "cuda": cuda,
-    "triton": triton_support.LazyModule("ard_kernels.history.triton_impl"),
+    "triton": triton_support.LazyModule("ard_kernels.history_attention.triton_impl"),
     "cpu": cpu,
     "torch": torch_impl,
 }

@@ -16,9 +16,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from ard_kernels.arguments import described, is_int
-from ard_kernels.autocast import autocast_dtype
 from ard_kernels.block_causal_attention.spec import first_window_segment
+from ard_kernels.common.arguments import described, is_int
+from ard_kernels.common.autocast import autocast_dtype
 
 
 def visible_tokens(offsets: Sequence[int], window: int | None, sink: int) -> tuple[int, int]:

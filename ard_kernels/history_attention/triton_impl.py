@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ard_kernels import tuning
 from ard_kernels.block_causal_attention.torch_impl import out_like
 from ard_kernels.block_causal_attention.triton_impl import (
     LOG2_E,
@@ -23,9 +22,9 @@ from ard_kernels.block_causal_attention.triton_impl import (
     precision_of,
     rows_of,
 )
-from ard_kernels.gpu_support import multiprocessors, on_device
-from ard_kernels.history.splits import share_tiles
-from ard_kernels.triton_parts import (
+from ard_kernels.common import tuning
+from ard_kernels.common.gpu_support import multiprocessors, on_device
+from ard_kernels.common.triton_parts import (
     add_dot,
     add_rows,
     dot_transposed,
@@ -34,7 +33,8 @@ from ard_kernels.triton_parts import (
     store_rows,
     zero_rows,
 )
-from ard_kernels.triton_support import Launch, strides
+from ard_kernels.common.triton_support import Launch, strides
+from ard_kernels.history_attention.splits import share_tiles
 
 # See there: `start` must not compile anything anew. (SPLIT and EVEN do, once each: warm up with all S steps.)
 SIZES = ["H", "L", "batch_heads", "tiles_per_split", "start", "sink_stop", "window_start", "splits"]

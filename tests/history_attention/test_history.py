@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import ard_kernels
@@ -13,16 +12,17 @@ from ard_kernels import (
     HistoryCache,
     HistoryRouting,
     block_causal_attention,
-    extension,
     history_attention,
 )
 from ard_kernels.block_causal_attention.reference import block_causal_attention as dense_reference
 from ard_kernels.block_causal_attention.spec import dense_mask, useful_pairs
-from ard_kernels.history import splits
-from ard_kernels.history.reference import history_attention as reference
-from ard_kernels.history.spec import visible_tokens
-from ard_kernels.history.splits import LEAST_TILES, share_tiles, split_count
-from ard_kernels.segments import segment_offsets
+from ard_kernels.common import extension
+from ard_kernels.common.segments import segment_offsets
+from ard_kernels.history_attention import splits
+from ard_kernels.history_attention.reference import history_attention as reference
+from ard_kernels.history_attention.spec import visible_tokens
+from ard_kernels.history_attention.splits import LEAST_TILES, share_tiles, split_count
+from testing.oracle import assert_close
 
 BACKENDS = ["torch", "cpu", "triton", "cuda"]  # triton: in its interpreter, cuda: in the emulator; so smaller cases
 HALVES = [torch.bfloat16, torch.float16]

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch.compiler import is_compiling
 
-from ard_kernels.arguments import check_int, check_scale, described, is_int
-from ard_kernels.autocast import cast_to_autocast
-from ard_kernels.backends import resolve
 from ard_kernels.block_causal_attention import block_causal_attention, block_causal_attention_packed
 from ard_kernels.block_causal_attention.spec import check_qkv, check_window, rows_apart
-from ard_kernels.history.cache import HistoryCache
-from ard_kernels.history.norm import HeadNorm, check_norm
-from ard_kernels.history.op import check_memory, history_op, norm_fields
-from ard_kernels.history.spec import check_layer, check_segment
+from ard_kernels.common.arguments import check_int, check_scale, described, is_int
+from ard_kernels.common.autocast import cast_to_autocast
+from ard_kernels.common.backends import resolve
+from ard_kernels.history_attention.cache import HistoryCache
+from ard_kernels.history_attention.norm import HeadNorm, check_norm
+from ard_kernels.history_attention.op import check_memory, history_op, norm_fields
+from ard_kernels.history_attention.spec import check_layer, check_segment
 
 __all__ = ["HeadNorm", "HistoryCache", "HistoryRouting", "history_attention"]
 

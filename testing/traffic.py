@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from ard_kernels import tuning
+from ard_kernels.common import tuning
 from ard_kernels.segment_adaln import triton_impl
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ard_kernels.arguments import check_number, check_tensor, described
+from ard_kernels.common.arguments import check_number, check_tensor, described
 
 KINDS = ("rms", "layer")
 

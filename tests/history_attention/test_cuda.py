@@ -1,16 +1,17 @@
-"""The CUDA kernels of csrc/history_cache on their own, in the emulator, and the tables of history/tiles.py."""
+"""The CUDA kernels of csrc/history_attention on their own, in the emulator, and their tables of tiles."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_close
 
-from ard_kernels import HeadNorm, extension
-from ard_kernels.history import cuda
-from ard_kernels.history.norm import normalise
-from ard_kernels.history.tiles import make_tables, schedule
+from ard_kernels import HeadNorm
+from ard_kernels.common import extension
+from ard_kernels.history_attention import cuda
+from ard_kernels.history_attention.norm import normalise
+from ard_kernels.history_attention.tiles import make_tables, schedule
+from testing.oracle import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEAD_DIMS = [8, 64, 72, 128, 136, 256]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ard_kernels.arguments import check_int, described
 from ard_kernels.block_causal_attention.spec import check_dtype_and_head_dim
-from ard_kernels.history.spec import new_positions, offsets_of
-from ard_kernels.history.splits import workspace_elements
+from ard_kernels.common.arguments import check_int, described
+from ard_kernels.history_attention.spec import new_positions, offsets_of
+from ard_kernels.history_attention.splits import workspace_elements
 
 
 class HistoryCache:

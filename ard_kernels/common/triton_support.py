@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ard_kernels.gpu_support import CPU, refuses_device
+from ard_kernels.common.gpu_support import CPU, refuses_device
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton reads the variable when a kernel is defined, that is at the first use of a backend; so do we.

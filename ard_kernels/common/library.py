@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
-from ard_kernels.autocast import without_autocast
+from ard_kernels.common.autocast import without_autocast
 
 _library = torch.library.Library("ard", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

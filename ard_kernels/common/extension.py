@@ -1,7 +1,7 @@
 """The compiled module `ard_kernels._C`, or why it is not here. torch loads first, so that both share one OpenMP.
 
 `_C.gpu` holds the CUDA kernels where they were built. `emulated` is the same module built for the host, where
-tests/emulator runs the kernels' source thread by thread; it serves CPU tensors, on an explicit backend="cuda" only.
+testing/emulator runs the kernels' source thread by thread; it serves CPU tensors, on an explicit backend="cuda" only.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from types import ModuleType
 
 import torch
 
-from ard_kernels.gpu_support import CPU, refuses_device
-from ard_kernels.library import private
+from ard_kernels.common.gpu_support import CPU, refuses_device
+from ard_kernels.common.library import private
 
 module: ModuleType | None
 missing: str | None
@@ -42,7 +42,7 @@ def refuses_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "float64 is served by the torch backend only"
     if device == CPU:
-        return None if emulated else "on the CPU it runs in the emulator of tests/emulator only"
+        return None if emulated else "on the CPU it runs in the emulator of testing/emulator only"
     if module is None:
         return missing
     if not hasattr(module, "gpu"):

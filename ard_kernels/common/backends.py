@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from ard_kernels import tuning
-from ard_kernels.gpu_support import architecture
-from ard_kernels.library import forward_mode
+from ard_kernels.common import tuning
+from ard_kernels.common.gpu_support import architecture
+from ard_kernels.common.library import forward_mode
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 

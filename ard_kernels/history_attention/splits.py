@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ard_kernels import extension
-from ard_kernels.gpu_support import multiprocessors
-from ard_kernels.triton_support import INTERPRETING
+from ard_kernels.common import extension
+from ard_kernels.common.gpu_support import multiprocessors
+from ard_kernels.common.triton_support import INTERPRETING
 
 # A split has at least this many key tiles, or the second launch that adds the splits up costs more than it saves.
 LEAST_TILES = 4

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ard_kernels.arguments import check_int, described, is_int
+from ard_kernels.common.arguments import check_int, described, is_int
 
 
 def segment_offsets(lengths: Sequence[int], tokens: int) -> list[int]:

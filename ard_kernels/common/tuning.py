@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from ard_kernels.gpu_support import architecture
+from ard_kernels.common.gpu_support import architecture
 
-SHIPPED = Path(__file__).parent / "tuned"
+SHIPPED = Path(__file__).parents[1] / "tuned"
 ARCHITECTURES = (80, 86, 90, 100)
 # Upper ends of the width classes: head dim as padded for the tensor cores, or channels of a row.
 WIDTHS = {"attention": (32, 64, 80, 96, 128, 192, 256), "adaln": (512, 1152, 2048, 4096, 8192)}

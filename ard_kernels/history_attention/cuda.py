@@ -1,4 +1,4 @@
-"""History attention in CUDA C++: append (csrc/history_cache), attend (csrc/block_causal_attention), add splits up.
+"""History attention in CUDA C++: append (csrc/history_attention), attend (csrc/block_causal_attention), add splits up.
 
 Two launches: the append, with the norms of q and k; attention over the cache, the new segment included. With few rows
 (batch 1) several thread blocks share a query tile's keys, and a third launch adds their results up, in order.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from ard_kernels import extension
 from ard_kernels.block_causal_attention.cuda import aligned, refuses
 from ard_kernels.block_causal_attention.tiles import heads_per_group
 from ard_kernels.block_causal_attention.torch_impl import out_like
-from ard_kernels.gpu_support import keep_if_captured, multiprocessors, on_device
-from ard_kernels.history.norm import KINDS, HeadNorm
-from ard_kernels.history.splits import share_tiles
-from ard_kernels.history.tiles import schedule
+from ard_kernels.common import extension
+from ard_kernels.common.gpu_support import keep_if_captured, multiprocessors, on_device
+from ard_kernels.history_attention.norm import KINDS, HeadNorm
+from ard_kernels.history_attention.splits import share_tiles
+from ard_kernels.history_attention.tiles import schedule
 
 __all__ = ["append", "forward", "refuses"]
 

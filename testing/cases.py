@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import ard_kernels
 from ard_kernels.block_causal_attention.spec import dense_mask
-from ard_kernels.history.norm import normalise
+from ard_kernels.history_attention.norm import normalise
 from ard_kernels.segment_adaln.spec import row_of_token
 
 MASKS = {"M1": (1, 0), "M2": (2, 0), "M3": (1, 1), "M4": (None, 0), "M2+sink": (2, 1)}
@@ -58,7 +58,7 @@ class Case:
 
     @property
     def registered_op(self) -> str:
-        """The op in the tables of ard_kernels.backends and ard_kernels.tuning."""
+        """The op in the tables of ard_kernels.common.backends and ard_kernels.common.tuning."""
         return "block_causal_attention" if self.op == PACKED else self.op
 
     @property

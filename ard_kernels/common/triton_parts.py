@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ard_kernels.triton_support import INTERPRETING
+from ard_kernels.common.triton_support import INTERPRETING
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
 

@@ -54,7 +54,7 @@ void history_add_splits(uintptr_t workspace, const HeadsView& out, int batch, in
 
 }  // namespace
 
-void bind_history_cache(pybind11::module_& m) {
+void bind_history_attention(pybind11::module_& m) {
   m.def("history_append", &history_append);
   m.def("history_add_splits", &history_add_splits);
 }

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ard_kernels.block_causal_attention.tiles import Schedule, column_tiles, tile_runs
-from ard_kernels.gpu_support import upload
+from ard_kernels.common.gpu_support import upload
 
 
 def make_tables(

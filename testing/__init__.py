@@ -1,0 +1,1 @@
+"""What tests and benchmarks share; imported from a checkout, never installed."""
