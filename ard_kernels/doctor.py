@@ -52,12 +52,12 @@ def report() -> str:
         lines.append("GPU: none visible to torch")
     for device in devices:
         lines.append(f"\nbackends on {device} (choice: see `ard_kernels.common.backends.automatic_order`):")
-        for op, table in ard_kernels.common.backends(device).items():
+        for op, table in ard_kernels.backends(device).items():
             lines.append(f"  {op}")
             for name, status in table.items():
                 lines.append(f"    {name:<7}{'available' if status.available else 'refused: ' + status.reason}")
     lines.append("\nGPU kernels:")
-    for op in ard_kernels.common.backends("cpu"):
+    for op in ard_kernels.backends("cpu"):
         for name in ("cuda", "triton"):
             if has_backend(op, name):
                 lines.append(f"  {op} {name}: {_verified(op, name)}")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# All tests use CPU tensors, on a machine with a GPU too: the Triton kernels run in Triton's interpreter. It reads the
-# variable when it is imported.
-os.environ["TRITON_INTERPRET"] = "1"
+from testing.devices import SIMULATED, devices
+
+os.environ["TRITON_INTERPRET"] = str(int(SIMULATED))  # Triton reads it when it is imported
 
 from ard_kernels.common import extension
 from testing import emulator, triton_interpreter
@@ -17,7 +17,8 @@ settings.register_profile(
 )
 settings.load_profile("ard")
 
-triton_interpreter.repair()
+if SIMULATED:
+    triton_interpreter.repair()
 
 # Threads do not help tiny tensors, and OpenMP's barriers cost 10x on a busy machine. Tests about threads set them.
 torch.set_num_threads(1)
@@ -29,12 +30,30 @@ def _fresh():
     torch.compiler.reset()
 
 
+@pytest.fixture(params=devices())
+def device(request):
+    """Where the test allocates: torch.device("cpu"), and "cuda" on a machine with a GPU."""
+    yield torch.device(request.param)
+    if request.param == "cuda":
+        _leave_a_broken_context()
+
+
+def _leave_a_broken_context():
+    """After an error inside a kernel no CUDA call of a process works: end it, so that xdist begins another."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(70)  # xdist blames the test that was running
+        pytest.exit(f"the CUDA context is broken: {error}", returncode=70)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _emulate_cuda(request):
     """The CUDA C++ kernels run in testing/emulator, on CPU tensors; built when a test asks for them."""
     homes = ("block_causal_attention", "history_attention", "segment_adaln", "test_emulator.py", "test_fuzz.py")
     asking = (item.path for item in request.session.items if "cuda" in item.nodeid)
-    if any(path.name in homes or path.parent.name in homes for path in asking):
+    if SIMULATED and any(path.name in homes or path.parent.name in homes for path in asking):
         extension.emulated = emulator.load()
 
 

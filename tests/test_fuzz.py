@@ -38,7 +38,7 @@ from ard_kernels import (
 )
 from testing.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_close, error_norm
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:There is a performance drop")]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.filterwarnings("ignore:There is a performance drop")]
 
 CASES = 20_000  # 10 minutes on a core shared with others
 # What each backend and each room gets of them. Triton's interpreter and the emulator of CUDA are slow.

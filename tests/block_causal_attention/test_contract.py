@@ -205,14 +205,14 @@ def test_use_backend_and_environment(monkeypatch):
 
 
 def test_backends_lists_a_reason_for_every_refusal():
-    table = ard_kernels.common.backends("cpu")["block_causal_attention"]
+    table = ard_kernels.backends("cpu")["block_causal_attention"]
     assert table["torch"].available and not table["torch"].reason
     assert all(status.reason for status in table.values() if not status.available)
 
 
 def test_the_interpreter_is_never_the_automatic_choice(monkeypatch):
     module = sys.modules["ard_kernels.common.backends"]
-    assert ard_kernels.common.backends("cpu")["block_causal_attention"]["triton"].available
+    assert ard_kernels.backends("cpu")["block_causal_attention"]["triton"].available
     assert module.resolve("block_causal_attention", None, torch.device("cpu"), torch.float32, 16) == "torch"
     monkeypatch.setattr(ard_kernels.common.triton_support, "INTERPRETING", False)
     q, k, v = qkv(1, 1, 32, 16)

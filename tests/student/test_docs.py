@@ -56,7 +56,7 @@ def test_digits_commands_at_a_small_size(tmp_path, monkeypatch):
         run(arguments, DIGITS)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_digits_commands_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments in commands(0):

@@ -39,7 +39,7 @@ from fault_runs import (
     trajectories,
 )
 
-KILLS = [50, pytest.param(200, marks=pytest.mark.slow)]
+KILLS = [50, pytest.param(200, marks=pytest.mark.exhaustive)]
 
 
 tmp_path = in_memory

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hostile_files import CASES, DISTILL, EVALUATE, FINETUNE, LATENTS, PUBLIC, SAMPLE, VERIFY, answer, good_files
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 pytest.importorskip("diffusers")
 
 MEBIBYTES = 1024

@@ -427,7 +427,7 @@ def complaint(answer: Answer) -> str | None:
     return None
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_wrong_invocations_are_refused_and_write_nothing(place):
     ard, folder = place
     before, findings = state(folder), []
