@@ -101,6 +101,8 @@ def in_memory(tmp_path):
         yield Path(folder)
 
 
+# For `dying`: at every change on disk it takes minutes, amid the writing of every file seconds.
+TORN = [True, pytest.param(False, marks=pytest.mark.slow)]
 SAVES = 200
 
 

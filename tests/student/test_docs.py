@@ -50,6 +50,7 @@ def run(arguments: list[str], overrides: list[str]) -> None:
     assert result.exit_code == 0, (arguments, result.output, result.exception)
 
 
+@pytest.mark.slow
 def test_digits_commands_at_a_small_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments in commands(0):
@@ -99,6 +100,7 @@ def fake_fidelity(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
 
 
+@pytest.mark.slow
 def test_imagenet_commands_with_stand_ins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fake_fidelity(monkeypatch)

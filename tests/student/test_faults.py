@@ -24,6 +24,7 @@ from ard.runlog import read_log
 from ard.train import Stopped
 from fault_runs import (
     SPEC,
+    TORN,
     Child,
     dying,
     finished_samples,
@@ -39,8 +40,6 @@ from fault_runs import (
 
 FEW = 5  # in the quick tests
 KILLS = [FEW, pytest.param(50, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.exhaustive)]
-# A death before every change on disk takes minutes; amid the writing of every file, seconds.
-TORN = [True, pytest.param(False, marks=pytest.mark.slow)]
 
 tmp_path = in_memory
 

@@ -171,7 +171,10 @@ def product(folder: Path, name: str) -> dict:
 
 @pytest.mark.parametrize(
     ("name", "stops"),
-    [("teacher", 3), ("sample", 3), *(pytest.param(name, 30, marks=pytest.mark.exhaustive) for name in COMMANDS)],
+    [
+        *(pytest.param(name, 3, marks=pytest.mark.slow) for name in ("teacher", "sample")),
+        *(pytest.param(name, 30, marks=pytest.mark.exhaustive) for name in COMMANDS),
+    ],
 )
 def test_a_stopped_command_is_continued_or_refused(inputs, tmp_path, name, stops):
     command, draw, done = COMMANDS[name], random.Random(name), 0
