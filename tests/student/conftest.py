@@ -7,6 +7,12 @@ from copy import deepcopy
 import pytest
 
 
+@pytest.fixture
+def pillow():
+    """For what writes pictures."""
+    return pytest.importorskip("PIL")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_classifier():
     """The digits' classifier, always the same, is trained once per process: it takes seconds."""

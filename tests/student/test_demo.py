@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import matplotlib.image
 import pytest
 import torch
 from ard import digits
-from ard.demo import load_config, run_demo, summarize
 from ard.model import DiT
 from ard.recipe import read_recipe
 from ard.sources import open_student, open_teacher
+
+pytest.importorskip("yaml")
+pictures = pytest.importorskip("matplotlib.image")
+
+from ard.demo import load_config, run_demo, summarize  # noqa: E402
 
 TINY = {
     "model": {"hidden_size": 16, "depth": 2, "num_heads": 2},
@@ -43,7 +46,7 @@ def test_demo_writes_its_report(finished):
     for part in ("Frechet distance", "Quick run", "N=0", "N=1", "N=1 + GAN", "40 images", "not FID", "torch"):
         assert part in text
     for image in ("grid.png", "losses.png"):
-        pixels = matplotlib.image.imread(out / image)
+        pixels = pictures.imread(out / image)
         assert pixels.ndim == 3 and pixels.std() > 0
         assert f"({image})" in text
 

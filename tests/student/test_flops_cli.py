@@ -4,17 +4,17 @@ import json
 
 import pytest
 import torch
-from ard.cli import app
 from ard.flops import counted_flops, flop_table
 from ard.model import DiTConfig
 from torch.utils._python_dispatch import TorchDispatchMode
-from typer.testing import CliRunner
 
 ROWS = ["teacher_forward", "baseline_sampling", "student_sampling", "student_training_forward", "overhead"]
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, list(arguments))
+    from command_line import ard
+
+    return ard(*arguments)
 
 
 @pytest.mark.parametrize(

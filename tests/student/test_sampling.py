@@ -35,6 +35,7 @@ def images_of(folder) -> np.ndarray:
     return np.load(folder / "samples.npz", allow_pickle=False)["arr_0"].astype(int)
 
 
+@pytest.mark.usefixtures("pillow")
 def test_samples_are_the_students_own(tmp_path, device):
     student, config = student_of(device=device), SamplingConfig(count=5, batch_size=5, seed=3, classes=(2, 0))
     content = write_samples(student, tmp_path, config, process=Process(device=device))
@@ -44,6 +45,7 @@ def test_samples_are_the_students_own(tmp_path, device):
     assert np.load(tmp_path / "samples.npz")["arr_1"].tolist() == [2, 0, 2, 0, 2]
 
 
+@pytest.mark.usefixtures("pillow")
 def test_samples_depend_on_seed_and_index_only(tmp_path, device):
     student, process = student_of(device=device), Process(device=device)
     write_samples(student, tmp_path / "one", SamplingConfig(count=12, batch_size=12), process=process)
@@ -54,6 +56,7 @@ def test_samples_depend_on_seed_and_index_only(tmp_path, device):
     assert np.abs(other - seed).max() > 10
 
 
+@pytest.mark.usefixtures("pillow")
 def test_latents_are_kept_as_they_are_without_a_decoder(tmp_path, device):
     student = student_of(channels=4, device=device)
     content = write_samples(student, tmp_path, SamplingConfig(count=3), process=Process(device=device))
@@ -65,6 +68,7 @@ def test_latents_are_kept_as_they_are_without_a_decoder(tmp_path, device):
     assert json.loads((tmp_path / "sample.json").read_text()) == content
 
 
+@pytest.mark.usefixtures("pillow")
 def test_decoded_latents_are_images(tmp_path):
     def decode(latents):
         return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3).clamp(-1, 1)
@@ -88,6 +92,7 @@ def sample_as(rank: int, meeting: Path, folder: Path, report: Callable) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.usefixtures("pillow")
 def test_two_ranks_write_the_samples_of_one(tmp_path):
     sample(tmp_path / "one", bool)
     children = [Child(sample_as, rank, tmp_path / "meeting", tmp_path / "two") for rank in range(2)]
@@ -96,6 +101,7 @@ def test_two_ranks_write_the_samples_of_one(tmp_path):
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == FILES
 
 
+@pytest.mark.usefixtures("pillow")
 @pytest.mark.parametrize("torn", TORN)
 def test_a_sampling_that_dies_at_any_change_on_disk_goes_on(tmp_path, torn):
     Child(sample, tmp_path / "whole").kill_after(None)
