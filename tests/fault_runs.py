@@ -231,6 +231,7 @@ class Child:
 
 
 def _child(sender: Connection, work: Callable[..., Any], args: Sequence[Any]) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # kills are counted in milliseconds: a GPU takes seconds to begin
     torch.set_num_threads(1)
     sender.send("ready")
     work(*args, sender.send)

@@ -78,7 +78,7 @@ def _peak() -> float:
 def _run(arguments: list[str], folder: Path, sender: Any) -> None:
     """The command in this process; sends its exit status and by how many MiB its memory grew."""
     os.chdir(folder)
-    os.environ["TMPDIR"] = str(folder)
+    os.environ.update(TMPDIR=str(folder), CUDA_VISIBLE_DEVICES="")
     sys.argv = ["ard", *arguments]
     for descriptor, name in ((1, "out/stdout"), (2, "out/stderr")):
         os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY), descriptor)

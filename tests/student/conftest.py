@@ -5,6 +5,15 @@ from __future__ import annotations
 from copy import deepcopy
 
 import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _the_gpu_only_where_asked(request, monkeypatch):
+    """`ard` takes a GPU where there is one: in these tests only if the fixture `device` says so."""
+    asked = "device" in request.fixturenames and request.getfixturevalue("device").type == "cuda"
+    if not asked:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
