@@ -34,6 +34,7 @@ from ard.train import Fitted, Run, Trainer
 from torch import Tensor, nn
 
 Report = Callable[[Any], Any]
+CPU = torch.device("cpu")
 
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload(["torch._dynamo", "torch.distributed", "ard.demo", "ard.cli", "pytest"])
@@ -54,10 +55,10 @@ SPEC = StoreSpec(
 class Toy(Objective):
     """Regression, with a tensor of its own that must survive too."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
         super().__init__(count=10, seed=3)
         draw = torch.Generator().manual_seed(0)
-        self.inputs, self.targets = torch.randn(10, 3, generator=draw), torch.randn(10, 2, generator=draw)
+        self.inputs, self.targets = (torch.randn(10, width, generator=draw).to(device) for width in (3, 2))
         self.updates = torch.zeros((), dtype=torch.int64)
 
     def sample_losses(self, model: nn.Module, micro: MicroBatch) -> Tensor:
@@ -73,14 +74,16 @@ class Toy(Objective):
         self.updates = read("objective")["updates"]
 
 
-def toy_trainer(folder: Path | None, steps: int = 6, *, save_every=1, keep_last=3, resume=True, **changes) -> Trainer:
+def toy_trainer(
+    folder: Path | None, steps: int = 6, *, save_every=1, keep_last=3, resume=True, device=CPU, **changes
+) -> Trainer:
     """A model with buffers and dropout; a line of the log every 2 steps. changes: of the TrainConfig."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 2))
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 2)).to(device)
     config = TrainConfig(**{"steps": steps, "batch_size": 4, "learning_rate": 1e-2, "log_every": 2, **changes})
     run = Run(folder, {"kind": "toy"}, {"train": config.identity()}, resume) if folder else None
     execution = ExecutionConfig(save_every=save_every, keep_last=keep_last)
-    return Trainer(model, Toy(), config, execution=execution, run=run)
+    return Trainer(model, Toy(device), config, execution=execution, process=Process(device=device), run=run)
 
 
 def train(folder: Path, report: Report = bool, **settings) -> Fitted:
@@ -98,6 +101,8 @@ def in_memory(tmp_path):
         yield Path(folder)
 
 
+# For `dying`: at every change on disk it takes minutes, amid the writing of every file seconds.
+TORN = [True, pytest.param(False, marks=pytest.mark.slow)]
 SAVES = 200
 
 
@@ -189,15 +194,23 @@ class Child:
         self._process.join(seconds)
         self._process.kill()
         self._process.join()
+        reports = self.reports()
+        if self._process.exitcode not in (0, -signal.SIGKILL):
+            raise RuntimeError(f"the child has failed with exit code {self._process.exitcode}")
+        return reports, self._process.exitcode == 0
+
+    def report(self) -> Any:
+        """The next one; waits for it."""
+        return self._receiver.recv()
+
+    def reports(self) -> list[Any]:
+        """What is left of them, of a process that has ended."""
         reports = []
         while True:
             try:
                 reports.append(self._receiver.recv())
-            except (EOFError, OSError):  # the end, or a report that the kill has cut off
-                break
-        if self._process.exitcode not in (0, -signal.SIGKILL):
-            raise RuntimeError(f"the child has failed with exit code {self._process.exitcode}")
-        return reports, self._process.exitcode == 0
+            except (EOFError, OSError):  # the end, or a report that a kill has cut off
+                return reports
 
     def end(self, seconds: float | None, number: int) -> int:
         """Its exit status; the signal is sent after so many seconds, if it is still there. None: waits for its end."""
@@ -218,6 +231,7 @@ class Child:
 
 
 def _child(sender: Connection, work: Callable[..., Any], args: Sequence[Any]) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # kills are counted in milliseconds: a GPU takes seconds to begin
     torch.set_num_threads(1)
     sender.send("ready")
     work(*args, sender.send)

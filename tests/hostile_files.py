@@ -35,7 +35,6 @@ from ard.shards import MANIFEST_NAME
 from ard.sources import open_teacher
 from ard.store import LatentSpec, write_latents
 from ard.student import ARDStudent
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 Case = Callable[[Path], list[str]]
@@ -79,7 +78,7 @@ def _peak() -> float:
 def _run(arguments: list[str], folder: Path, sender: Any) -> None:
     """The command in this process; sends its exit status and by how many MiB its memory grew."""
     os.chdir(folder)
-    os.environ["TMPDIR"] = str(folder)
+    os.environ.update(TMPDIR=str(folder), CUDA_VISIBLE_DEVICES="")
     sys.argv = ["ard", *arguments]
     for descriptor, name in ((1, "out/stdout"), (2, "out/stderr")):
         os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY), descriptor)
@@ -120,6 +119,7 @@ def answer(arguments: list[str], folder: Path) -> tuple[int | None, float, list[
 def good_files(folder: Path) -> None:
     """What the cases make hostile; unchanged, every command takes it."""
     import diffusers
+    from PIL import Image
 
     torch.manual_seed(0)
     recipe = read_recipe("digits", TINY)
@@ -230,11 +230,19 @@ def _image(content: bytes | Callable[[Path], Any], name: str = "x.png") -> Case:
 
 def _saved(format: str, **options: Any) -> Case:
     """A picture of another format under the name of a PNG."""
-    return _image(lambda path: Image.new("RGB", (32, 32)).save(path, format=format, **options))
+
+    def content(path: Path) -> None:
+        from PIL import Image
+
+        Image.new("RGB", (32, 32)).save(path, format=format, **options)
+
+    return _image(content)
 
 
 def _cut(format: str) -> Case:
     def content(path: Path) -> None:
+        from PIL import Image
+
         file = io.BytesIO()
         Image.effect_noise((200, 200), 90).convert("RGB").save(file, format=format)
         path.write_bytes(file.getvalue()[: len(file.getvalue()) // 2])

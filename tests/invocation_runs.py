@@ -41,6 +41,7 @@ class Ard:
 
     def __init__(self, folder: Path):
         environment = {**os.environ, "HOME": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        environment["CUDA_VISIBLE_DEVICES"] = ""
         environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
         command = [sys.executable, str(Path(__file__).resolve())]
         self._process = subprocess.Popen(

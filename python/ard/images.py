@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from PIL import Image
 from torch import Tensor
 
 from ard.files import atomic_path, shown
@@ -242,6 +241,8 @@ def write_grid(path: Path, images_Nhwc: np.ndarray, columns: int) -> None:
 
     images_Nhwc: uint8 with 1 (grey) or 3 (RGB) channels, N >= 1; the last row is filled with white.
     """
+    from PIL import Image  # samples and previews alone need Pillow
+
     _require_images("write_grid", images_Nhwc)
     count, height, width, channels = images_Nhwc.shape
     if channels not in (1, 3) or count < 1 or columns < 1:

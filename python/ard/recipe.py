@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import yaml
 
-from ard.config import COUNT, SEED, Ranged, build, expand_paths, merge, parse_override, read_yaml
+from ard.config import COUNT, SEED, Ranged, build, expand_paths, merge, parse_override
 from ard.diffusion import TRAIN_STEPS
 from ard.files import write_text
 from ard.model import DiTConfig
@@ -326,6 +325,8 @@ def read_values(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, A
         )
     if path.resolve() in above:
         raise ValueError(f"config: {path} extends itself, by way of {', '.join(other.name for other in above)}")
+    from ard.yaml_files import read_yaml  # what trains without a recipe does without PyYAML
+
     values = read_yaml(path)
     base = values.pop("extends", None)
     if not isinstance(base, str | None):
@@ -337,6 +338,8 @@ def read_values(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, A
 
 def write_recipe(path: Path, recipe: Recipe) -> None:
     """The resolved recipe as YAML that `read_recipe` reads back to an equal one."""
+    import yaml
+
     write_text(path, yaml.safe_dump(plain(recipe), sort_keys=False))
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
@@ -162,6 +161,8 @@ def load_image(path: str | os.PathLike, size: int) -> Tensor:
     its pixels are read, one of more than LARGEST_IMAGE pixels, as it is or with short side = size, or longer than
     LARGEST_ASPECT times its width, or the other way round.
     """
+    from PIL import Image  # what reads no images does without Pillow
+
     if size < 1:
         raise ValueError(f"load_image: size is {size}; expected at least 1")
     with open(path, "rb") as file:

@@ -1,7 +1,7 @@
 """One rank of test_distributed.py: the cases of a JSON file, one after the other. Also imported by the test itself.
 
-A case is a mapping: name of its run's folder, execution (of ExecutionConfig), train (over TRAIN), dtype, gan, poison
-(the id of a sample whose loss is NaN), hold (stop after that many updates until a file "go" is there).
+A case is a mapping: name of its run's folder, model (over MODEL), execution (of ExecutionConfig), train (over TRAIN),
+dtype, gan, poison (the id of a sample whose loss is NaN), hold (after that many updates, until a file "go" is there).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,9 +43,10 @@ TRAIN = {"batch_size": BATCH, "steps": STEPS, "learning_rate": RATE, "ema_decay"
 Case = dict[str, Any]
 
 
-def tiny_store(folder: Path) -> TrajectoryStore:
+def tiny_store(folder: Path, side: int = 4) -> TrajectoryStore:
     """Trajectories that shrink the noise towards the label."""
-    spec = StoreSpec(COUNT, 16, 0, (1, 4, 4), 3, sampling_steps=25, keep=(15, 5, 0), cfg_scale=1.0, cfg_channels=1)
+    shape, keep = (1, side, side), (15, 5, 0)
+    spec = StoreSpec(COUNT, 16, 0, shape, 3, sampling_steps=25, keep=keep, cfg_scale=1.0, cfg_channels=1)
 
     def shrink(noise: Tensor, labels: Tensor) -> SimpleNamespace:
         end = (labels.float() - 1).view(-1, 1, 1, 1)
@@ -54,13 +56,13 @@ def tiny_store(folder: Path) -> TrajectoryStore:
     return generate_store(folder, spec, shrink)
 
 
-def tiny_teacher(dtype: torch.dtype = torch.float32) -> DiT:
-    return random_teacher(MODEL)[0].to(dtype)
+def tiny_teacher(dtype: torch.dtype, device: torch.device, model: DiTConfig = MODEL) -> DiT:
+    return random_teacher(model)[0].to(device, dtype)
 
 
-def tiny_student(dtype: torch.dtype = torch.float32) -> ARDStudent:
-    """History in the first of three blocks; every weight gets a gradient from the first step on."""
-    student = ARDStudent.from_teacher(tiny_teacher(dtype), steps=3, history_layers=1)
+def tiny_student(teacher: DiT) -> ARDStudent:
+    """History in the first block; every weight gets a gradient from the first step on."""
+    student = ARDStudent.from_teacher(teacher, steps=3, history_layers=1)
     student.requires_grad_(True).pos_embed.requires_grad_(False)
     return student
 
@@ -92,13 +94,13 @@ class ObservedGan(Observed, GanObjective):
     pass
 
 
-def gan_objective(student: ARDStudent, store: TrajectoryStore, process: Process, dtype: torch.dtype) -> ObservedGan:
+def gan_objective(student: ARDStudent, teacher: DiT, store: TrajectoryStore, process: Process) -> ObservedGan:
     """Groups of 4 samples share a batch norm: the rows of one of two ranks. The generator's part starts at step 2."""
-    real = LatentsInMemory(
-        "toy", torch.randn(20, 1, 4, 4, dtype=dtype, generator=torch.Generator().manual_seed(3)), torch.arange(20) % 3
-    )
+    dtype, generator = teacher.pos_embed.dtype, torch.Generator().manual_seed(3)
+    latents = torch.randn(20, *store.spec.image_shape, generator=generator).to(dtype)
+    real = LatentsInMemory("toy", latents, torch.arange(20) % 3)
     config = GanConfig(TrainConfig(**TRAIN), start=2, kernel_size=3, projection=8, virtual_batch=4)
-    objective = ObservedGan(store, student, tiny_teacher(dtype), real, config, state="x0", process=process)
+    objective = ObservedGan(store, student, teacher, real, config, state="x0", process=process)
     objective.discriminator.to(dtype)
     return objective
 
@@ -106,12 +108,13 @@ def gan_objective(student: ARDStudent, store: TrajectoryStore, process: Process,
 def make_trainer(case: Case, folder: Path, process: Process) -> Trainer:
     """A trainer of the run <folder>/<name>, from its newest checkpoint if there is one."""
     dtype = getattr(torch, case.get("dtype", "float32"))
-    student, store = tiny_student(dtype), TrajectoryStore(folder / "store")
+    teacher = tiny_teacher(dtype, process.device, replace(MODEL, **case.get("model", {})))
+    student, store = tiny_student(teacher), TrajectoryStore(folder / "store")
     train = TrainConfig(**{**TRAIN, **case.get("train", {})})
     if case.get("gan"):
-        objective = gan_objective(student, store, process, dtype)
+        objective = gan_objective(student, teacher, store, process)
     else:
-        objective = ObservedStudent(store, state="x0", seed=train.seed)
+        objective = ObservedStudent(store, state="x0", seed=train.seed, device=process.device)
     return Trainer(
         student,
         objective.observe(dtype, case.get("poison")),

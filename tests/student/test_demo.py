@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import matplotlib.image
 import pytest
 import torch
 from ard import digits
-from ard.demo import load_config, run_demo, summarize
 from ard.model import DiT
 from ard.recipe import read_recipe
 from ard.sources import open_student, open_teacher
+
+pytest.importorskip("yaml")
+pictures = pytest.importorskip("matplotlib.image")
+
+from ard.demo import load_config, run_demo, summarize  # noqa: E402
 
 TINY = {
     "model": {"hidden_size": 16, "depth": 2, "num_heads": 2},
@@ -35,6 +38,7 @@ def finished(tmp_path_factory):
     return out, run_demo(out, quick=True, config=load_config(changes=TINY))
 
 
+@pytest.mark.slow
 def test_demo_writes_its_report(finished):
     out, path = finished
     assert path == out / "report.md"
@@ -42,11 +46,12 @@ def test_demo_writes_its_report(finished):
     for part in ("Frechet distance", "Quick run", "N=0", "N=1", "N=1 + GAN", "40 images", "not FID", "torch"):
         assert part in text
     for image in ("grid.png", "losses.png"):
-        pixels = matplotlib.image.imread(out / image)
+        pixels = pictures.imread(out / image)
         assert pixels.ndim == 3 and pixels.std() > 0
         assert f"({image})" in text
 
 
+@pytest.mark.slow
 def test_demo_reports_every_run_and_the_ratios(finished):
     result = json.loads((finished[0] / "report.json").read_text())
     names = ["N=0", "N=1", "N=1 + GAN"]
@@ -65,11 +70,13 @@ def test_demo_reports_every_run_and_the_ratios(finished):
     assert with_history["flops"] - plain["flops"] == 4 * 16 * 16 * 16
 
 
+@pytest.mark.slow
 def test_demo_leaves_no_pickle_and_no_temporary_file(finished):
     suffixes = {path.suffix for path in finished[0].rglob("*") if path.is_file()}
     assert suffixes == {".json", ".jsonl", ".md", ".png", ".safetensors", ".yaml"}
 
 
+@pytest.mark.slow
 def test_demo_runs_open_as_sources(finished):
     out, recipe = finished[0], load_config(changes=TINY).recipe
     teacher, _ = open_teacher(out / "teacher", recipe.model)
@@ -79,6 +86,7 @@ def test_demo_runs_open_as_sources(finished):
         assert student.routing.history_layers == layers == source.facts["student"]["history_layers"]
 
 
+@pytest.mark.slow
 def test_fine_tune_starts_from_the_student_and_changes_it(finished):
     before, after = (
         open_student(finished[0] / run, None, "model")[0] for run in ("student-n1-seed0", "student-n1-gan-seed0")
@@ -87,6 +95,7 @@ def test_fine_tune_starts_from_the_student_and_changes_it(finished):
     assert sum(changed) == len(changed) - 1  # all but the fixed positions
 
 
+@pytest.mark.slow
 def test_demo_is_reproducible_and_reuses_its_trajectories(finished, tmp_path):
     out, _ = finished
     scores = json.loads((out / "report.json").read_text())["students"]
@@ -149,10 +158,3 @@ def test_digits_are_the_real_scans_split_without_overlap():
     assert torch.bincount(torch.cat([data.train_labels, data.held_out_labels])).min() >= 174
     with pytest.raises(ValueError, match=r"held_out_share=1.0; expected between 0 and 1"):
         digits.load(1.0)
-
-
-def test_classifier_recognises_held_out_digits():
-    settings = digits.ClassifierConfig(steps=150)
-    classifier, accuracy = digits.train_classifier(digits.load(), settings)
-    assert accuracy > 0.93
-    assert classifier.features(torch.zeros(3, 1, 8, 8)).shape == (3, digits.DigitClassifier.FEATURES)

@@ -11,11 +11,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from ard.cli import app
 from ard.recipe import read_recipe, write_recipe
 from ard.sources import random_teacher
+from command_line import app, ard
 from PIL import Image
-from typer.testing import CliRunner
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "training.md"
 SMALLER = [
@@ -46,10 +45,22 @@ def run(arguments: list[str], overrides: list[str]) -> None:
     if "imagenet256_gan" in arguments:
         overrides = [*overrides, "gan.train.steps=3", "gan.start=1", "gan.train.batch_size=4", "gan.virtual_batch=2"]
     extra = overrides if takes_recipe and "--dry-run" not in arguments else OPTIONS.get(arguments[0], [])
-    result = CliRunner().invoke(app, [*arguments, *extra])
+    result = ard(*arguments, *extra)
     assert result.exit_code == 0, (arguments, result.output, result.exception)
 
 
+@pytest.mark.parametrize("arguments", [*commands(0), *commands(1)], ids=" ".join)
+def test_every_command_is_one_of_ard_with_its_options(arguments):
+    from typer.main import get_command
+
+    group = get_command(app)
+    name, command, rest = group.resolve_command(group.make_context("ard", ["doctor"]), arguments)
+    parsed = command.make_context(name, rest).params
+    if parsed.get("config"):
+        read_recipe(parsed["config"], parsed.get("overrides") or [])
+
+
+@pytest.mark.slow
 def test_digits_commands_at_a_small_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments in commands(0):
@@ -60,7 +71,7 @@ def test_digits_commands_at_a_small_size(tmp_path, monkeypatch):
 def test_digits_commands_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments in commands(0):
-        result = CliRunner().invoke(app, arguments)
+        result = ard(*arguments)
         assert result.exit_code == 0, (arguments, result.output, result.exception)
 
 
@@ -99,6 +110,7 @@ def fake_fidelity(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
 
 
+@pytest.mark.slow
 def test_imagenet_commands_with_stand_ins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fake_fidelity(monkeypatch)

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 from ard import digits
-from ard.cli import app
 from ard.evaluate import NO_IMAGES, distance_names, evaluate, open_images, samples_file, write_statistics
 from ard.features import Features, load_features
 from ard.files import file_sha256, write_tensors
 from ard.images import to_uint8, write_npz
 from ard.metrics import feature_statistics, frechet_distance, precision_recall
-from typer.testing import CliRunner
 
 POOLED = load_features("pooled")
 
@@ -278,14 +276,18 @@ def test_sample_json_names_a_file_of_its_folder_or_is_refused(tmp_path, text):
     (tmp_path / "samples" / "sample.json").write_text(text)
     with pytest.raises(ValueError, match=r"samples/sample\.json"):
         samples_file(tmp_path / "samples")
-    result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "samples"), "--reference", "digits"])
+    from command_line import ard
+
+    result = ard("evaluate", str(tmp_path / "samples"), "--reference", "digits")
     assert result.exit_code == 1 and sum(line.startswith("ard: ") for line in result.output.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples", "victim.npz"]
 
 
 def test_nothing_is_left_beside_the_samples_but_the_scores(tmp_path):
     samples = save(tmp_path / "samples.npz", torch.rand(8, 1, 8, 8))
-    result = CliRunner().invoke(app, ["evaluate", str(samples), "--reference", "digits"])
+    from command_line import ard
+
+    result = ard("evaluate", str(samples), "--reference", "digits")
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "evaluate.json").read_text())["reference"]["file"] == "digits.npz"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluate.json", "samples.npz"]

@@ -32,7 +32,7 @@ def test_digit_features_come_from_a_classifier_that_works():
     hidden = features.extract(data.held_out_images)
     assert hidden.shape == (len(data.held_out_labels), digits.DigitClassifier.FEATURES) and not hidden.requires_grad
     accuracy = (features.classify(hidden).argmax(dim=1) == data.held_out_labels).double().mean()
-    assert accuracy > 0.95
+    assert accuracy > 0.95 and digits.train_classifier(data, digits.ClassifierConfig())[1] == accuracy
     with pytest.raises(ValueError, match=r"features 'digits': images are .*\(n, 3, 8, 8\); expected .*\(n, 1, 8, 8\)"):
         features.extract(torch.zeros(2, 3, 8, 8))
 

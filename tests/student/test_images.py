@@ -24,7 +24,6 @@ from ard.images import (
     write_npz,
 )
 from hostile_files import npy, npz
-from PIL import Image
 
 
 def random_images(*shape: int) -> np.ndarray:
@@ -186,6 +185,7 @@ def test_an_array_shorter_than_its_header_is_refused(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grid(tmp_path, channels):
+    Image = pytest.importorskip("PIL.Image")
     images = random_images(5, 4, 6, channels) // 2
     write_grid(tmp_path / "grid.png", images, columns=3)
     with Image.open(tmp_path / "grid.png") as grid:
@@ -199,6 +199,7 @@ def test_grid(tmp_path, channels):
 
 
 def test_grid_refuses_other_images(tmp_path):
+    pytest.importorskip("PIL")
     for images, columns in (
         (random_images(2, 2, 2, 4), 1),
         (random_images(2, 2, 2, 3), 0),

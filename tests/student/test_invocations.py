@@ -14,19 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ard.cli import app
-from ard.cli_base import refusals
 from ard.files import readable_size
 from ard.recipe import read_recipe
 from ard.shards import _require_space
+from command_line import Exit, ard, refusals
 from invocation_runs import SECONDS, Answer, Ard
-from typer import Exit
-from typer.testing import CliRunner
 
 
 def refused(*arguments: str) -> str:
     """The line that `ard` answers with."""
-    result = CliRunner().invoke(app, list(arguments))
+    result = ard(*arguments)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), (arguments, result.output, result)
     *progress, line = result.stderr.splitlines()
     assert line.startswith("ard: ") and not any(other.startswith(("ard:", "Traceback")) for other in progress)
@@ -57,7 +54,7 @@ def test_a_teacher_of_other_sizes_than_its_data_is_refused(tmp_path, changes, me
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**64, 2**128, 10**40])
 def test_seeds_that_no_generator_takes_are_refused(tmp_path, seed):
     for arguments in (["sample", "run"], ["latents", "images", "--vae", "vae"]):
-        result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out"), "--seed", str(seed)])
+        result = ard(*arguments, "--out", str(tmp_path / "out"), "--seed", str(seed))
         assert result.exit_code == 2 and "--seed" in result.output and not (tmp_path / "out").exists()
     assert "distill.seed" in refused("distill", "-c", "digits", "--out", str(tmp_path / "out"), f"distill.seed={seed}")
 
@@ -108,7 +105,7 @@ def test_sizes_have_a_unit_that_fits(tmp_path, monkeypatch):
 
 
 def test_plan_shows_small_sizes():
-    result = CliRunner().invoke(app, ["distill", "-c", "digits", "--dry-run", "--processes", "1"])
+    result = ard("distill", "-c", "digits", "--dry-run", "--processes", "1")
     assert result.exit_code == 0 and "MiB" in result.output and "0.00 GiB" not in result.output
 
 

@@ -10,16 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ard.cli import app
 from ard.latents import SKIPPED_NAME, damaged_images, encode_folder, open_real
 from ard.model import DiTConfig
 from ard.parallel import Process
 from ard.store import LatentStore
 from ard.streams import noise_at
 from ard.vae import LatentCodec, image_files, load_image
+from command_line import ard
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 diffusers = pytest.importorskip("diffusers")
 CONFIG = DiTConfig(input_size=8, in_channels=4, num_classes=3)
@@ -93,7 +92,7 @@ def test_command_encodes(images, vae, tmp_path):
         "--num-classes",
         "3",
     ]
-    result = CliRunner().invoke(app, arguments)
+    result = ard(*arguments)
     assert result.exit_code == 0 and "9 latents of shape (4, 8, 8)" in result.output
     assert LatentStore(tmp_path).read("latents", torch.arange(9)).dtype == torch.float16
 
@@ -133,11 +132,11 @@ def test_damaged_images_are_named_or_skipped_and_listed(images, vae, tmp_path):
     Image.new("RGB", (32, 32)).save(folder / "c" / "x.png", format="GIF")
     out = tmp_path / "store"
     arguments = ["latents", str(folder), "--vae", str(vae), "--out", str(out), "--size", "16", "--num-classes", "3"]
-    refused = CliRunner().invoke(app, arguments)
+    refused = ard(*arguments)
     assert refused.exit_code == 1 and "ard: load_image: " in refused.output and "a/1.png is not a" in refused.output
     shutil.rmtree(out)
 
-    result = CliRunner().invoke(app, [*arguments, "--skip-damaged"])
+    result = ard(*arguments, "--skip-damaged")
     assert result.exit_code == 0, result.output
     assert "8 latents of shape (4, 8, 8); 2 images skipped, see" in result.output
     listed = json.loads((out / SKIPPED_NAME).read_text())
@@ -150,10 +149,10 @@ def test_damaged_images_are_named_or_skipped_and_listed(images, vae, tmp_path):
     torch.testing.assert_close(latent, expected, rtol=1e-2, atol=1e-2)
 
     (out / "shard-00000.safetensors").unlink()  # continues, and is another store where another image is damaged
-    assert CliRunner().invoke(app, [*arguments, "--skip-damaged"]).exit_code == 0
+    assert ard(*arguments, "--skip-damaged").exit_code == 0
     LatentStore(out).verify()
     (folder / "b" / "0.png").write_bytes(b"")
-    assert "holds latents with count=8; expected 7" in CliRunner().invoke(app, [*arguments, "--skip-damaged"]).output
+    assert "holds latents with count=8; expected 7" in ard(*arguments, "--skip-damaged").output
 
 
 def test_ranks_agree_on_what_is_damaged(images, tmp_path):

@@ -21,13 +21,10 @@ MASKS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These tensors are tiny: on a busy machine, waking a second thread costs more than all of the arithmetic."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True)
+def _ieee(monkeypatch):
+    """The convolution of `dense_model` in float32 on a GPU too, where cuDNN would round its inputs to TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def randomized(model, seed=0):
@@ -41,12 +38,12 @@ def randomized(model, seed=0):
     return model
 
 
-def student_and_inputs(mask="M4", history_layers=2, steps=4, config=SMALL, batch=2):
+def student_and_inputs(device, mask="M4", history_layers=2, steps=4, config=SMALL, batch=2):
     student = randomized(ARDStudent(config, steps=steps, history_layers=history_layers, **MASKS[mask]))
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(batch, steps, config.in_channels, *config.input_hw, generator=generator)
     labels = torch.randint(config.num_classes, (batch,), generator=generator)
-    return student, states, labels
+    return student.to(device), states.to(device), labels.to(device)
 
 
 @cache
@@ -68,7 +65,7 @@ def dense_model(weights, config, states, timesteps_BS, labels, final_names, *, h
     """
     B, S = states.shape[:2]
     (rows, columns), p, C, H = config.grid_hw, config.patch_size, config.hidden_size, config.num_heads
-    L, T, dtype = rows * columns, S * rows * columns, states.dtype
+    L, T, dtype, device = rows * columns, S * rows * columns, states.dtype, states.device
 
     def linear(name, x):
         return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
@@ -82,13 +79,14 @@ def dense_model(weights, config, states, timesteps_BS, labels, final_names, *, h
     )
     x = (patches.flatten(2).transpose(1, 2) + weights["pos_embed"]).reshape(B, T, C)
     half = config.frequency_embedding_size // 2
-    angles = timesteps_BS.to(dtype)[..., None] * torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype) / half)
+    index = torch.arange(half, dtype=dtype, device=device)
+    angles = timesteps_BS.to(dtype)[..., None] * torch.exp(-math.log(10000) * index / half)
     t = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], -1))))
     c = t + weights["y_embedder.embedding_table.weight"][labels][:, None]
     c_BTC = c.repeat_interleave(L, dim=1)
 
     for i in range(config.depth):
-        allowed = allowed_pairs(T, L, history=i < history_layers, window=window, sink=sink)
+        allowed = allowed_pairs(T, L, history=i < history_layers, window=window, sink=sink).to(device)
         rows_ = linear(f"blocks.{i}.adaLN_modulation.1", F.silu(c_BTC)).chunk(6, -1)
         qkv = linear(f"blocks.{i}.attn.qkv", modulated(x, rows_[0], rows_[1]))
         q, k, v = qkv.reshape(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)
@@ -196,11 +194,11 @@ def test_position_embedding_order():
     ],
     ids=["square", "oblong-no-sigma"],
 )
-def test_teacher_matches_dense(config):
-    teacher = randomized(DiT(config))
+def test_teacher_matches_dense(config, device):
+    teacher = randomized(DiT(config)).to(device)
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(3, config.in_channels, *config.input_hw, generator=generator)
-    t, labels = torch.tensor([999, 0, 41]), torch.tensor([0, config.num_classes, 1])
+    x = torch.randn(3, config.in_channels, *config.input_hw, generator=generator).to(device)
+    t, labels = torch.tensor([[999, 0, 41], [0, config.num_classes, 1]], device=device)
 
     def dense(dtype):
         weights = cast(teacher.state_dict(), dtype)
@@ -213,11 +211,11 @@ def test_teacher_matches_dense(config):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("history_layers", [0, 2, 3])
-def test_student_forward_and_gradients_match_dense(mask, history_layers):
-    student, states, labels = student_and_inputs(mask, history_layers)
-    targets = torch.randn(states.shape, generator=torch.Generator().manual_seed(3))
+def test_student_forward_and_gradients_match_dense(mask, history_layers, device):
+    student, states, labels = student_and_inputs(device, mask, history_layers)
+    targets = torch.randn(states.shape, generator=torch.Generator().manual_seed(3)).to(device)
     names = ["final_layer", "final_layer2", "final_layer3", "final_layer4"]
-    timesteps = torch.tensor([[999.0, 749.25, 499.5, 249.75]])
+    timesteps = torch.tensor([[999.0, 749.25, 499.5, 249.75]], device=device)
 
     def dense(dtype):
         weights = {name: tensor.requires_grad_() for name, tensor in cast(student.state_dict(), dtype).items()}
@@ -253,8 +251,8 @@ def test_student_forward_and_gradients_match_dense(mask, history_layers):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("history_layers", [0, 2, 3])
-def test_sampling_equals_forward_on_its_own_predictions(mask, history_layers):
-    student, states, labels = student_and_inputs(mask, history_layers)
+def test_sampling_equals_forward_on_its_own_predictions(mask, history_layers, device):
+    student, states, labels = student_and_inputs(device, mask, history_layers)
     cache = student.new_cache(len(labels))
     predictions = student.sample(states[:, 0], labels, cache=cache)
     own_states = torch.cat([states[:, :1], predictions[:, :-1]], dim=1)
@@ -278,19 +276,19 @@ def test_sampling_equals_forward_on_its_own_predictions(mask, history_layers):
     assert torch.equal(again, predictions), "a reused cache must not leak the previous call"
 
 
-def test_history_reaches_only_the_allowed_segments():
+def test_history_reaches_only_the_allowed_segments(device):
     """Perturb one state: under each mask exactly the segments that may see it (through all layers) change."""
     reached = {"M1": [1], "M2": [1, 2, 3], "M3": [1], "M4": [1, 2, 3]}
     for mask, expected in reached.items():
-        student, states, labels = student_and_inputs(mask, history_layers=3)
+        student, states, labels = student_and_inputs(device, mask, history_layers=3)
         before = student(states, labels)
         states[:, 1] += 1.0
         changed = (student(states, labels) - before).abs().amax(dim=(0, 2, 3, 4)) > 0
         assert changed.nonzero().flatten().tolist() == expected, mask
 
 
-def test_fewer_states_give_the_first_predictions():
-    student, states, labels = student_and_inputs()
+def test_fewer_states_give_the_first_predictions(device):
+    student, states, labels = student_and_inputs(device)
     whole = student(states, labels)
     for segments in (1, 2, 3):
         part = student(states[:, :segments], labels)
@@ -298,15 +296,16 @@ def test_fewer_states_give_the_first_predictions():
         torch.testing.assert_close(part, whole[:, :segments])
 
 
-def test_one_step_student_is_the_teacher_at_999():
-    teacher = randomized(DiT(SMALL))
+def test_one_step_student_is_the_teacher_at_999(device):
+    teacher = randomized(DiT(SMALL)).to(device)
     student = ARDStudent.from_teacher(teacher, steps=1, history_layers=2)
-    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 4])
-    torch.testing.assert_close(student(x[:, None], labels)[:, 0], teacher(x, torch.tensor([999, 999]), labels)[:, :3])
+    x, labels = torch.randn(2, 3, 8, 8, device=device), torch.tensor([1, 4], device=device)
+    expected = teacher(x, torch.full((2,), 999, device=device), labels)[:, :3]
+    torch.testing.assert_close(student(x[:, None], labels)[:, 0], expected)
 
 
-def test_from_teacher_copies_every_weight():
-    teacher = randomized(DiT(SMALL))
+def test_from_teacher_copies_every_weight(device):
+    teacher = randomized(DiT(SMALL)).to(device)
     student = ARDStudent.from_teacher(teacher, steps=3, history_layers=1, window=2, sink=1)
     source = teacher.state_dict()
     for name, tensor in student.state_dict().items():
@@ -315,24 +314,24 @@ def test_from_teacher_copies_every_weight():
     assert not student.pos_embed.requires_grad and student.blocks[0].attn.qkv.weight.requires_grad
 
 
-def test_fresh_models_predict_zero():
+def test_fresh_models_predict_zero(device):
     """adaLN-Zero: gates and final linears start at zero."""
-    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
-    assert not DiT(SMALL)(x, torch.tensor([5, 900]), labels).any()
-    assert not ARDStudent(SMALL, steps=2, history_layers=1).sample(x, labels).any()
+    x, (t, labels) = torch.randn(2, 3, 8, 8, device=device), torch.tensor([[5, 900], [0, 1]], device=device)
+    assert not DiT(SMALL).to(device)(x, t, labels).any()
+    assert not ARDStudent(SMALL, steps=2, history_layers=1).to(device).sample(x, labels).any()
 
 
-def test_label_dropout():
-    teacher = randomized(DiT(SMALL))
-    x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([10, 20]), torch.tensor([0, 1])
-    null = teacher(x, t, torch.tensor([0, SMALL.num_classes]))
-    assert torch.equal(teacher(x, t, labels, force_drop=torch.tensor([False, True])), null)
-    everything = teacher(x, t, torch.full((2,), SMALL.num_classes))
+def test_label_dropout(device):
+    teacher = randomized(DiT(SMALL)).to(device)
+    x, (t, labels) = torch.randn(2, 3, 8, 8, device=device), torch.tensor([[10, 20], [0, 1]], device=device)
+    null = teacher(x, t, torch.tensor([0, SMALL.num_classes], device=device))
+    assert torch.equal(teacher(x, t, labels, force_drop=torch.tensor([False, True], device=device)), null)
+    everything = teacher(x, t, torch.full_like(labels, SMALL.num_classes))
     assert torch.equal(teacher(x, t, labels, class_dropout_prob=1.0), everything)
 
 
-def test_compiles_without_graph_breaks():
-    student, states, labels = student_and_inputs()
+def test_compiles_without_graph_breaks(device):
+    student, states, labels = student_and_inputs(device)
     compiled = torch.compile(student, fullgraph=True, backend="aot_eager")
     compiled(states, labels).square().mean().backward()
     compiled_gradient = student.blocks[0].attn.qkv.weight.grad.clone()
@@ -341,15 +340,15 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(compiled_gradient, student.blocks[0].attn.qkv.weight.grad)
 
 
-def test_empty_batch():
-    student, states, labels = student_and_inputs()
+def test_empty_batch(device):
+    student, states, labels = student_and_inputs(device)
     assert student(states[:0], labels[:0]).shape == (0, 4, 3, 8, 8)
     assert student.sample(states[:0, 0], labels[:0]).shape == (0, 4, 3, 8, 8)
 
 
-def test_bfloat16_autocast_sampling():
-    student, states, labels = student_and_inputs()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_bfloat16_autocast_sampling(device):
+    student, states, labels = student_and_inputs(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         predictions = student.sample(states[:, 0], labels)
         own_states = torch.cat([states[:, :1], predictions[:, :-1].float()], dim=1)
         expected = student(own_states, labels)

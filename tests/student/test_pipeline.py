@@ -6,17 +6,16 @@ import json
 import re
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
 import torch
 from ard.checkpoint import load_student, load_teacher
-from ard.cli import app
 from ard.exchange import load_diffusers
 from ard.recipe import read_recipe, write_recipe
 from ard.sources import open_source, open_student, open_teacher
 from ard.store import TrajectoryStore
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 TINY = [
     "model.hidden_size=16", "model.depth=2", "model.num_heads=2", "teacher.checkpoint=teacher",
@@ -30,7 +29,7 @@ TINY = [
 
 
 def ard(*arguments: str, fails: bool = False) -> str:
-    result = CliRunner().invoke(app, list(arguments))
+    result = command_line.ard(*arguments)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == (1 if fails else 0), result.output

@@ -19,50 +19,56 @@ from ard.sampling import LEAST_SHARD, SamplingConfig, parse_classes, sampler, wr
 from ard.sources import random_teacher
 from ard.streams import noise_at
 from ard.student import ARDStudent
-from fault_runs import Child, dying
+from fault_runs import TORN, Child, dying
 from safetensors.torch import load_file
 
 
-def student_of(channels: int = 1) -> ARDStudent:
+def student_of(channels: int = 1, device: torch.device | str = "cpu") -> ARDStudent:
     sizes = {"input_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 3, "learn_sigma": False}
     teacher, _ = random_teacher(DiTConfig(**sizes, in_channels=channels))
     with torch.no_grad():
         teacher.final_layer.linear.weight.mul_(20.0)
-    return ARDStudent.from_teacher(teacher, steps=3, history_layers=1)
+    return ARDStudent.from_teacher(teacher.to(device), steps=3, history_layers=1)
 
 
 def images_of(folder) -> np.ndarray:
     return np.load(folder / "samples.npz", allow_pickle=False)["arr_0"].astype(int)
 
 
-def test_samples_are_the_students_own(tmp_path):
-    student = student_of()
-    write_samples(student, tmp_path, SamplingConfig(count=5, batch_size=5, seed=3, classes=(2, 0)))
-    expected = student.sample(noise_at(3, range(5), (1, 4, 4)), torch.tensor([2, 0, 2, 0, 2]))[:, -1]
-    assert np.array_equal(images_of(tmp_path), to_uint8(expected))
+@pytest.mark.usefixtures("pillow")
+def test_samples_are_the_students_own(tmp_path, device):
+    student, config = student_of(device=device), SamplingConfig(count=5, batch_size=5, seed=3, classes=(2, 0))
+    content = write_samples(student, tmp_path, config, process=Process(device=device))
+    noise, labels = noise_at(3, range(5), (1, 4, 4)), torch.tensor([2, 0, 2, 0, 2])
+    expected = student.sample(noise.to(device), labels.to(device))[:, -1]
+    assert content["device"] == device.type and np.array_equal(images_of(tmp_path), to_uint8(expected))
     assert np.load(tmp_path / "samples.npz")["arr_1"].tolist() == [2, 0, 2, 0, 2]
 
 
-def test_samples_depend_on_seed_and_index_only(tmp_path):
-    student = student_of()
-    write_samples(student, tmp_path / "one", SamplingConfig(count=12, batch_size=12))
-    write_samples(student, tmp_path / "other", SamplingConfig(count=9, batch_size=4))
-    write_samples(student, tmp_path / "seed", SamplingConfig(count=9, batch_size=4, seed=1))
+@pytest.mark.usefixtures("pillow")
+def test_samples_depend_on_seed_and_index_only(tmp_path, device):
+    student, process = student_of(device=device), Process(device=device)
+    write_samples(student, tmp_path / "one", SamplingConfig(count=12, batch_size=12), process=process)
+    write_samples(student, tmp_path / "other", SamplingConfig(count=9, batch_size=4), process=process)
+    write_samples(student, tmp_path / "seed", SamplingConfig(count=9, batch_size=4, seed=1), process=process)
     one, other, seed = (images_of(tmp_path / name) for name in ("one", "other", "seed"))
     assert np.abs(one[:9] - other).max() <= 1  # of 255 grey levels: batches of other sizes round differently
     assert np.abs(other - seed).max() > 10
 
 
-def test_latents_are_kept_as_they_are_without_a_decoder(tmp_path):
-    student = student_of(channels=4)
-    content = write_samples(student, tmp_path, SamplingConfig(count=3))
+@pytest.mark.usefixtures("pillow")
+def test_latents_are_kept_as_they_are_without_a_decoder(tmp_path, device):
+    student = student_of(channels=4, device=device)
+    content = write_samples(student, tmp_path, SamplingConfig(count=3), process=Process(device=device))
     stored = load_file(tmp_path / "samples.safetensors")
-    expected = student.sample(noise_at(0, range(3), (4, 4, 4)), torch.arange(3))[:, -1]
-    assert torch.equal(stored["images"], expected) and stored["labels"].tolist() == [0, 1, 2]
+    noise, labels = noise_at(0, range(3), (4, 4, 4)).to(device), torch.arange(3, device=device)
+    assert torch.equal(stored["images"], student.sample(noise, labels)[:, -1].cpu())
+    assert stored["labels"].tolist() == [0, 1, 2]
     assert content["file"] == "samples.safetensors" and (tmp_path / "grid.png").exists()
     assert json.loads((tmp_path / "sample.json").read_text()) == content
 
 
+@pytest.mark.usefixtures("pillow")
 def test_decoded_latents_are_images(tmp_path):
     def decode(latents):
         return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3).clamp(-1, 1)
@@ -86,6 +92,7 @@ def sample_as(rank: int, meeting: Path, folder: Path, report: Callable) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.usefixtures("pillow")
 def test_two_ranks_write_the_samples_of_one(tmp_path):
     sample(tmp_path / "one", bool)
     children = [Child(sample_as, rank, tmp_path / "meeting", tmp_path / "two") for rank in range(2)]
@@ -94,7 +101,8 @@ def test_two_ranks_write_the_samples_of_one(tmp_path):
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == FILES
 
 
-@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.usefixtures("pillow")
+@pytest.mark.parametrize("torn", TORN)
 def test_a_sampling_that_dies_at_any_change_on_disk_goes_on(tmp_path, torn):
     Child(sample, tmp_path / "whole").kill_after(None)
     whole, finished, number, first = (tmp_path / "whole/samples.npz").read_bytes(), False, 0, []
@@ -121,15 +129,27 @@ def test_shards_of_other_samples_are_refused(tmp_path):
         write_samples(other, tmp_path, MANY)
 
 
-def test_bf16_sampling_stays_near(tmp_path):
-    student = student_of()
-    noise, labels = noise_at(0, range(4), (1, 4, 4)), torch.arange(4) % 3
+def test_bf16_sampling_stays_near(device):
+    student = student_of(device=device)
+    noise, labels = noise_at(0, range(4), (1, 4, 4)).to(device), torch.arange(4, device=device) % 3
     exact, rounded = (
-        sampler(student, SamplingConfig(4, precision=precision), torch.device("cpu"))(noise, labels)
+        sampler(student, SamplingConfig(4, precision=precision), device)(noise, labels)
         for precision in ("fp32", "bf16")
     )
     assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
     assert (exact - rounded).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_batches_in_a_cuda_graph_are_those_of_the_student(precision, device):
+    """On a GPU full batches replay one graph, with other noise and labels; a smaller batch is eager."""
+    student = student_of(device=device)
+    noise, labels = noise_at(0, range(10), (1, 4, 4)).to(device), torch.arange(10, device=device) % 3
+    sample = sampler(student, SamplingConfig(10, batch_size=4, precision=precision), device)
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 10), slice(0, 4)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            expected = student.sample(noise[rows], labels[rows])[:, -1].float()
+        assert torch.equal(sample(noise[rows], labels[rows]), expected)
 
 
 def test_classes_are_numbers_and_ranges():

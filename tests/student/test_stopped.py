@@ -19,13 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ard.cli import app
 from ard.digits import load
 from ard.sources import open_source
 from ard.store import LatentStore, TrajectoryStore
+from command_line import app, ard
 from fault_runs import Child, in_memory, litter, snapshot
 from PIL import Image
-from typer.testing import CliRunner
 
 TINY = [
     "model.hidden_size=16", "model.depth=2", "model.num_heads=2", "teacher.checkpoint=teacher",
@@ -138,7 +137,7 @@ def inputs(tmp_path_factory) -> Path:
         patch.chdir(folder)
         short = ["teacher.train.steps=5", "distill.steps=5", "preview.every=0"]
         for command in (["teacher", "--out", "teacher"], ["trajectories"], ["distill", "--out", "student"]):
-            result = CliRunner().invoke(app, [command[0], "-c", "digits", *command[1:], *TINY, *short])
+            result = ard(command[0], "-c", "digits", *command[1:], *TINY, *short)
             assert result.exit_code == 0, result.output
     pixels = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
     for name in ("a", "b"):
@@ -171,7 +170,10 @@ def product(folder: Path, name: str) -> dict:
 
 @pytest.mark.parametrize(
     ("name", "stops"),
-    [("teacher", 3), ("sample", 3), *(pytest.param(name, 30, marks=pytest.mark.exhaustive) for name in COMMANDS)],
+    [
+        *(pytest.param(name, 3, marks=pytest.mark.slow) for name in ("teacher", "sample")),
+        *(pytest.param(name, 30, marks=pytest.mark.exhaustive) for name in COMMANDS),
+    ],
 )
 def test_a_stopped_command_is_continued_or_refused(inputs, tmp_path, name, stops):
     command, draw, done = COMMANDS[name], random.Random(name), 0
@@ -204,7 +206,7 @@ def test_an_unfinished_run_is_refused_and_taken_when_asked(inputs, tmp_path, mon
     run = ["teacher", "-c", "digits", "--out", "half", *TINY]
     with monkeypatch.context() as patch:
         patch.setattr("ard.ema.Ema.update", lambda *_: signal.raise_signal(signal.SIGTERM))
-        stopped = CliRunner().invoke(app, run)
+        stopped = ard(*run)
     assert stopped.exit_code == 143
     assert "half: stopped at step 2 of 120 and saved; give the command again to continue" in stopped.output
     torch.set_num_threads(1)
@@ -216,10 +218,10 @@ def test_an_unfinished_run_is_refused_and_taken_when_asked(inputs, tmp_path, mon
         ["export", "half", "half.safetensors", "--to", "public"],
     ):
         before = sorted(os.listdir())
-        refused = CliRunner().invoke(app, arguments)
+        refused = ard(*arguments)
         assert refused.exit_code == 1 and "half is unfinished, at step 2 of 120" in refused.output, refused.output
         assert sorted(os.listdir()) == before
-        taken = CliRunner().invoke(app, [*arguments, "--unfinished"])
+        taken = ard(*arguments, "--unfinished")
         assert taken.exit_code == 0, taken.output
-    chosen = CliRunner().invoke(app, ["export", "half/checkpoints/step-00000002", "step.safetensors", "--to", "public"])
+    chosen = ard("export", "half/checkpoints/step-00000002", "step.safetensors", "--to", "public")
     assert chosen.exit_code == 0, chosen.output

@@ -48,9 +48,8 @@ def images_and_labels(count: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def teacher_objective(teacher: DiT, label_dropout: float = 0.1) -> TeacherObjective:
-    images, labels = images_and_labels()
-    null_label = teacher.config.num_classes
-    return TeacherObjective(images, labels, null_label=null_label, label_dropout=label_dropout, seed=0)
+    settings = {"null_label": teacher.config.num_classes, "label_dropout": label_dropout, "seed": 0}
+    return TeacherObjective(*images_and_labels(), **settings, device=teacher.pos_embed.device)
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +65,12 @@ def store(tmp_path_factory) -> TrajectoryStore:
     return generate_store(tmp_path_factory.mktemp("store"), spec, contract)
 
 
-def fit_student(store, history_layers=1, seed=0, accumulation=1, **changes) -> tuple[ARDStudent, Fitted]:
-    student = ARDStudent.from_teacher(tiny_teacher(), steps=3, history_layers=history_layers)
+def fit_student(store, device: torch.device, seed=0, **changes) -> tuple[ARDStudent, Fitted]:
+    student = ARDStudent.from_teacher(tiny_teacher().to(device), steps=3, history_layers=1)
     student.pos_embed.requires_grad_(False)
-    settings = {"steps": 60, "batch_size": 8, "learning_rate": 3e-3, "log_every": 20, **changes}
-    objective, execution = StudentObjective(store, state="x0", seed=seed), ExecutionConfig(accumulation=accumulation)
-    return student, Trainer(student, objective, TrainConfig(seed=seed, **settings), execution=execution).fit()
+    settings = {"batch_size": 8, "learning_rate": 3e-3, **changes}
+    objective, process = StudentObjective(store, state="x0", seed=seed, device=device), Process(device=device)
+    return student, Trainer(student, objective, TrainConfig(seed=seed, **settings), process=process).fit()
 
 
 def without_speed(log: list[dict]) -> list[dict]:
@@ -87,18 +86,39 @@ class Losses(Objective):
 
 
 def fit(model: nn.Module, losses: Callable, run: Run | None = None, **changes) -> Fitted:
-    config = TrainConfig(**{"steps": 1, "batch_size": 2, **changes})
-    return Trainer(model, Losses(losses), config, run=run).fit()
+    config, process = TrainConfig(**{"steps": 1, "batch_size": 2, **changes}), Process(device=place(model))
+    return Trainer(model, Losses(losses), config, process=process, run=run).fit()
 
 
-def test_teacher_loss_falls_and_log_is_written(tmp_path):
-    teacher, steps = tiny_teacher(), []
-    config = TrainConfig(steps=150, batch_size=32, learning_rate=3e-3, log_every=50)
-    run = Run(tmp_path, {}, {})
-    fitted = Trainer(teacher, teacher_objective(teacher), config, run=run).fit(on_step=steps.append)
-    assert read_log(tmp_path) == fitted.log and [line["step"] for line in fitted.log] == [50, 100, 150]
+def place(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def test_teacher_loss_falls_and_log_is_written(tmp_path, device):
+    teacher, steps = tiny_teacher().to(device), []
+    config = TrainConfig(steps=90, batch_size=32, learning_rate=3e-3, log_every=30)
+    run, process = Run(tmp_path, {}, {}), Process(device=device)
+    objective = teacher_objective(teacher)
+    fitted = Trainer(teacher, objective, config, process=process, run=run).fit(on_step=steps.append)
+    assert read_log(tmp_path) == fitted.log and [line["step"] for line in fitted.log] == [30, 60, 90]
     assert fitted.log[-1]["loss"] < 0.5 * fitted.log[0]["loss"]
-    assert steps == list(range(1, 151)) and fitted.step == 150
+    assert steps == list(range(1, 91)) and fitted.step == 90
+
+
+def test_all_of_a_run_is_on_its_device(store, device):
+    """Weights, averages, gradients and moments, whatever other devices the machine has."""
+    student = ARDStudent.from_teacher(tiny_teacher().to(device), steps=3, history_layers=1)
+    seen = set()
+    handle = student.register_forward_hook(lambda _, inputs, out: seen.update(t.device.type for t in (*inputs, out)))
+    objective, process = StudentObjective(store, state="x0", seed=0, device=device), Process(device=device)
+    trainer = Trainer(student, objective, TrainConfig(steps=2, batch_size=4), process=process)
+    trainer.fit()
+    handle.remove()
+    moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    gradients = [parameter.grad for parameter in student.parameters() if parameter.requires_grad]
+    for tensor in (*student.state_dict().values(), *trainer.ema.state.values(), *gradients, *moments):
+        seen.add(tensor.device.type)
+    assert seen == {device.type} and moments and gradients
 
 
 def test_lines_hold_means_since_the_line_before(tmp_path):
@@ -112,8 +132,8 @@ def test_lines_hold_means_since_the_line_before(tmp_path):
         assert line["samples_per_second"] > 0
 
 
-def test_teacher_trains_its_first_channels_only_when_it_has_sigma():
-    teacher = tiny_teacher(learn_sigma=True)
+def test_teacher_trains_its_first_channels_only_when_it_has_sigma(device):
+    teacher = tiny_teacher(learn_sigma=True).to(device)
     objective = teacher_objective(teacher, label_dropout=0.0)
     batch = objective.batch(0, 4)
     assert batch.shape == (4,)
@@ -122,8 +142,8 @@ def test_teacher_trains_its_first_channels_only_when_it_has_sigma():
     assert rows[..., 0].abs().sum() > 0 and rows[..., 1].abs().sum() == 0
 
 
-def test_label_dropout_uses_the_null_row():
-    teacher = tiny_teacher()
+def test_label_dropout_uses_the_null_row(device):
+    teacher = tiny_teacher().to(device)
     nn.init.normal_(teacher.final_layer.linear.weight)  # zero at the start: no gradient would reach the labels
     nn.init.normal_(teacher.final_layer.adaLN_modulation[1].weight)
     for dropout, touched in ((0.0, [True, True, True, False]), (1.0, [False, False, False, True])):
@@ -146,18 +166,15 @@ def test_rows_of_a_micro_batch_are_those_of_the_batch():
     assert torch.equal(whole, torch.cat(parts)) and len(whole.unique()) == 6
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch():
+def test_accumulated_gradients_are_those_of_the_whole_batch(device):
     """In float64; an order of summation apart, a step's gradient is the same, and so is the logged loss."""
 
     def fitted(accumulation: int) -> tuple[Tensor, list[dict]]:
         torch.manual_seed(0)
-        model, inputs = nn.Linear(3, 2).double(), torch.randn(6, 3, dtype=torch.float64)
+        model, inputs = nn.Linear(3, 2).to(device, torch.float64), torch.randn(6, 3, dtype=torch.float64).to(device)
         losses = Losses(lambda model, micro: model(inputs[micro.indices]).square().mean(1))
-        config, execution = (
-            TrainConfig(steps=1, batch_size=4, grad_clip=1e9),
-            ExecutionConfig(accumulation=accumulation),
-        )
-        log = Trainer(model, losses, config, execution=execution).fit().log
+        config, execution = TrainConfig(1, batch_size=4, grad_clip=1e9), ExecutionConfig(accumulation=accumulation)
+        log = Trainer(model, losses, config, execution=execution, process=Process(device=device)).fit().log
         return model.weight.grad, log
 
     (whole, log), (parts, parts_log) = fitted(1), fitted(4)
@@ -168,8 +185,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         fitted(3)
 
 
-def test_runs_are_reproducible_and_seeds_differ(store):
-    (first, first_fit), (again, again_fit), (other, _) = (fit_student(store, seed=seed) for seed in (0, 0, 1))
+def test_runs_are_reproducible_and_seeds_differ(store, device):
+    runs = [fit_student(store, device, seed, steps=20, log_every=5) for seed in (0, 0, 1)]
+    (first, first_fit), (again, again_fit), (other, _) = runs
     assert without_speed(first_fit.log) == without_speed(again_fit.log)
     for name, value in first.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
@@ -177,10 +195,10 @@ def test_runs_are_reproducible_and_seeds_differ(store):
     assert not torch.equal(first.final_layer.linear.weight, other.final_layer.linear.weight)
 
 
-def test_a_run_on_disk_computes_what_one_in_memory_does(tmp_path):
-    on_disk = toy_trainer(tmp_path)
+def test_a_run_on_disk_computes_what_one_in_memory_does(tmp_path, device):
+    on_disk = toy_trainer(tmp_path, device=device)
     log = on_disk.fit().log
-    in_memory = toy_trainer(None)  # sets torch's seed
+    in_memory = toy_trainer(None, device=device)  # sets torch's seed
     assert without_speed(in_memory.fit().log) == without_speed(log)
     for name, value in on_disk.model.state_dict().items():
         assert torch.equal(value, in_memory.model.state_dict()[name])
@@ -202,21 +220,21 @@ def test_students_with_and_without_history_see_the_same_batches(store):
     assert torch.equal(*orders) and len(orders[0].unique()) == 30
 
 
-def test_student_learns_and_fixed_positions_stay(store):
-    student, fitted = fit_student(store, steps=150, log_every=50)
+def test_student_learns_and_fixed_positions_stay(store, device):
+    student, fitted = fit_student(store, device, steps=60, log_every=20)
     assert fitted.log[-1]["loss"] < 0.5 * fitted.log[0]["loss"]
-    assert torch.equal(student.pos_embed, tiny_teacher().pos_embed)
+    assert torch.equal(student.pos_embed.cpu(), tiny_teacher().pos_embed)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_non_finite_loss_stops_before_the_update_and_names_the_samples(tmp_path, value):
-    model, before, batches = nn.Linear(2, 1), {}, []
+def test_non_finite_loss_stops_before_the_update_and_names_the_samples(tmp_path, value, device):
+    model, before, batches = nn.Linear(2, 1).to(device), {}, []
 
     def losses(model: nn.Module, micro: MicroBatch) -> Tensor:
         before.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
         batches.append(micro.batch.tolist())
-        factors = torch.tensor([value if micro.step == 2 and row == 1 else 1.0 for row in range(2)])
-        return model(torch.ones(2, 2))[:, 0] * factors[micro.rows]
+        factors = torch.tensor([value if micro.step == 2 and row == 1 else 1.0 for row in range(2)], device=device)
+        return model(torch.ones(2, 2, device=device))[:, 0] * factors[micro.rows]
 
     with pytest.raises(NonFiniteError, match=r"step 2: loss=.*No update was made") as error:
         fit(model, losses, Run(tmp_path, {}), steps=5)
@@ -228,16 +246,16 @@ def test_non_finite_loss_stops_before_the_update_and_names_the_samples(tmp_path,
         assert torch.equal(tensor, before[name])
 
 
-def test_non_finite_gradient_of_a_finite_loss_stops_too():
-    model = nn.Linear(1, 1, bias=False)
+def test_non_finite_gradient_of_a_finite_loss_stops_too(device):
+    model = nn.Linear(1, 1, bias=False, device=device)
     nn.init.zeros_(model.weight)
     with pytest.raises(NonFiniteError, match=r"grad_norm=nan.*not finite: none"):
         fit(model, lambda model, micro: model.weight.abs().sqrt()[0].expand(2))
     assert model.weight.item() == 0.0
 
 
-def test_gradients_are_clipped_and_logged_unclipped():
-    model = nn.Linear(1, 1, bias=False)
+def test_gradients_are_clipped_and_logged_unclipped(device):
+    model = nn.Linear(1, 1, bias=False, device=device)
     fitted = fit(model, lambda model, micro: (1e3 * model.weight[0]).expand(2))
     assert fitted.log[0]["grad_norm"] == 1e3
     # clip_grad_norm_ scales by limit / (norm + 1e-6)
@@ -252,19 +270,19 @@ def test_learning_rate_warms_up_and_decays():
     assert TrainConfig(steps=100, learning_rate=2.0).learning_rate_at(99) == 2.0
 
 
-def test_the_learning_rate_of_each_step_is_used(tmp_path):
+def test_the_learning_rate_of_each_step_is_used(device):
     """Adam's first update is the learning rate, whatever the gradient: without warm-up ten times that of ten steps."""
     updates = []
     for warmup in (0, 10):
-        model = nn.Linear(1, 1, bias=False).double()
+        model = nn.Linear(1, 1, bias=False, device=device, dtype=torch.float64)
         before = model.weight.item()
         fit(model, lambda model, micro: model.weight[0].expand(2), learning_rate=0.5, warmup_steps=warmup)
         updates.append(before - model.weight.item())
     assert updates[0] == pytest.approx(0.5, rel=1e-7) and updates[1] == pytest.approx(0.05, rel=1e-7)
 
 
-def test_ema_is_the_formula_and_copies_buffers():
-    model = nn.BatchNorm1d(2)
+def test_ema_is_the_formula_and_copies_buffers(device):
+    model = nn.BatchNorm1d(2).to(device)
     ema, expected = Ema(model, 0.5), model.weight.detach().clone()
     for step in range(8):
         with torch.no_grad():
@@ -275,13 +293,13 @@ def test_ema_is_the_formula_and_copies_buffers():
         expected = decay * expected + (1 - decay) * model.weight.detach()
     torch.testing.assert_close(ema.state["weight"], expected)
     assert torch.equal(ema.state["running_mean"], model.running_mean)
-    assert torch.equal(ema.copy_to(nn.BatchNorm1d(2)).weight, ema.state["weight"])
+    assert torch.equal(ema.copy_to(nn.BatchNorm1d(2).to(device)).weight, ema.state["weight"])
     with pytest.raises(ValueError, match=r"decay=1.0; expected 0 <= decay < 1"):
         Ema(model, 1.0)
 
 
-def test_preview_sees_the_averages_at_its_steps_and_at_the_end(tmp_path):
-    trainer, seen = toy_trainer(tmp_path), {}
+def test_preview_sees_the_averages_at_its_steps_and_at_the_end(tmp_path, device):
+    trainer, seen = toy_trainer(tmp_path, device=device), {}
 
     def preview(step: int, averages: dict[str, Tensor]) -> dict[str, float]:
         assert all(torch.equal(value, trainer.ema.state[name]) for name, value in averages.items())

@@ -37,9 +37,9 @@ def dit_teacher():
     return teacher.eval()
 
 
-def inputs(dtype=torch.float64, batch=3):
+def inputs(device, dtype=torch.float64, batch=3):
     noise = torch.randn(batch, 4, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return noise.to(dtype), torch.arange(batch) % CONFIG.num_classes
+    return noise.to(device, dtype), torch.arange(batch, device=device) % CONFIG.num_classes
 
 
 @torch.no_grad()
@@ -58,8 +58,8 @@ def published_sampler(teacher, noise, labels, sampling_steps, cfg_scale, cfg_cha
     x, visited = noise.double(), {}
     for i in reversed(range(sampling_steps)):
         both = torch.cat([x, x]).to(teacher.pos_embed.dtype)
-        t = torch.full((2 * B,), kept[i])
-        out = teacher(both, t, torch.cat([labels, torch.full((B,), null)])).double()
+        t = torch.full((2 * B,), kept[i], device=x.device)
+        out = teacher(both, t, torch.cat([labels, torch.full_like(labels, null)])).double()
         guided, rest = out[:, :cfg_channels], out[:, cfg_channels:]
         conditional, unconditional = guided[:B], guided[B:]
         half = unconditional + cfg_scale * (conditional - unconditional)
@@ -91,8 +91,8 @@ def test_noise_schedule():
 @pytest.mark.parametrize(
     "learn_sigma, cfg_scale, cfg_channels", [(True, 1.5, 3), (True, 4.0, None), (False, 1.5, 3), (True, 1.0, 3)]
 )
-def test_matches_the_published_sampler(learn_sigma, cfg_scale, cfg_channels):
-    teacher, (noise, labels) = ElementwiseTeacher(learn_sigma), inputs()
+def test_matches_the_published_sampler(learn_sigma, cfg_scale, cfg_channels, device):
+    teacher, (noise, labels) = ElementwiseTeacher(learn_sigma).to(device), inputs(device)
     keep = (15, 10, 5, 0)
     batch = generate(
         teacher, noise, labels, sampling_steps=25, keep=keep, cfg_scale=cfg_scale, cfg_channels=cfg_channels
@@ -104,9 +104,9 @@ def test_matches_the_published_sampler(learn_sigma, cfg_scale, cfg_channels):
     assert torch.equal(batch.x0[:, -1], batch.ode[:, -1])
 
 
-def test_guided_channels_differ_from_all_channels():
+def test_guided_channels_differ_from_all_channels(device):
     """With cfg_channels=3 the fourth epsilon channel is the conditional one, whatever the scale."""
-    teacher, (noise, labels) = ElementwiseTeacher(), inputs()
+    teacher, (noise, labels) = ElementwiseTeacher().to(device), inputs(device)
     plain, three, every = (
         next(ddim_steps(teacher, noise, labels, cfg_scale=scale, cfg_channels=channels)).x0
         for scale, channels in ((1.0, 3), (3.0, 3), (3.0, None))
@@ -115,8 +115,8 @@ def test_guided_channels_differ_from_all_channels():
     assert torch.equal(three[:, :3], every[:, :3]) and not torch.equal(plain[:, :3], three[:, :3])
 
 
-def test_keep_stops_early_and_samples_are_independent():
-    teacher, (noise, labels) = ElementwiseTeacher(), inputs()
+def test_keep_stops_early_and_samples_are_independent(device):
+    teacher, (noise, labels) = ElementwiseTeacher().to(device), inputs(device)
     calls = []
     hook = teacher.register_forward_pre_hook(lambda module, args: calls.append(args[1][0].item()))
     part = generate(teacher, noise, labels, sampling_steps=5, keep=(4, 2))
@@ -126,8 +126,8 @@ def test_keep_stops_early_and_samples_are_independent():
     assert torch.equal(alone.x0, part.x0[1:2]) and torch.equal(alone.ode, part.ode[1:2])
 
 
-def test_unguided_sampling_evaluates_once_per_step():
-    teacher, (noise, labels) = ElementwiseTeacher(), inputs()
+def test_unguided_sampling_evaluates_once_per_step(device):
+    teacher, (noise, labels) = ElementwiseTeacher().to(device), inputs(device)
     rows = []
     teacher.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     generate(teacher, noise, labels, sampling_steps=3, keep=(0,), cfg_scale=1.0)
@@ -135,17 +135,17 @@ def test_unguided_sampling_evaluates_once_per_step():
     assert rows == [3, 3, 3, 6, 6, 6]
 
 
-def test_dit_teacher_agrees_with_the_published_sampler():
+def test_dit_teacher_agrees_with_the_published_sampler(device):
     """A float32 network inside float64 algebra: 25 evaluations amplify rounding, so the bound is loose by design."""
-    teacher, (noise, labels) = dit_teacher(), inputs(torch.float32)
+    teacher, (noise, labels) = dit_teacher().to(device), inputs(device, torch.float32)
     batch = generate(teacher, noise, labels)
     visited = published_sampler(teacher, noise, labels, 25, 1.5, 3)
     error = (batch.x0[:, -1] - visited[0][0]).norm() / visited[0][0].norm()
     assert batch.x0.dtype == torch.float32 and error < 1e-4
 
 
-def test_states_and_targets():
-    teacher, (noise, labels) = dit_teacher(), inputs(torch.float32)
+def test_states_and_targets(device):
+    teacher, (noise, labels) = dit_teacher().to(device), inputs(device, torch.float32)
     batch = generate(teacher, noise, labels, sampling_steps=6, keep=(4, 1, 0))
     for kind in ("x0", "ode"):
         kept = getattr(batch, kind)
@@ -155,8 +155,8 @@ def test_states_and_targets():
     assert torch.equal(batch.labels, labels)
 
 
-def test_bfloat16_teacher_keeps_float32_states():
-    teacher, (noise, labels) = dit_teacher().bfloat16(), inputs(torch.bfloat16)
+def test_bfloat16_teacher_keeps_float32_states(device):
+    teacher, (noise, labels) = dit_teacher().to(device, torch.bfloat16), inputs(device, torch.bfloat16)
     batch = generate(teacher, noise, labels, sampling_steps=3, keep=(1, 0))
     assert batch.x0.dtype == torch.float32 and batch.x0.isfinite().all()
 
@@ -173,7 +173,7 @@ def test_bfloat16_teacher_keeps_float32_states():
     ],
 )
 def test_bad_options(options, message):
-    teacher, (noise, labels) = ElementwiseTeacher(), inputs()
+    teacher, (noise, labels) = ElementwiseTeacher(), inputs("cpu")
     with pytest.raises(ValueError, match=message):
         generate(teacher, noise, labels, **options)
     with pytest.raises(ValueError, match=r"kind: got 'x1'; expected one of"):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from ard.vae import LatentCodec, image_files, load_image
 from hostile_files import png
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
+Image = pytest.importorskip("PIL.Image")
 diffusers = pytest.importorskip("diffusers")
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
