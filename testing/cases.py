@@ -5,25 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 import ard_kernels
-from ard_kernels.block_causal_attention.spec import dense_mask
-from ard_kernels.history_attention.norm import normalise
-from ard_kernels.segment_adaln.spec import row_of_token
+from testing import plain
+from testing.plain import EPS as EPS
+from testing.plain import TAKES
 
 MASKS = {"M1": (1, 0), "M2": (2, 0), "M3": (1, 1), "M4": (None, 0), "M2+sink": (2, 1)}
-TAKES = {  # arguments of the adaLN family
-    "adaln_modulate": ("x", "shift", "scale"),
-    "gate_residual_adaln": ("x", "branch", "gate", "shift", "scale"),
-    "gate_residual": ("x", "branch", "gate"),
-}
 ADALN = tuple(TAKES)
 PACKED = "block_causal_attention_packed"  # one qkv projection in, one gradient out
 ATTENTION = ("block_causal_attention", PACKED, "history_attention")
 OPS = (*ATTENTION, *ADALN)
 BACKENDS = ("triton", "cuda")  # the kernels of ours that run on a GPU; the riskier ones last
-EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -162,25 +155,13 @@ def head_norm(case: Case, device: torch.device) -> ard_kernels.HeadNorm | None:
 
 
 def plain_attention(case: Case, q, k, v) -> torch.Tensor:
-    """Plain PyTorch in the inputs' dtype: softmax attention under a dense mask."""
-    mask = dense_mask(list(case.lengths), case.tokens, *MASKS[case.mask], q.device)
-    scale = case.D**-0.5 if case.scale is None else case.scale
-    q, k = (normalise(x, head_norm(case, q.device)) for x in (q, k))
-    return (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf")).softmax(-1) @ v
+    """Plain PyTorch in the inputs' dtype; history attention's steps joined."""
+    q, k = (plain.head_norm(x, head_norm(case, q.device)) for x in (q, k))
+    return plain.block_causal_attention(q, k, v, case.lengths, *MASKS[case.mask], case.scale)
 
 
 def plain_adaln(case: Case, *inputs) -> tuple[torch.Tensor, ...]:
-    """The op as eager PyTorch code of a DiT writes it, rows spread over tokens."""
-    named = dict(zip(TAKES[case.op], inputs, strict=True))
-    token_rows = row_of_token([1] if case.per_token else case.lengths, case.tokens, inputs[0].device)
-    x = h = named["x"]
-    if "branch" in named:
-        h = (x + named["gate"][:, token_rows] * named["branch"]).to(x.dtype)
-    if "shift" not in named:
-        return (h,)
-    shift, scale = named["shift"][:, token_rows], named["scale"][:, token_rows]
-    y = (F.layer_norm(h, (case.C,), eps=EPS) * (1 + scale) + shift).to(x.dtype)
-    return (h, y) if "branch" in named else (y,)
+    return plain.adaln(case.op, *inputs, lengths=[1] if case.per_token else case.lengths)
 
 
 def tiny_case(op: str, D: int = 64) -> Case:

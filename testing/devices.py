@@ -8,6 +8,7 @@ own (tests/test_without_gpu.py), for which ARD_TEST_DEVICES=cpu hides the GPU.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -29,10 +30,22 @@ DEVICES = _devices()
 SIMULATED = DEVICES == ("cpu",)
 
 
-def on_devices(*backends: str) -> list:
-    """(backend, device) of every pair that this process can run, as parameters named triton-on-cuda and so on."""
-    pairs = [(backend, device) for device in DEVICES for backend in backends if _serves(backend, device)]
-    return [pytest.param(*pair, id="-on-".join(pair), marks=_marks(pair[1])) for pair in pairs]
+def on_devices(*backends: str, **values: Sequence) -> list:
+    """(backend, device) of every pair that this process can run, as parameters named triton-on-cuda and so on.
+
+    Backends given as keywords come with values, on_devices(torch=[(16, torch.float32)]) as (backend, device, 16,
+    torch.float32): for dtypes and sizes that not every backend takes.
+    """
+    wanted = {backend: [()] for backend in backends}
+    wanted |= {backend: [v if isinstance(v, tuple) else (v,) for v in each] for backend, each in values.items()}
+    return [
+        pytest.param(backend, device, *value, id="-".join([f"{backend}-on-{device}", *map(_name, value)]), marks=marks)
+        for device in DEVICES
+        for marks in (_marks(device),)
+        for backend, each in wanted.items()
+        if _serves(backend, device)
+        for value in each
+    ]
 
 
 def devices() -> list:
@@ -44,6 +57,10 @@ def _serves(backend: str, device: str) -> bool:
     if device == "cuda":
         return backend != "cpu"
     return SIMULATED or backend not in GPU_BACKENDS
+
+
+def _name(value: object) -> str:
+    return str(value).removeprefix("torch.")
 
 
 def _marks(device: str) -> list:

@@ -1,3 +1,4 @@
+import fcntl
 import os
 
 import pytest
@@ -7,9 +8,10 @@ from hypothesis import HealthCheck, settings
 from testing.devices import SIMULATED, devices
 
 os.environ["TRITON_INTERPRET"] = str(int(SIMULATED))  # Triton reads it when it is imported
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # plain PyTorch's matmuls under `poisoned`
 
 from ard_kernels.common import extension
-from testing import emulator, triton_interpreter
+from testing import emulator, poison, triton_interpreter
 
 # Drawn cases are the same in every run, so a failure is a failure everywhere.
 settings.register_profile(
@@ -24,6 +26,27 @@ if SIMULATED:
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "simulated: about Triton's interpreter or testing/emulator; not beside a GPU")
+
+
+def pytest_collection_modifyitems(items):
+    elsewhere = pytest.mark.skip(reason="interpreter and emulator run in tests/test_without_gpu.py beside a GPU")
+    for item in items:
+        if not SIMULATED and item.get_closest_marker("simulated"):
+            item.add_marker(elsewhere)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A small GPU need not hold every case."""
+    try:
+        return (yield)
+    except torch.cuda.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        pytest.skip(f"out of GPU memory: {error}")
+
+
 @pytest.fixture(autouse=True)
 def _fresh():
     torch.manual_seed(0)
@@ -33,13 +56,15 @@ def _fresh():
 @pytest.fixture(params=devices())
 def device(request):
     """Where the test allocates: torch.device("cpu"), and "cuda" on a machine with a GPU."""
-    yield torch.device(request.param)
-    if request.param == "cuda":
-        _leave_a_broken_context()
+    return torch.device(request.param)
 
 
-def _leave_a_broken_context():
+@pytest.fixture(autouse=True)
+def _leave_a_broken_context(request):
     """After an error inside a kernel no CUDA call of a process works: end it, so that xdist begins another."""
+    yield
+    if not request.node.get_closest_marker("gpu"):
+        return
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
@@ -48,13 +73,38 @@ def _leave_a_broken_context():
         pytest.exit(f"the CUDA context is broken: {error}", returncode=70)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _emulate_cuda(request):
-    """The CUDA C++ kernels run in testing/emulator, on CPU tensors; built when a test asks for them."""
-    homes = ("block_causal_attention", "history_attention", "segment_adaln", "test_emulator.py", "test_fuzz.py")
-    asking = (item.path for item in request.session.items if "cuda" in item.nodeid)
-    if SIMULATED and any(path.name in homes or path.parent.name in homes for path in asking):
+@pytest.fixture(scope="session")
+def emulated():
+    """testing/emulator as a module, compiled at the first need; from then on backend "cuda" serves CPU tensors."""
+    emulator.BUILD.mkdir(parents=True, exist_ok=True)
+    with open(emulator.BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of xdist's workers compiles, the others find it done
         extension.emulated = emulator.load()
+    return extension.emulated
+
+
+@pytest.fixture(autouse=True)
+def _emulate(request):
+    callspec = getattr(request.node, "callspec", None)
+    if SIMULATED and callspec and callspec.params.get("backend") == "cuda":
+        request.getfixturevalue("emulated").set_seed(0)
+
+
+@pytest.fixture
+def emulated_beside_no_gpu(request):
+    """For tests that go through backends by themselves, "cuda" among them."""
+    if SIMULATED:
+        request.getfixturevalue("emulated")
+
+
+@pytest.fixture(params=[0, 3, 7] if SIMULATED else [0])
+def seed(request):
+    """Order of the emulated threads; a GPU has its own."""
+    if SIMULATED:
+        request.getfixturevalue("emulated").set_seed(request.param)
+    yield request.param
+    if SIMULATED:
+        extension.emulated.set_seed(0)
 
 
 @pytest.fixture
@@ -73,7 +123,5 @@ def thread_counts():
 @pytest.fixture
 def poisoned():
     """Every torch.empty inside comes back full of NaN: an output or workspace that is not fully written shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poison.poisoned():
+        yield

@@ -46,8 +46,9 @@ CUDA_HEAD_DIMS, CUDA_CHANNELS = (64, 72, 80, 96, 128), (8, 16, 24, 72)
 class Case:
     """One seed: what it draws, and what that was."""
 
-    def __init__(self, seed: int, backend: str):
+    def __init__(self, seed: int, backend: str, device: str = "cpu"):
         self.random, self.drawn = random.Random(seed), {"seed": seed}
+        self.device = torch.device(device)
         self.backend = None if backend == "automatic" else backend
         torch.manual_seed(seed)
 
@@ -83,36 +84,34 @@ class Case:
             for own in segment_T
         ]
         arguments = {"window": window, "sink": sink}
-        return lengths, lengths if ragged else length, arguments, torch.tensor(segment_T), torch.tensor(sees)
+        segment_T, sees = (torch.tensor(table, device=self.device) for table in (segment_T, sees))
+        return lengths, lengths if ragged else length, arguments, segment_T, sees
+
+    def randn(self, *shape):
+        return torch.randn(*shape, device=self.device)
 
     def tensor(self, shape, dtype, memory: str | None = None):
         """Random numbers of `shape`, held by memory in one of the ways a user may bring."""
         memory, (*lead, T, D) = memory or self("memory"), shape
         if memory == "offset":
-            return torch.randn(*lead, T + 1, D + 3).to(dtype)[..., 1:, 3:]
+            return self.randn(*lead, T + 1, D + 3).to(dtype)[..., 1:, 3:]
         if memory == "strided":
-            return torch.randn(*(2 * n for n in lead), 2 * T, D).to(dtype)[(slice(None, None, 2),) * len(shape[:-1])]
+            return self.randn(*(2 * n for n in lead), 2 * T, D).to(dtype)[(slice(None, None, 2),) * len(shape[:-1])]
         if memory == "transposed":
-            return torch.randn(*lead, D, T).to(dtype).transpose(-1, -2)
+            return self.randn(*lead, D, T).to(dtype).transpose(-1, -2)
         if memory == "expanded":
             dim = self.random.randrange(len(lead) + 1)  # not the last: a LayerNorm of equal numbers has no digits
-            return torch.randn([1 if i == dim else n for i, n in enumerate(shape)]).to(dtype).expand(shape)
+            return self.randn([1 if i == dim else n for i, n in enumerate(shape)]).to(dtype).expand(shape)
         if memory == "overlapping" and D > 0 and T > 0:
             step = self.random.randint(1, D)
-            return torch.randn(*lead, D + step * (T - 1)).to(dtype).unfold(-1, D, step)
+            return self.randn(*lead, D + step * (T - 1)).to(dtype).unfold(-1, D, step)
         if memory == "chunk":
-            return torch.randn(*lead, T, 6, D).to(dtype).select(-2, self.random.randrange(6))
-        return torch.randn(shape).to(dtype)
+            return self.randn(*lead, T, 6, D).to(dtype).select(-2, self.random.randrange(6))
+        return self.randn(shape).to(dtype)
 
 
-def attention(q, k, v, sees, scale):
-    """softmax(scale q k^T + mask) v and log-sum-exp."""
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~sees, -INF)
-    return scores.softmax(-1) @ v, scores.logsumexp(-1)
-
-
-def plain_attention(q, k, v, sees, scale):
-    """The same as kernels do it: weights by the log-sum-exp, dscores = weights * (dout v^T - sum(dout * out))."""
+def attention_by_lse(q, k, v, sees, scale):
+    """plain.attention as kernels do it: weights by log-sum-exp, dscores = weights * (dout v^T - sum(dout * out))."""
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~sees, -INF)
     lse = scores.logsumexp(-1).detach()
     weights = (scores - lse[..., None]).exp()
@@ -122,7 +121,7 @@ def plain_attention(q, k, v, sees, scale):
 
 def reversed_attention(q, k, v, sees, scale):
     """Another draw of its rounding errors: sums in reverse. One draw is too few for what has few scores."""
-    return plain_attention(q.flip(-1), k.flip(-1, -2), v.flip(-2), sees.flip(-1), scale)
+    return attention_by_lse(q.flip(-1), k.flip(-1, -2), v.flip(-2), sees.flip(-1), scale)
 
 
 def layer_norm(x, eps: float):

@@ -15,6 +15,7 @@ from ard_kernels import (
 )
 from ard_kernels.block_causal_attention.reference import block_causal_attention as attention_reference
 from ard_kernels.segment_adaln import reference
+from testing.devices import on_devices
 
 L, WINDOW, SINK = 4, 2, 1
 
@@ -61,8 +62,8 @@ OPS = {
 each_op = pytest.mark.parametrize(("ours", "exact", "shapes"), OPS.values(), ids=OPS)
 
 
-def draw(shapes, dtype=torch.float32):
-    return tuple(torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
+def draw(shapes, device, dtype=torch.float32):
+    return tuple(torch.randn(shape, dtype=torch.float64, device=device).to(dtype) for shape in shapes)
 
 
 def close(got, expected):
@@ -79,11 +80,11 @@ def scalar(function):
 
 
 @each_op
-def test_forward_mode(ours, exact, shapes):
+def test_forward_mode(ours, exact, shapes, device):
     """torch.func.jvp and a dual level, along all inputs and along each alone."""
-    inputs = draw(shapes)
+    inputs = draw(shapes, device)
     for only in (None, *range(len(shapes))):
-        tangents = tuple(x if only in (None, i) else torch.zeros_like(x) for i, x in enumerate(draw(shapes)))
+        tangents = tuple(x if only in (None, i) else torch.zeros_like(x) for i, x in enumerate(draw(shapes, device)))
         got, expected = (torch.func.jvp(function, inputs, tangents) for function in (ours, exact))
         close(got[0], expected[0])
         close(got[1], expected[1])
@@ -96,16 +97,17 @@ def test_forward_mode(ours, exact, shapes):
         close(tuple(torch.zeros_like(y) if t is None else t for y, t in outputs), expected[1])
 
 
+@pytest.mark.slow  # test_forward_mode compares with the reference
 @each_op
-def test_forward_mode_against_finite_differences(ours, exact, shapes):
-    inputs = tuple(x.requires_grad_() for x in draw(shapes, torch.float64))
+def test_forward_mode_against_finite_differences(ours, exact, shapes, device):
+    inputs = tuple(x.requires_grad_() for x in draw(shapes, device, torch.float64))
     torch.autograd.gradcheck(ours, inputs, check_forward_ad=True, check_backward_ad=False)
 
 
 @each_op
-def test_a_loss_of_primal_and_tangent(ours, exact, shapes):
+def test_a_loss_of_primal_and_tangent(ours, exact, shapes, device):
     """MeanFlow: jvp in one input, then the gradient of a loss of both results in another one."""
-    inputs, tangent = draw(shapes), torch.randn(shapes[0])
+    inputs, tangent = draw(shapes, device), torch.randn(shapes[0], device=device)
 
     def gradient(function):
         leaf = inputs[-1].clone().requires_grad_()
@@ -121,8 +123,8 @@ def test_a_loss_of_primal_and_tangent(ours, exact, shapes):
 
 
 @each_op
-def test_torch_func(ours, exact, shapes):
-    inputs = draw(shapes)
+def test_torch_func(ours, exact, shapes, device):
+    inputs = draw(shapes, device)
     every = tuple(range(len(shapes)))
     close(torch.func.grad(scalar(ours), every)(*inputs), torch.func.grad(scalar(exact), every)(*inputs))
     primal, pull = torch.func.vjp(ours, *inputs)
@@ -136,9 +138,9 @@ def test_torch_func(ours, exact, shapes):
 
 @each_op
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_of_gradients(ours, exact, shapes):
+def test_vmap_of_gradients(ours, exact, shapes, device):
     """Per-sample gradients."""
-    batches = tuple(torch.stack(xs) for xs in zip(draw(shapes), draw(shapes), strict=True))
+    batches = tuple(torch.stack(xs) for xs in zip(draw(shapes, device), draw(shapes, device), strict=True))
     close(
         torch.func.vmap(torch.func.grad(scalar(ours)))(*batches),
         torch.func.vmap(torch.func.grad(scalar(exact)))(*batches),
@@ -146,8 +148,8 @@ def test_vmap_of_gradients(ours, exact, shapes):
 
 
 @each_op
-def test_second_order_is_right_or_refused(ours, exact, shapes):
-    inputs, tangent = draw(shapes), torch.randn(shapes[0])
+def test_second_order_is_right_or_refused(ours, exact, shapes, device):
+    inputs, tangent = draw(shapes, device), torch.randn(shapes[0], device=device)
 
     def twice(function):
         return torch.func.grad(lambda x: torch.func.grad(scalar(function))(x, *inputs[1:]).sin().sum())(inputs[0])
@@ -169,8 +171,8 @@ def test_second_order_is_right_or_refused(ours, exact, shapes):
 
 
 @each_op
-def test_reverse_over_forward(ours, exact, shapes):
-    inputs, tangent = draw(shapes), torch.randn(shapes[0])
+def test_reverse_over_forward(ours, exact, shapes, device):
+    inputs, tangent = draw(shapes, device), torch.randn(shapes[0], device=device)
 
     def product(function):
         def change(x):
@@ -182,24 +184,24 @@ def test_reverse_over_forward(ours, exact, shapes):
     close(product(ours), product(exact))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_a_named_backend_refuses_tangents(backend):
-    x, row = torch.randn(1, 8, 16), torch.randn(1, 2, 16)
+@pytest.mark.parametrize(("backend", "device"), on_devices("cpu", "triton", "cuda"))
+def test_a_named_backend_refuses_tangents(backend, device):
+    x, row = torch.randn(1, 8, 16, device=device), torch.randn(1, 2, 16, device=device)
     with pytest.raises(NotImplementedError, match=rf"adaln_modulate on backend '{backend}' has no forward-mode"):
         torch.func.jvp(lambda x: adaln_modulate(x, row, row, segment_length=4, backend=backend), (x,), (x,))
 
 
-def test_sampling_refuses_tangents():
-    q = torch.randn(1, 2, 4, 8)
-    cache = HistoryCache(1, 1, 2, 8, 8)
+def test_sampling_refuses_tangents(device):
+    q = torch.randn(1, 2, 4, 8, device=device)
+    cache = HistoryCache(1, 1, 2, 8, 8, device=device)
     with pytest.raises(NotImplementedError, match="history_attention has no forward-mode derivative"):
         torch.func.jvp(lambda q: history_attention(q, q, q, cache, layer=0), (q,), (q,))
     assert cache.length == 0
 
 
-def test_compiled_jvp():
+def test_compiled_jvp(device):
     function, exact, shapes = OPS["block_causal_attention"]
-    inputs, tangents = draw(shapes), draw(shapes)
+    inputs, tangents = draw(shapes, device), draw(shapes, device)
     expected = torch.func.jvp(exact, inputs, tangents)[1]
 
     def tangent(inputs, tangents, backend):

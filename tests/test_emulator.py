@@ -5,6 +5,8 @@ import torch
 
 from ard_kernels.common import extension
 
+pytestmark = [pytest.mark.simulated, pytest.mark.usefixtures("emulated")]
+
 NONE, NO_BARRIER, NO_WAIT, NEVER_WAITS, SKIPS_BARRIER = range(5)
 DIVERGES, OUT_OF_BOUNDS, PAST_END, MISALIGNED, CONFLICTS = range(5, 10)
 

@@ -18,10 +18,9 @@ from fuzz import (
     FP64,
     NAN,
     Case,
-    attention,
+    attention_by_lse,
     derive,
     layer_norm,
-    plain_attention,
     plain_parts,
     reversed_attention,
 )
@@ -36,9 +35,11 @@ from ard_kernels import (
     gate_residual_adaln,
     history_attention,
 )
+from testing import plain
+from testing.devices import devices, on_devices
 from testing.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_close, error_norm
 
-pytestmark = [pytest.mark.exhaustive, pytest.mark.filterwarnings("ignore:There is a performance drop")]
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 CASES = 20_000  # 10 minutes on a core shared with others
 # What each backend and each room gets of them. Triton's interpreter and the emulator of CUDA are slow.
@@ -85,15 +86,15 @@ def attention_problem(case: Case) -> Problem:
 
     def ours(*inputs):
         how = {"segment_length": segment_length, **arguments, "scale": scale, "return_lse": True}
-        with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+        with nullcontext() if autocast is None else torch.autocast(case.device.type, autocast):
             if packed:
                 return block_causal_attention_packed(*inputs, **how, backend=case.backend)
             return block_causal_attention(*inputs, **how, layout=layout, backend=case.backend)
 
     def touch(poisoned):
         token = case.random.randrange(T)
-        queries = torch.arange(T) == token if not packed and poisoned == 0 else sees[:, token]
-        queries_BHT, keys_BHT = torch.zeros(2, B, H, T, dtype=bool)
+        queries = torch.arange(T, device=case.device) == token if not packed and poisoned == 0 else sees[:, token]
+        queries_BHT, keys_BHT = torch.zeros(2, B, H, T, dtype=bool, device=case.device)
         queries_BHT[0, 0], keys_BHT[0, 0] = queries, sees[queries].any(0)
         of_q, of_k = heads_first(queries_BHT), heads_first(keys_BHT)
         if packed:
@@ -104,8 +105,8 @@ def attention_problem(case: Case) -> Problem:
     alone = (sees.sum(-1) == 1).double().mean().item()
     shape = (B, T, 3, H, D) if packed else (B, T, H, D) if layout == "bthd" else (B, H, T, D)
     inputs = [case.tensor(shape, dtype) for _ in range(1 if packed else 3)]
-    plains = [dense(compute, cast) for compute in (plain_attention, reversed_attention)]
-    return Problem(ours, plains, dense(attention, FP64), inputs, 1, alone, touch)
+    plains = [dense(compute, cast) for compute in (attention_by_lse, reversed_attention)]
+    return Problem(ours, plains, dense(plain.attention, FP64), inputs, 1, alone, touch)
 
 
 def adaln_problem(case: Case) -> Problem:
@@ -114,37 +115,25 @@ def adaln_problem(case: Case) -> Problem:
     autocast = case.autocast(dtype, *others)
     lengths, segment_length, _, segment_T, _ = case.mask()
     T = len(segment_T)
-    R, row_T = (T, torch.arange(T)) if per_token else (len(lengths), segment_T)
+    R, row_T = (T, torch.arange(T, device=case.device)) if per_token else (len(lengths), segment_T)
     spread_TR = F.one_hot(row_T, R)
-    names = {"adaln_modulate": ["x", "shift", "scale"], "gate_residual": ["x", "branch", "gate"]}
-    names = names.get(op, ["x", "branch", "gate", "shift", "scale"])
+    names = list(plain.TAKES[op])
 
-    def dense(layer_norm, rows, h_dtype, y_dtype):
-        def run(*inputs):
-            given = dict(zip(names, inputs, strict=True))
-            h, outputs = given["x"], []
-            if "branch" in given:
-                h = (h + rows(given["gate"]) * given["branch"]).to(h_dtype)
-                outputs.append(h)
-            if "shift" in given:
-                y = layer_norm(h) * (1 + rows(given["scale"])) + rows(given["shift"])
-                outputs.append(y.to(y_dtype))
-            return tuple(outputs)
-
-        return run
+    def dense(norm, spread, y_dtype):
+        return partial(plain.adaln, op, norm=norm, spread=spread, y_dtype=y_dtype)
 
     def ours(*inputs):
         eps = {} if op == "gate_residual" else {"eps": EPS}
-        with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+        with nullcontext() if autocast is None else torch.autocast(case.device.type, autocast):
             outputs = OPS[op](*inputs, segment_length=segment_length, **eps, backend=case.backend)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def touch(poisoned):
         name, row = names[poisoned], case.random.randrange(R)
         token = case.random.choice((row_T == row).nonzero().flatten().tolist())
-        tokens_BT, rows_BR = torch.zeros(B, T, dtype=bool), torch.zeros(B, R, dtype=bool)
+        tokens_BT, rows_BR = (torch.zeros(B, size, dtype=bool, device=case.device) for size in (T, R))
         of_row = name in ("gate", "shift", "scale")
-        tokens_BT[0], rows_BR[0, row] = row_T == row if of_row else torch.arange(T) == token, True
+        tokens_BT[0], rows_BR[0, row] = row_T == row if of_row else torch.arange(T, device=case.device) == token, True
         outputs = [tokens_BT] if len(names) == 3 else [tokens_BT, tokens_BT]
         if name in ("shift", "scale") and len(outputs) == 2:
             outputs[0] = torch.zeros_like(tokens_BT)  # h has no part of them
@@ -153,8 +142,8 @@ def adaln_problem(case: Case) -> Problem:
     kinds = {"x": (T, dtype), "branch": (T, others[0])}
     inputs = [case.tensor((B, size, C), kind) for size, kind in (kinds.get(name, (R, others[1])) for name in names)]
 
-    plains = [dense(norm, rows, dtype, autocast or dtype) for norm, rows in plain_parts(EPS, spread_TR)]
-    exact = dense(partial(layer_norm, eps=EPS), lambda x: x[:, row_T], FP64, FP64)
+    plains = [dense(norm, spread, autocast or dtype) for norm, spread in plain_parts(EPS, spread_TR)]
+    exact = dense(partial(layer_norm, eps=EPS), lambda x: x[:, row_T], FP64)
     return Problem(ours, plains, exact, inputs, 2 if len(names) == 5 else 1, 0.0, touch)
 
 
@@ -220,7 +209,7 @@ def check_history(case: Case) -> None:
     scale, layout = case.scale(D), case("layout")
     poison = None if case.backend in GPU else case("poison")
     norms = [draw_norm(case, dtype, D), draw_norm(case, dtype, D)]
-    cache = HistoryCache(layers, B, H, D, len(segment_T) + case("spare"), dtype)
+    cache = HistoryCache(layers, B, H, D, len(segment_T) + case("spare"), dtype, case.device)
     cache.keys.fill_(NAN), cache.values.fill_(NAN)
 
     def step(layer, q, k, v):
@@ -243,14 +232,14 @@ def check_history(case: Case) -> None:
             if poison is not None and seen[:, segment_T[: keys.shape[2]] == spoilt].any():
                 continue
             results = []
-            for compute, wide in ((plain_attention, dtype), (reversed_attention, dtype), (attention, FP64)):
+            for compute, wide in ((attention_by_lse, dtype), (reversed_attention, dtype), (plain.attention, FP64)):
                 normed = [normalise(x.to(wide), norm) for x, norm in zip((q, keys), norms, strict=True)]
                 out, _ = compute(*normed, values.to(wide), seen, D**-0.5 if scale is None else scale)
                 results.append((out,))
             compare((got,), *results, factor=FORWARD_FACTOR, label=f"step {segment}, layer {layer}")
     kept, offsets = cache.keys.clone(), cache.offsets
     with pytest.raises(ValueError, match="expected room for"):
-        step(0, *(torch.randn(3, B, H, cache.capacity - len(segment_T) + 1, D).to(dtype)))
+        step(0, *(case.randn(3, B, H, cache.capacity - len(segment_T) + 1, D).to(dtype)))
     assert torch.equal(kept.view(torch.uint8), cache.keys.view(torch.uint8)) and offsets == cache.offsets
 
 
@@ -258,8 +247,8 @@ def draw_norm(case: Case, dtype, D: int) -> HeadNorm | None:
     kind, wide = case("norm"), case("norm dtype") or dtype
     if kind is None:
         return None
-    weight = torch.randn(2 * D).to(wide)[::2] if case("norm parameters") else None
-    return HeadNorm(kind, weight, torch.randn(D).to(wide) if kind == "layer" and weight is not None else None, EPS)
+    weight = case.randn(2 * D).to(wide)[::2] if case("norm parameters") else None
+    return HeadNorm(kind, weight, case.randn(D).to(wide) if kind == "layer" and weight is not None else None, EPS)
 
 
 def normalise(x, norm: HeadNorm | None):
@@ -279,14 +268,23 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("backend", SHARES)
+AUTOMATIC = [
+    pytest.param("automatic", *where.values, id=f"automatic-on-{where.values[0]}", marks=where.marks)
+    for where in devices()
+]
+
+
+@pytest.mark.parametrize(
+    "most", [pytest.param(CASES // 50, id="few"), pytest.param(CASES, id="all", marks=pytest.mark.exhaustive)]
+)
+@pytest.mark.parametrize(("backend", "device"), [*AUTOMATIC, *on_devices("torch", "cpu", "triton", "cuda")])
 @pytest.mark.parametrize("room", ROOMS)
-def test_drawn_calls(room, backend):
-    cases, failures = round(CASES * ROOMS[room] * SHARES[backend]), []
+def test_drawn_calls(room, backend, device, most):
+    cases, failures = max(2, round(most * ROOMS[room] * SHARES[backend])), []
     if room == "attention" and backend == "cpu":
         pytest.skip("attention has no backend of that name")
     for seed in range(cases):
-        case = Case(seed, backend)
+        case = Case(seed, backend, device)
         try:
             CHECKS[room](case)
         except Exception as error:

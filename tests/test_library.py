@@ -20,8 +20,8 @@ from ard_kernels.common.backends import resolve
 L = 4
 
 
-def inputs(requires_grad=False):
-    return [torch.randn(1, 2, 2 * L, 8, requires_grad=requires_grad) for _ in range(3)]
+def inputs(device="cpu", requires_grad=False):
+    return [torch.randn(1, 2, 2 * L, 8, device=device, requires_grad=requires_grad) for _ in range(3)]
 
 
 def attention(q, k, v):
@@ -38,20 +38,20 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_modes_profilers_and_counters_see_the_op():
+def test_modes_profilers_and_counters_see_the_op(device):
     with Seen() as seen:
-        attention(*inputs())
+        attention(*inputs(device))
     assert "ard.block_causal_attention.default" in seen.names
     with profile() as profiler:
-        attention(*inputs())
+        attention(*inputs(device))
     assert "ard::block_causal_attention" in {event.key for event in profiler.key_averages()}
     with FlopCounterMode(display=False) as counter:
-        attention(*inputs())
+        attention(*inputs(device))
     assert counter.get_total_flops() == 4 * 2 * 8 * 3 * L * L
 
 
-def test_the_backward_is_seen_too():
-    q, k, v = inputs(requires_grad=True)
+def test_the_backward_is_seen_too(device):
+    q, k, v = inputs(device, requires_grad=True)
     out = attention(q, k, v)  # called directly
     with Seen() as seen:
         out.sum().backward()
@@ -59,8 +59,8 @@ def test_the_backward_is_seen_too():
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_direct_and_dispatched_are_bit_equal(requires_grad):
-    tensors = inputs(requires_grad)
+def test_direct_and_dispatched_are_bit_equal(requires_grad, device):
+    tensors = inputs(device, requires_grad)
     direct = attention(*tensors)
     with Seen():
         dispatched = attention(*tensors)
@@ -94,14 +94,14 @@ def test_public_ops_are_called_directly(monkeypatch):
     assert "__torch_dispatch__" in frames
 
 
-def test_a_jit_trace_records_the_op():
+def test_a_jit_trace_records_the_op(device):
     with torch.no_grad():
-        traced = torch.jit.trace(lambda q, k, v: attention(q, k, v), inputs(), check_trace=False)
+        traced = torch.jit.trace(lambda q, k, v: attention(q, k, v), inputs(device), check_trace=False)
     assert "ard::block_causal_attention" in str(traced.graph)
 
 
-def test_a_negated_view_is_resolved():
-    q, k, v = inputs()
+def test_a_negated_view_is_resolved(device):
+    q, k, v = inputs(device)
     assert torch.equal(attention(torch._neg_view(q), k, v), attention(-q, k, v))
 
 
@@ -122,8 +122,8 @@ def test_plain_calls_do_not_reach_the_dispatcher():
     assert called == ["op", "op"]
 
 
-def test_needs_a_gradient_only_where_one_is_recorded():
-    q, k, v = inputs(requires_grad=True)
+def test_needs_a_gradient_only_where_one_is_recorded(device):
+    q, k, v = inputs(device, requires_grad=True)
     assert attention(q, k, v).requires_grad
     with torch.no_grad():
         assert not attention(q, k, v).requires_grad
@@ -165,7 +165,9 @@ print(library.DIRECT, bool(q.grad.isfinite().all()), x.grad.shape)
 """
 
 
-@pytest.mark.parametrize("name", PRIVATE)
+@pytest.mark.parametrize(
+    "name", [*PRIVATE[-2:], *(pytest.param(name, marks=pytest.mark.slow) for name in PRIVATE[:-2])]
+)
 def test_a_private_name_that_torch_drops_breaks_nothing(name):
     done = subprocess.run([sys.executable, "-c", WITHOUT, name], capture_output=True, text=True, check=False)
     direct = name.startswith("ops.")
@@ -196,9 +198,9 @@ def test_zero_tensors_of_autograd(direct):
     assert torch.equal(got, modulate(torch.zeros(1, 8, 16), row, row, segment_length=L))
 
 
-def test_a_backward_after_its_transform_has_ended():
+def test_a_backward_after_its_transform_has_ended(device):
     """torch.func.vjp hands out a function that is called when nothing of the transform is left."""
-    q, k, v = inputs()
+    q, k, v = inputs(device)
     out, pull = torch.func.vjp(lambda q: attention(q, k, v), q)
     leaf = q.clone().requires_grad_()
     expected = torch.autograd.grad(attention(leaf, k, v), leaf, torch.ones_like(out))[0]
@@ -209,6 +211,7 @@ def chosen():
     return resolve("adaln_modulate", None, torch.device("cpu"), torch.float32, 16)
 
 
+@pytest.mark.simulated
 def test_use_backend_of_two_threads_that_overlap():
     first_in, second_in, first_out = (threading.Event() for _ in range(3))
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from ard_kernels.block_causal_attention import spec
 from ard_kernels.common.segments import segment_offsets
+from testing.drawing import FEW_AND_MANY
 
 masks = st.tuples(st.one_of(st.none(), st.integers(1, 6)), st.integers(0, 5))
 ragged = st.lists(st.integers(1, 7), min_size=1, max_size=7)
@@ -18,17 +19,24 @@ def visible(query_segment, key_segment, window, sink):
     return in_past and (in_window or key_segment < sink)
 
 
-@settings(max_examples=2000)
-@given(ragged, masks)
-def test_dense_mask_is_the_definition(lengths, mask):
-    segment_of = [segment for segment, length in enumerate(lengths) for _ in range(length)]
-    expected = [[visible(q, k, *mask) for k in segment_of] for q in segment_of]
-    assert spec.dense_mask(lengths, len(segment_of), *mask).tolist() == expected
+@FEW_AND_MANY
+def test_dense_mask_is_the_definition(many):
+    @settings(max_examples=(200, 2000)[many])
+    @given(ragged, masks)
+    def draw(lengths, mask):
+        segment_of = [segment for segment, length in enumerate(lengths) for _ in range(length)]
+        expected = [[visible(q, k, *mask) for k in segment_of] for q in segment_of]
+        assert spec.dense_mask(lengths, len(segment_of), *mask).tolist() == expected
+
+    draw()
 
 
-@settings(max_examples=2000)
-@given(ragged, masks)
-def test_ranges_equal_the_dense_mask(lengths, mask):
+@FEW_AND_MANY
+def test_ranges_equal_the_dense_mask(many):
+    settings(max_examples=(200, 2000)[many])(given(ragged, masks)(check_ranges))()
+
+
+def check_ranges(lengths, mask):
     tokens = sum(lengths)
     dense = spec.dense_mask(lengths, tokens, *mask)
     offsets = segment_offsets(lengths, tokens)

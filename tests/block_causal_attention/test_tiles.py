@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ard_kernels.block_causal_attention.spec import dense_mask
 from ard_kernels.block_causal_attention.tiles import column_tiles, heads_per_group, make_tables, schedule
 from ard_kernels.block_causal_attention.triton_impl import head_of, parts_of
-from ard_kernels.common import extension
+from testing.drawing import FEW_AND_MANY
 from testing.waves import efficiency, makespan
 
 BLOCKS = st.sampled_from([1, 4, 16, 32])
@@ -33,8 +33,7 @@ def visits(items, masked, bounds, tokens, block):
     return count
 
 
-@settings(max_examples=3000)
-@given(
+draw_tables = given(
     lengths=st.one_of(
         st.lists(st.integers(1, 40), min_size=1, max_size=6),
         st.tuples(st.integers(1, 24), st.integers(1, 6)).map(lambda p: [p[0]] * p[1]),
@@ -43,7 +42,14 @@ def visits(items, masked, bounds, tokens, block):
     blocks=st.tuples(BLOCKS, BLOCKS),
     by_key=st.booleans(),
 )
-def test_every_visible_pair_once(lengths, mask, blocks, by_key):
+
+
+@FEW_AND_MANY
+def test_every_visible_pair_once(many):
+    settings(max_examples=(300, 3000)[many])(draw_tables(check_tables))()
+
+
+def check_tables(lengths, mask, blocks, by_key):
     tokens = sum(lengths)
     items, masked, bounds = make_tables(lengths, tokens, *mask, *blocks, by_key)
     assert (items[:, 1] - items[:, 0] <= blocks[0]).all()
@@ -67,40 +73,46 @@ def test_every_program_has_its_own_tile_and_head(batch_heads, group, tiles):
         assert [tile for tile, _ in part] == sorted(tile for tile, _ in part)
 
 
-@settings(max_examples=1000)
-@given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
-    mask=st.tuples(st.one_of(st.none(), st.integers(1, 6)), st.integers(0, 5)),
-    blocks=st.tuples(BLOCKS, BLOCKS),
-    by_key=st.booleans(),
-)
-def test_tile_range_h_equals_the_dense_mask_cuda(lengths, mask, blocks, by_key):
+@pytest.mark.simulated
+@FEW_AND_MANY
+def test_tile_range_h_equals_the_dense_mask_cuda(many, emulated):
     """csrc/block_causal_attention/tile_range.h, called element by element, on the tables of `make_tables`."""
-    tokens = sum(lengths)
-    items, masked, bounds = make_tables(lengths, tokens, *mask, *blocks, by_key)
-    bounds = bounds.tolist()
-    count = np.zeros((tokens, tokens), int)
-    for item in items.tolist():
-        rows = range(item[0], item[1])
-        for start in extension.emulated.full_tile_starts(item, blocks[1]):
-            count[item[0] : item[1], start : start + blocks[1]] += 1
-        for start, stop in masked[item[6] : item[7]].tolist():
-            for column in range(start, min(start + blocks[1], stop)):
-                count[item[0] : item[1], column] += [extension.emulated.sees(bounds[row], column) for row in rows]
-    expected = dense_mask(lengths, tokens, *mask).numpy()
-    assert (count == (expected.T if by_key else expected)).all()
+
+    @settings(max_examples=(100, 1000)[many])
+    @draw_tables
+    def draw(lengths, mask, blocks, by_key):
+        tokens = sum(lengths)
+        items, masked, bounds = make_tables(lengths, tokens, *mask, *blocks, by_key)
+        bounds = bounds.tolist()
+        count = np.zeros((tokens, tokens), int)
+        for item in items.tolist():
+            rows = range(item[0], item[1])
+            for start in emulated.full_tile_starts(item, blocks[1]):
+                count[item[0] : item[1], start : start + blocks[1]] += 1
+            for start, stop in masked[item[6] : item[7]].tolist():
+                for column in range(start, min(start + blocks[1], stop)):
+                    count[item[0] : item[1], column] += [emulated.sees(bounds[row], column) for row in rows]
+        expected = dense_mask(lengths, tokens, *mask).numpy()
+        assert (count == (expected.T if by_key else expected)).all()
+
+    draw()
 
 
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 9))
-def test_head_tile_equals_the_triton_kernels_cuda(batch_heads, group, tiles):
-    group = min(group, batch_heads)
-    for program in range(batch_heads * tiles):
-        expected = head_of.fn(program, batch_heads, group, tiles)
-        assert extension.emulated.head_tile(program, batch_heads, group, tiles) == expected
+@pytest.mark.simulated
+def test_head_tile_equals_the_triton_kernels_cuda(emulated):
+    @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 9))
+    def draw(batch_heads, group, tiles):
+        group = min(group, batch_heads)
+        for program in range(batch_heads * tiles):
+            expected = head_of.fn(program, batch_heads, group, tiles)
+            assert emulated.head_tile(program, batch_heads, group, tiles) == expected
+
+    draw()
 
 
-def test_every_lane_and_register_has_its_own_element_cuda():
-    elements = {extension.emulated.fragment_element(lane, i) for lane in range(32) for i in range(4)}
+@pytest.mark.simulated
+def test_every_lane_and_register_has_its_own_element_cuda(emulated):
+    elements = {emulated.fragment_element(lane, i) for lane in range(32) for i in range(4)}
     assert elements == {(row, column) for row in range(16) for column in range(8)}
 
 

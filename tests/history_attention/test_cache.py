@@ -8,25 +8,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ard_kernels import HistoryCache, history_attention
 from ard_kernels.block_causal_attention.spec import useful_pairs
+from testing.devices import on_devices
 
-BACKENDS = ["torch", "cpu", "triton", "cuda"]
 
-
-def test_a_full_cache_raises_and_keeps_its_contents():
-    cache = HistoryCache(1, 1, 2, 16, 40)
-    q, k, v = (torch.randn(1, 2, 16, 16) for _ in range(3))
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype"),
+    on_devices(torch=[torch.float32], cpu=[torch.float32], triton=[torch.float32], cuda=[torch.float16]),
+)
+def test_a_full_cache_raises_and_keeps_its_contents(backend, device, dtype):
+    cache = HistoryCache(1, 1, 2, 64, 40, dtype, device)
+    q, k, v = (torch.randn(1, 2, 16, 64, device=device).to(dtype) for _ in range(3))
     for _ in range(2):
-        history_attention(q, k, v, cache, layer=0)
+        history_attention(q, k, v, cache, layer=0, backend=backend)
     before = cache.keys.clone(), cache.values.clone(), [list(o) for o in cache.offsets]
     with pytest.raises(ValueError, match=r"layer 0 of the cache holds 32 of 40 tokens; expected room for 16 more"):
-        history_attention(q, k, v, cache, layer=0)
+        history_attention(q, k, v, cache, layer=0, backend=backend)
     assert torch.equal(cache.keys[:, :, :, :32], before[0][:, :, :, :32]) and cache.offsets == before[2]
     assert cache.length == 32
-    history_attention(q[:, :, :8], k[:, :, :8], v[:, :, :8], cache, layer=0)
+    history_attention(q[:, :, :8], k[:, :, :8], v[:, :, :8], cache, layer=0, backend=backend)
     assert cache.length == 40
     cache.reset()
     assert cache.length == 0
-    assert cache.nbytes == 2 * 2 * 40 * 16 * 4
+    assert cache.nbytes == 2 * 2 * 40 * 64 * dtype.itemsize
 
 
 def test_bad_cache_sizes():
@@ -37,16 +40,16 @@ def test_bad_cache_sizes():
 
 
 @pytest.mark.parametrize("mask", [(None, 0), (2, 1)])
-def test_one_graph_for_64_steps(mask):
+def test_one_graph_for_64_steps(mask, device):
     """Where the cache stands is no constant of a graph."""
-    caches, counter = [HistoryCache(2, 1, 2, 16, 256) for _ in range(2)], CompileCounter()
+    caches, counter = [HistoryCache(2, 1, 2, 16, 256, device=device) for _ in range(2)], CompileCounter()
 
     def step(q, k, v, cache):
         return sum(history_attention(q, k, v, cache, layer=i, window=mask[0], sink=mask[1]) for i in range(2))
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     with torch.no_grad():
-        for q, k, v in torch.randn(64, 3, 1, 2, 4, 16):
+        for q, k, v in torch.randn(64, 3, 1, 2, 4, 16, device=device):
             assert torch.equal(compiled(q, k, v, caches[0]), step(q, k, v, caches[1]))
     assert counter.frame_count == 1 and caches[0].offsets == caches[1].offsets and caches[0].length == 256
     with pytest.raises(ValueError, match="holds 256 of 256 tokens"):
@@ -77,9 +80,9 @@ def test_the_workspace_is_float32_whatever_the_default():
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_step_that_missed_a_layer_is_noticed():
-    cache = HistoryCache(3, 1, 2, 16, 64)
-    q = torch.randn(1, 2, 16, 16)
+def test_a_step_that_missed_a_layer_is_noticed(device):
+    cache = HistoryCache(3, 1, 2, 16, 64, device=device)
+    q = torch.randn(1, 2, 16, 16, device=device)
     for layer in (2, 0, 1, 0, 1):  # the second step breaks off before layer 2
         history_attention(q, q, q, cache, layer=layer)
     before = cache.offsets
@@ -111,13 +114,13 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
-def test_memory_spoiled_behind_the_cache_is_refused(spoil):
-    q = torch.randn(1, 2, 16, 16)
-    cache = HistoryCache(1, 1, 2, 16, 64)
+def test_memory_spoiled_behind_the_cache_is_refused(spoil, device):
+    q = torch.randn(1, 2, 16, 16, device=device)
+    cache = HistoryCache(1, 1, 2, 16, 64, device=device)
     cache.__dict__["keys"] = spoil(cache.keys)
     with pytest.raises(ValueError, match=r"cache\.(keys|values|positions) "):
         history_attention(q, q, q, cache, layer=0)
-    cache = HistoryCache(1, 1, 2, 16, 64)
+    cache = HistoryCache(1, 1, 2, 16, 64, device=device)
     cache.values.resize_(1, 1, 2, 32, 16)
     with pytest.raises(ValueError, match=r"cache\.values a float32 tensor of shape \(1, 1, 2, 32, 16\)"):
         history_attention(q, q, q, cache, layer=0)
@@ -126,9 +129,9 @@ def test_memory_spoiled_behind_the_cache_is_refused(spoil):
 @pytest.mark.parametrize(
     "damage", [[1, 1, 9, -2], [1, 1, 0, -3], [-7] * 8, [2, 2, 0, 9, 5], [17, 17], [16, 16], [1, 1, 0, 99], [-1, 0]]
 )
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_damaged_positions_are_refused(damage, backend):
-    q, cache = torch.randn(1, 2, 4, 8), HistoryCache(2, 1, 2, 8, 16)
+@pytest.mark.parametrize(("backend", "device"), on_devices("cpu", "torch"))
+def test_damaged_positions_are_refused(damage, backend, device):
+    q, cache = torch.randn(1, 2, 4, 8, device=device), HistoryCache(2, 1, 2, 8, 16, device=device)
     cache.positions[: len(damage)] = torch.tensor(damage)
     with pytest.raises(ValueError, match=r"cache\.positions is damaged"):
         history_attention(q, q, q, cache, layer=0, backend=backend)
@@ -146,12 +149,12 @@ def test_the_raw_op_checks_its_layer_and_memory():
     assert cache.length == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_saved_view_of_the_cache_notices_the_append(backend):
-    cache = HistoryCache(1, 1, 2, 64, 64, torch.bfloat16)
-    q = torch.randn(1, 2, 16, 64).bfloat16()
+@pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton", "cuda"))
+def test_a_saved_view_of_the_cache_notices_the_append(backend, device):
+    cache = HistoryCache(1, 1, 2, 64, 64, torch.bfloat16, device)
+    q = torch.randn(1, 2, 16, 64, device=device).bfloat16()
     history_attention(q, q, q, cache, layer=0, backend=backend)
-    weight = torch.randn(64, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(64, dtype=torch.bfloat16, device=device, requires_grad=True)
     loss = (cache.keys[0, :, :, :16] * weight).sum()
     history_attention(q, q, q, cache, layer=0, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

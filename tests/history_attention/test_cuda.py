@@ -9,31 +9,34 @@ from hypothesis import strategies as st
 from ard_kernels import HeadNorm
 from ard_kernels.common import extension
 from ard_kernels.history_attention import cuda
-from ard_kernels.history_attention.norm import normalise
 from ard_kernels.history_attention.tiles import make_tables, schedule
+from testing import plain
+from testing.devices import on_devices
+from testing.drawing import FEW_AND_MANY
 from testing.oracle import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEAD_DIMS = [8, 64, 72, 128, 136, 256]
 
 
-@pytest.fixture(params=[0, 3, 7])
-def seed(request):
-    """Order of the emulated threads."""
-    extension.emulated.set_seed(request.param)
-    yield request.param
-    extension.emulated.set_seed(0)
+on_cuda = pytest.mark.parametrize(("backend", "device"), on_devices("cuda"))
 
 
-@settings(max_examples=2000)
-@given(
+draw_tables = given(
     rows=st.integers(1, 40),
     start=st.integers(0, 150),
     cuts=st.tuples(st.integers(0, 150), st.integers(0, 150)),
     blocks=st.tuples(st.sampled_from([1, 4, 16, 64]), st.sampled_from([1, 4, 16, 64])),
     splits=st.integers(1, 9),
 )
-def test_tables_equal_the_dense_mask(rows, start, cuts, blocks, splits):
+
+
+@FEW_AND_MANY
+def test_tables_equal_the_dense_mask(many):
+    settings(max_examples=(200, 2000)[many])(draw_tables(check_tables))()
+
+
+def check_tables(rows, start, cuts, blocks, splits):
     """Every row meets every column it sees once, in one of the splits; no tile is for nothing, full tiles are full."""
     sink_stop, window_start = sorted(min(cut, start) for cut in cuts)
     stop, (block_m, block_n) = start + rows, blocks
@@ -67,55 +70,58 @@ def test_tables_are_made_once():
     assert schedule(256, 100, 512, 768, 64, 64, device)[1] == 1 + 1 + 4, "the sink's last 36 columns, masked"
 
 
-def packed(B, H, L, D, dtype):
-    qkv = (2 * torch.randn(B, L, 3, H, D) + 0.5).to(dtype)
+def packed(B, H, L, D, dtype, device):
+    qkv = (2 * torch.randn(B, L, 3, H, D, device=device) + 0.5).to(dtype)
     return tuple(x.transpose(1, 2) for x in qkv.unbind(2))
 
 
 def appended(q, k, v, q_norm=None, k_norm=None, start=5):
     """(normalised q, the segment's keys and values of a cache); the rest of the cache stays as it was."""
     B, H, L, D = k.shape
-    cache = torch.full((2, B, H, start + L + 3, D), float("nan"), dtype=k.dtype)
+    cache = torch.full((2, B, H, start + L + 3, D), float("nan"), dtype=k.dtype, device=k.device)
     normed_q = cuda.append(q, k, v, *cache, start, q_norm, k_norm)
     assert cache[:, :, :, :start].isnan().all() and cache[:, :, :, start + L :].isnan().all()
     return normed_q, *cache[:, :, :, start : start + L]
 
 
+@on_cuda
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", HEAD_DIMS)
-def test_append_is_exact(D, dtype, seed):
+def test_append_is_exact(backend, device, D, dtype, seed):
     for shape in ((2, 3, 7, D), (1, 2, 300 // (D // 8), D)):  # less and more than one block of 256 units
-        q, k, v = packed(*shape, dtype)
+        q, k, v = packed(*shape, dtype, device)
         same_q, keys, values = appended(q, k, v)
         assert same_q is q and torch.equal(keys, k) and torch.equal(values, v)
     expanded = k[:, :1, :1].expand(2, 3, 5, D)
     assert torch.equal(appended(expanded, expanded, expanded)[1], expanded)
 
 
+@on_cuda
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", HEAD_DIMS)
-def test_append_normalises(D, dtype, kind, seed):
-    q, k, v = packed(*((2, 2, 19, D) if D < 128 else (1, 1, 40, D)), dtype)  # 3 to 5 blocks a head from 128 on
-    own, wide = (1 + torch.randn(D)).to(dtype), torch.randn(D)
+def test_append_normalises(backend, device, D, dtype, kind, seed):
+    q, k, v = packed(*((2, 2, 19, D) if D < 128 else (1, 1, 40, D)), dtype, device)  # 3 to 5 blocks a head from 128 on
+    own, wide = (1 + torch.randn(D, device=device)).to(dtype), torch.randn(D, device=device)
     for weight, bias in ((None, None), (own, None), (wide, wide), (wide, own)):
         norm = HeadNorm(kind, weight, bias if kind == "layer" else None, eps=0.5)
         normed_q, keys, values = appended(q, k, v, norm, norm)
         assert torch.equal(values, v)
         exact = HeadNorm(kind, *(None if p is None else p.double() for p in (norm.weight, norm.bias)), eps=0.5)
         for got, x in ((normed_q, q), (keys, k)):
-            assert_close(got, normalise(x, norm), normalise(x.double(), exact), label=f"{D} {kind}")
+            assert_close(got, plain.head_norm(x, norm), plain.head_norm(x.double(), exact), label=f"{D} {kind}")
         assert torch.equal(appended(q, k, v, None, norm)[1], keys) and torch.equal(appended(q, k, v, norm)[1], k)
         assert torch.equal(appended(q, k, v, norm, norm)[0], normed_q), "bit-equal over runs"
 
 
+@on_cuda
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_statistics_take_two_passes(dtype):
+def test_statistics_take_two_passes(backend, device, dtype):
     """A mean of a hundred deviations: E[x^2] - E[x]^2 in fp32 would leave no digits of bfloat16's spread."""
-    x = (100 + torch.randn(1, 1, 4, 72)).to(dtype) * (64 if dtype == torch.bfloat16 else 8)
+    x = (100 + torch.randn(1, 1, 4, 72, device=device)).to(dtype) * (64 if dtype == torch.bfloat16 else 8)
     norm = HeadNorm("layer")
     keys = appended(x, x, x, None, norm)[1]
-    assert_close(keys, normalise(x, norm), normalise(x.double(), norm))
+    assert_close(keys, plain.head_norm(x, norm), plain.head_norm(x.double(), norm))
 
 
 def add_splits(partial, maximum, total, out):
@@ -123,23 +129,25 @@ def add_splits(partial, maximum, total, out):
     splits, B, H, L, D = partial.shape
     statistics = torch.stack([maximum, total], -1)
     workspace = torch.cat([partial.flatten(), statistics.flatten()])
-    extension.emulated.history_add_splits(
-        workspace.data_ptr(), extension.heads_view(out), B, H, L, D, splits, extension.dtype_code(out.dtype), 0
-    )
+    dtype, stream = extension.dtype_code(out.dtype), extension.stream(out.device)
+    view = extension.heads_view(out)
+    extension.gpu(out.device).history_add_splits(workspace.data_ptr(), view, B, H, L, D, splits, dtype, stream)
     return out
 
 
+@on_cuda
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize(("splits", "D"), [(2, 72), (3, 8), (5, 128), (9, 64), (4, 256)])
-def test_splits_add_up(splits, D, dtype, seed):
+def test_splits_add_up(backend, device, splits, D, dtype, seed):
     B, H, L = 2, 2, 11
-    partial = torch.randn(splits, B, H, L, D)
-    maximum, total = 5 * torch.randn(splits, B, H, L), 1 + torch.rand(splits, B, H, L)
+    partial = torch.randn(splits, B, H, L, D, device=device)
+    maximum = 5 * torch.randn(splits, B, H, L, device=device)
+    total = 1 + torch.rand(splits, B, H, L, device=device)
     maximum[:, 1] *= 40  # exp2 of what lies between them is past fp32
-    empty = torch.rand(splits, B, H, L) < 0.3
+    empty = torch.rand(splits, B, H, L, device=device) < 0.3
     empty[1] = False
     maximum[empty], total[empty], partial[empty] = float("-inf"), 0, 0
-    out = torch.full((B, L, 3, H, D), float("nan"), dtype=dtype)
+    out = torch.full((B, L, 3, H, D), float("nan"), dtype=dtype, device=device)
     got = add_splits(partial, maximum, total, out[:, :, 1].transpose(1, 2))
     assert out[:, :, 0].isnan().all() and out[:, :, 2].isnan().all()
 
@@ -149,13 +157,14 @@ def test_splits_add_up(splits, D, dtype, seed):
 
     expected = combined(*(x.double() for x in (partial, maximum, total)))
     assert_close(got, combined(partial, maximum, total).to(dtype), expected)
-    again = add_splits(partial, maximum, total, torch.empty(B, H, L, D, dtype=dtype))
+    again = add_splits(partial, maximum, total, torch.empty(B, H, L, D, dtype=dtype, device=device))
     assert torch.equal(again, got)
 
 
-def test_what_cuda_refuses():
-    cpu = torch.device("cpu")
-    assert cuda.refuses(cpu, torch.bfloat16, 72) is None
-    assert "triton" in cuda.refuses(cpu, torch.float32, 72)
-    assert "head dim 88" in cuda.refuses(cpu, torch.bfloat16, 88)
-    assert "torch backend" in cuda.refuses(cpu, torch.float64, 72)
+@on_cuda
+def test_what_it_refuses(backend, device):
+    device = torch.device(device)
+    assert cuda.refuses(device, torch.bfloat16, 72) is None
+    assert "triton" in cuda.refuses(device, torch.float32, 72)
+    assert "head dim 88" in cuda.refuses(device, torch.bfloat16, 88)
+    assert "torch backend" in cuda.refuses(device, torch.float64, 72)

@@ -15,60 +15,54 @@ from ard_kernels import (
     history_attention,
 )
 from ard_kernels.block_causal_attention.reference import block_causal_attention as dense_reference
-from ard_kernels.block_causal_attention.spec import dense_mask, useful_pairs
+from ard_kernels.block_causal_attention.spec import useful_pairs
 from ard_kernels.common import extension
 from ard_kernels.common.segments import segment_offsets
-from ard_kernels.history_attention import splits
+from ard_kernels.history_attention import cuda, splits
 from ard_kernels.history_attention.reference import history_attention as reference
 from ard_kernels.history_attention.spec import visible_tokens
 from ard_kernels.history_attention.splits import LEAST_TILES, share_tiles, split_count
+from testing import plain
+from testing.devices import SIMULATED, on_devices
+from testing.drawing import FEW_AND_MANY
 from testing.oracle import assert_close
 
-BACKENDS = ["torch", "cpu", "triton", "cuda"]  # triton: in its interpreter, cuda: in the emulator; so smaller cases
-HALVES = [torch.bfloat16, torch.float16]
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES, HALVES = (FP32, BF16, FP16), (BF16, FP16)
 # The tensor cores of "cuda" would round fp32.
-BACKENDS_AND_DTYPES = [(b, d) for b in BACKENDS for d in [torch.float32, *HALVES] if b != "cuda" or d in HALVES]
+WITH_DTYPE = on_devices(torch=[FP32], cpu=[FP32], triton=[FP32], cuda=[BF16])
 MASKS = {"M1": (1, 0), "M2": (2, 0), "M3": (1, 1), "M4": (None, 0), "window2_sink1": (2, 1)}
 
 
-def make_segments(B, H, lengths, D, dtype=torch.float32, packed=True):
+def make_segments(B, H, lengths, D, dtype=torch.float32, packed=True, device="cpu"):
     segments = []
     for length in lengths:
-        qkv = torch.randn(B, length, 3, H, D).to(dtype)
+        qkv = torch.randn(B, length, 3, H, D, device=device).to(dtype)
         parts = (x.transpose(1, 2) for x in qkv.unbind(2))
         segments.append(tuple(parts if packed else (x.contiguous() for x in parts)))
     return segments
 
 
-def check(backend, lengths, mask, B=2, H=3, D=72, dtype=torch.float32, packed=True):
-    segments = make_segments(B, H, lengths, D, dtype, packed)
-    cache = HistoryCache(1, B, H, D, sum(lengths), dtype)
+def check(backend, device, lengths, mask, B=1, H=2, D=72, dtype=FP32, packed=True):
+    segments = make_segments(B, H, lengths, D, dtype, packed, device)
+    cache = HistoryCache(1, B, H, D, sum(lengths), dtype, device)
     cache.keys.fill_(float("nan"))
     cache.values.fill_(float("nan"))
-    steps = []
-    for step, (q, k, v) in enumerate(segments):
-        out = history_attention(q, k, v, cache, layer=0, window=mask[0], sink=mask[1], backend=backend)
-        so_far = segments[: step + 1]
-        expected = reference(so_far, *mask)
-        plain_in = [torch.cat(parts, 2) for parts in zip(*so_far, strict=True)]
-        plain = dense_plain(*plain_in, lengths[: step + 1], *mask)[:, :, -lengths[step] :]
-        steps.append((out, plain, expected))
-    assert_close(*(torch.cat(parts, 2) for parts in zip(*steps, strict=True)))
+    how = {"layer": 0, "window": mask[0], "sink": mask[1], "backend": backend}
+    out = [history_attention(*segment, cache, **how) for segment in segments]
+    expected = [reference(segments[: step + 1], *mask) for step in range(len(segments))]
+    assert_close(torch.cat(out, 2), plain.history_attention(segments, *mask), torch.cat(expected, 2))
     assert torch.equal(cache.keys[0], torch.cat([k for _, k, _ in segments], 2))
     assert torch.equal(cache.values[0], torch.cat([v for _, _, v in segments], 2))
     assert cache.offsets == [segment_offsets(lengths, sum(lengths)) if len(lengths) > 1 else [0, lengths[0]]]
 
 
-def dense_plain(q, k, v, lengths, window, sink):
-    mask = dense_mask(lengths, q.shape[2], window, sink)
-    return ((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))).softmax(-1) @ v
-
-
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype"), on_devices(torch=DTYPES, cpu=DTYPES, triton=DTYPES, cuda=HALVES)
+)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_steps_equal_the_dense_reference(backend, mask, dtype, poisoned):
-    B, H = (1, 2) if backend in ("triton", "cuda") else (2, 3)
-    check(backend, [16, 16, 16, 16], mask, B, H, dtype=dtype)
+def test_steps_equal_the_dense_reference(backend, device, mask, dtype, poisoned):
+    check(backend, device, [16, 16, 16, 16], mask, dtype=dtype)
 
 
 @pytest.fixture
@@ -79,24 +73,27 @@ def split_counts(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_split_keys(mask, dtype, poisoned, split_counts):
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "mask"),
+    on_devices(triton=[(BF16, "M1"), (FP32, "M2"), (BF16, "M3"), (FP32, "M4"), (BF16, "M4")]),
+)
+def test_split_keys(backend, device, dtype, mask, poisoned, split_counts):
     """Few rows, many keys: several programs share them, but for M1, where a segment sees itself alone."""
-    check("triton", [200, 33, 32, 30, 7], mask, 1, 1, 72, dtype)
-    assert (max(split_counts) > 1) == (mask != MASKS["M1"])
-    assert mask != MASKS["M4"] or split_counts == [1, 2, 4, 4, 4]
+    check(backend, device, [200 if SIMULATED else 2000, 33, 32, 30, 7], MASKS[mask], 1, 1, 72, dtype)
+    assert (max(split_counts[1:]) > 1) == (mask != "M1")
+    assert not SIMULATED or mask != "M4" or split_counts == [1, 2, 4, 4, 4]  # of a GPU with 4 multiprocessors
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("backend", "device", "dtype"), on_devices(cuda=HALVES))
 @pytest.mark.parametrize(
     ("mask", "counts"),
     [("M1", [2, 2, 1, 1]), ("M2", [2, 2, 2, 1]), ("M3", [2, 2, 3, 3]), ("M4", [2, 2, 4, 4])],
 )
-def test_split_keys_cuda(mask, counts, dtype, poisoned, split_counts, monkeypatch):
+def test_split_keys_of_one_tile(backend, device, mask, counts, dtype, poisoned, split_counts, monkeypatch):
     """Up to one split per key tile, partly filled ones among them; 4 multiprocessors."""
     monkeypatch.setattr(splits, "LEAST_TILES", 1)
-    check("cuda", [100, 70, 30, 7], MASKS[mask], 1, 1, 72, dtype)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 4)
+    check(backend, device, [100, 70, 30, 7], MASKS[mask], 1, 1, 72, dtype)
     assert split_counts == counts
 
 
@@ -110,32 +107,35 @@ def test_splits_fit_the_workspace(row_tiles, column_tiles, multiprocessors):
     assert shares <= splits and (shares - 1) * tiles < column_tiles <= shares * tiles, "no share is empty"
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
-@settings(max_examples=40)
-@given(
-    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5),
-    mask=st.tuples(st.one_of(st.none(), st.integers(1, 5)), st.integers(0, 4)),
-    shape=st.tuples(st.integers(1, 2), st.integers(1, 2), st.sampled_from([8, 24, 72])),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    packed=st.booleans(),
-)
-def test_drawn_cases(backend, lengths, mask, shape, dtype, packed):
-    check(backend, lengths, mask, *shape, dtype, packed)
+# What a drawn case of each backend may have, and how many are drawn in the fast and in the slow tests.
+DRAWN = {
+    "torch": {"longest": 20, "sizes": 2, "dims": [8, 24, 72], "dtypes": DTYPES, "examples": (20, 100)},
+    "cpu": {"longest": 20, "sizes": 2, "dims": [8, 24, 72], "dtypes": DTYPES, "examples": (20, 100)},
+    "triton": {"longest": 20, "sizes": 2, "dims": [8, 24, 72], "dtypes": DTYPES, "examples": (10, 40)},
+    "cuda": {"longest": 70, "sizes": 1, "dims": [64, 72, 128], "dtypes": HALVES, "examples": (10, 25)},
+}
 
 
-@settings(max_examples=25)
-@given(
-    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
-    mask=st.tuples(st.one_of(st.none(), st.integers(1, 4)), st.integers(0, 3)),
-    D=st.sampled_from([64, 72, 128]),
-    dtype=st.sampled_from(HALVES),
-    packed=st.booleans(),
-    seed=st.integers(0, 2**32),
-)
-def test_drawn_cases_cuda(lengths, mask, D, dtype, packed, seed):
-    extension.emulated.set_seed(seed)
-    check("cuda", lengths, mask, 1, 1, D, dtype, packed)
-    extension.emulated.set_seed(0)
+@pytest.mark.parametrize(("backend", "device"), on_devices(*DRAWN))
+@FEW_AND_MANY
+def test_drawn_cases(backend, device, many):
+    most = DRAWN[backend]
+
+    @settings(max_examples=most["examples"][many])
+    @given(
+        lengths=st.lists(st.integers(1, most["longest"]), min_size=1, max_size=5),
+        mask=st.tuples(st.one_of(st.none(), st.integers(1, 5)), st.integers(0, 4)),
+        shape=st.tuples(st.integers(1, most["sizes"]), st.integers(1, most["sizes"]), st.sampled_from(most["dims"])),
+        dtype=st.sampled_from(most["dtypes"]),
+        packed=st.booleans(),
+        seed=st.integers(0, 2**32),
+    )
+    def draw(lengths, mask, shape, dtype, packed, seed):
+        if backend == "cuda" and SIMULATED:
+            extension.emulated.set_seed(seed)
+        check(backend, device, lengths, mask, *shape, dtype, packed)
+
+    draw()
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.one_of(st.none(), st.integers(1, 6)), st.integers(0, 5))
@@ -149,13 +149,12 @@ def test_visible_tokens_count_the_pairs_of_the_mask(lengths, window, sink):
     assert total == useful_pairs(lengths, sum(lengths), window, sink)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bit_equal_over_threads_and_runs(backend, thread_counts):
-    dtype = torch.bfloat16 if backend == "cuda" else torch.float32
-    segments = make_segments(2, 2, [32, 32], 72, dtype)
+@pytest.mark.parametrize(("backend", "device", "dtype"), WITH_DTYPE)
+def test_bit_equal_over_threads_and_runs(backend, device, dtype, thread_counts):
+    segments = make_segments(2, 2, [32, 32], 72, dtype, device=device)
 
     def run():
-        cache = HistoryCache(1, 2, 2, 72, 64, dtype)
+        cache = HistoryCache(1, 2, 2, 72, 64, dtype, device)
         return [history_attention(*s, cache, layer=0, backend=backend) for s in segments] + [cache.keys, cache.values]
 
     first = run()
@@ -163,16 +162,16 @@ def test_bit_equal_over_threads_and_runs(backend, thread_counts):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{count} threads"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_offsets_beyond_int32(backend):
+@pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton", "cuda"))
+def test_offsets_beyond_int32(backend, device):
     """Two samples more than 2**31 elements apart; the memory between them is reserved, never touched."""
-    storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16)
+    storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device=device)
     far = storage.as_strided((2, 3, 4, 64), (2**31 + 64, 256, 64, 1))
-    near = torch.randn(2, 3, 4, 64).bfloat16()
+    near = torch.randn(2, 3, 4, 64, device=device).bfloat16()
     far.copy_(near)
     outputs = []
     for x in (far, near):
-        cache = HistoryCache(1, 2, 3, 64, 4, torch.bfloat16)
+        cache = HistoryCache(1, 2, 3, 64, 4, torch.bfloat16, device)
         outputs.append((history_attention(x, x, x, cache, layer=0, backend=backend), cache.keys, cache.values))
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
     attention = {"cpu": "torch"}.get(backend, backend)
@@ -186,7 +185,7 @@ BAD = {
     "empty": (lambda q: (q[:, :, :0],) * 3, {}, "k has 0 tokens; expected a segment of at least 1"),
     "window": (lambda q: (q, q, q), {"window": 0}, "window is 0"),
     "shape": (lambda q: (q, q[:, :, :4], q), {}, "k has shape"),
-    "device": (lambda q: (q.to("meta"),) * 3, {}, "k is on meta; expected the cache's cpu"),
+    "device": (lambda q: (q.to("meta"),) * 3, {}, "k is on meta; expected the cache's (cpu|cuda)"),
     "backend": (lambda q: (q, q, q), {"backend": "tpu"}, "backend 'tpu' .* unknown backend"),
     "q_norm": (lambda q: (q, q, q), {"q_norm": "rms"}, "q_norm is 'rms'; expected None or an ard_kernels.HeadNorm"),
     "norm's shape": (
@@ -202,48 +201,51 @@ BAD = {
     "norm's device": (
         lambda q: (q, q, q),
         {"q_norm": HeadNorm(weight=torch.ones(16, device="meta"))},
-        "q_norm.weight is on meta; expected q's cpu",
+        "q_norm.weight is on meta; expected q's (cpu|cuda)",
     ),
 }
 
 
 @pytest.mark.parametrize(("make", "arguments", "message"), BAD.values(), ids=BAD)
-def test_bad_input_leaves_the_cache_alone(make, arguments, message):
-    cache = HistoryCache(2, 1, 2, 16, 64)
+def test_bad_input_leaves_the_cache_alone(make, arguments, message, device):
+    cache = HistoryCache(2, 1, 2, 16, 64, device=device)
     cache.keys.zero_()
-    q = torch.randn(1, 2, 16, 16)
+    q = torch.randn(1, 2, 16, 16, device=device)
     with pytest.raises(ValueError, match=f"history_attention: .*{message}"):
         history_attention(*make(q), cache, **{"layer": 0, **arguments})
     assert cache.length == 0 and not cache.keys.any()
 
 
-def test_gradients_are_refused():
-    q = torch.randn(1, 2, 16, 16, requires_grad=True)
+@pytest.mark.parametrize(("backend", "device", "dtype"), WITH_DTYPE)
+def test_gradients_are_refused(backend, device, dtype):
+    q = torch.randn(1, 2, 16, 64, device=device).to(dtype).requires_grad_()
+    cache = HistoryCache(1, 1, 2, 64, 16, dtype, device)
     with pytest.raises(RuntimeError, match="requires a gradient; expected sampling under"):
-        history_attention(q, q, q, HistoryCache(1, 1, 2, 16, 16), layer=0)
-    norm = HeadNorm(weight=torch.ones(16, requires_grad=True))
+        history_attention(q, q, q, cache, layer=0, backend=backend)
+    norm = HeadNorm(weight=torch.ones(64, device=device, requires_grad=True))
     with pytest.raises(RuntimeError, match="or a norm requires a gradient; expected sampling under"):
-        history_attention(*[q.detach()] * 3, HistoryCache(1, 1, 2, 16, 16), layer=0, k_norm=norm)
+        history_attention(*[q.detach()] * 3, cache, layer=0, k_norm=norm, backend=backend)
+    assert cache.length == 0
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_flops_of_all_steps_equal_the_mask(mask):
-    cache = HistoryCache(1, 2, 3, 24, 64)
+def test_flops_of_all_steps_equal_the_mask(mask, device):
+    cache = HistoryCache(1, 2, 3, 24, 64, device=device)
     with FlopCounterMode(display=False) as counter:
-        for q, k, v in make_segments(2, 3, [16] * 4, 24):
+        for q, k, v in make_segments(2, 3, [16] * 4, 24, device=device):
             history_attention(q, k, v, cache, layer=0, window=mask[0], sink=mask[1], q_norm=HeadNorm())
     assert counter.get_total_flops() == 4 * 2 * 3 * 24 * useful_pairs([16], 64, *mask)
 
 
-def test_compiles_to_one_graph():
-    segments = make_segments(1, 2, [16] * 4, 16)
-    caches = HistoryCache(1, 1, 2, 16, 64), HistoryCache(1, 1, 2, 16, 64)
-
-    norm = HeadNorm("layer", torch.randn(16), torch.randn(16))
+@pytest.mark.parametrize(("backend", "device", "dtype"), WITH_DTYPE)
+def test_compiles_to_one_graph(backend, device, dtype):
+    segments = make_segments(1, 2, [16] * 4, 64, dtype, device=device)
+    caches = [HistoryCache(1, 1, 2, 64, 64, dtype, device) for _ in range(2)]
+    norm = HeadNorm("layer", torch.randn(64, device=device), torch.randn(64, device=device))
 
     def step(q, k, v, cache):
         norms = {"q_norm": HeadNorm(eps=1e-3), "k_norm": norm}
-        return history_attention(q, k, v, cache, layer=0, window=2, **norms).sin()
+        return history_attention(q, k, v, cache, layer=0, window=2, backend=backend, **norms).sin()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -253,33 +255,34 @@ def test_compiles_to_one_graph():
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer", None])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend, norm):
-    dtype = torch.bfloat16 if backend == "cuda" else torch.float32
-    q, k, v = make_segments(2, 3, [8], 64, dtype)[0]
-    cache = HistoryCache(1, 2, 3, 64, 32, dtype)
+@pytest.mark.parametrize(("backend", "device", "dtype"), WITH_DTYPE)
+def test_opcheck(backend, device, dtype, norm):
+    q, k, v = make_segments(2, 3, [8], 64, dtype, device=device)[0]
+    cache = HistoryCache(1, 2, 3, 64, 32, dtype, device)
     history_attention(q, k, v, cache, layer=0, backend="torch")
     memory = cache.keys, cache.values, cache.workspace, cache.positions
-    weight, bias = torch.randn(64).to(dtype) if norm else None, torch.randn(64) if norm == "layer" else None
+    weight = torch.randn(64, device=device).to(dtype) if norm else None
+    bias = torch.randn(64, device=device) if norm == "layer" else None
     norms = (norm, weight, None, 1e-6, norm, None, bias, 1e-6)
     inputs = (q, k, v, *memory, 0, 2, 1, 0.25, *norms, backend)
     torch.library.opcheck(torch.ops.ard.history_attention, inputs)
 
 
-def test_autocast():
-    q, k, v = (torch.randn(1, 2, 16, 16) for _ in range(3))
-    cache = HistoryCache(1, 1, 2, 16, 16, torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert history_attention(q, k, v, cache, layer=0).dtype == torch.bfloat16
+@pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton", "cuda"))
+def test_autocast(backend, device):
+    q, k, v = (torch.randn(1, 2, 16, 64, device=device) for _ in range(3))
+    cache = HistoryCache(1, 1, 2, 64, 16, torch.bfloat16, device)
+    with torch.autocast(device, torch.bfloat16):
+        assert history_attention(q, k, v, cache, layer=0, backend=backend).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("layout", ["bhtd", "bthd"])
-def test_routing_trains_and_samples_alike(mask, layout):
+def test_routing_trains_and_samples_alike(mask, layout, device):
     routing = HistoryRouting(3, 2, *mask)
-    cache = HistoryCache(2, 2, 3, 24, 48)
+    cache = HistoryCache(2, 2, 3, 24, 48, device=device)
     axis = layout.index("t")
-    q, k, v = (torch.randn(2, 3, 48, 24) for _ in range(3))
+    q, k, v = (torch.randn(2, 3, 48, 24, device=device) for _ in range(3))
     if layout == "bthd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     segments = [[x.narrow(axis, t, 16) for x in (q, k, v)] for t in (0, 16, 32)]

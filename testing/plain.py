@@ -1,0 +1,90 @@
+"""Every op in plain PyTorch, in the dtypes of its inputs: what users write, and what the oracle measures by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from ard_kernels import HeadNorm
+from ard_kernels.block_causal_attention.spec import dense_mask
+from ard_kernels.segment_adaln.spec import row_of_token
+
+EPS = 1e-6
+TAKES = {  # arguments of the adaLN family
+    "adaln_modulate": ("x", "shift", "scale"),
+    "gate_residual_adaln": ("x", "branch", "gate", "shift", "scale"),
+    "gate_residual": ("x", "branch", "gate"),
+}
+
+
+def attention(q, k, v, sees_TT: torch.Tensor, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale q k^T where sees, -inf elsewhere) v of (..., T, D) and its log-sum-exp (..., T)."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~sees_TT, float("-inf"))
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def block_causal_attention(
+    q, k, v, lengths: Sequence[int], window: int | None = None, sink: int = 0, scale: float | None = None
+) -> torch.Tensor:
+    """Attention of (B, H, T, D) under the dense mask."""
+    return attention(q, k, v, dense_mask(lengths, q.shape[2], window, sink, q.device), scale)[0]
+
+
+def history_attention(
+    segments, window=None, sink=0, scale=None, q_norm: HeadNorm | None = None, k_norm: HeadNorm | None = None
+) -> torch.Tensor:
+    """Outputs (B, H, T, D) of all steps, one after the other: (q, k, v) of each in `segments`, each (B, H, L_i, D)."""
+    q, k, v = (torch.cat(parts, 2) for parts in zip(*segments, strict=True))
+    lengths = [segment[0].shape[2] for segment in segments]
+    q, k = head_norm(q, q_norm), head_norm(k, k_norm)
+    return block_causal_attention(q, k, v, lengths, window, sink, scale)
+
+
+def head_norm(x: torch.Tensor, norm: HeadNorm | None) -> torch.Tensor:
+    """x (..., D) by `norm`, statistics and parameters in fp32 (fp64 for fp64), rounded once."""
+    if norm is None:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    weight, bias = (None if parameter is None else parameter.to(wide.dtype) for parameter in (norm.weight, norm.bias))
+    if norm.kind == "layer":
+        return F.layer_norm(wide, x.shape[-1:], weight, bias, norm.eps).to(x.dtype)
+    return F.rms_norm(wide, x.shape[-1:], weight, norm.eps).to(x.dtype)
+
+
+def adaln(
+    op: str,
+    *inputs: torch.Tensor,
+    lengths: Sequence[int] = (),
+    eps: float = EPS,
+    spread: Callable | None = None,
+    norm: Callable | None = None,
+    y_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """The adaLN family: h = x + gate * branch, y = LayerNorm(h) * (1 + scale) + shift; those of h, y that `op` returns.
+
+    Args:
+        inputs: those of TAKES[op].
+        lengths: of the segments; [1] for rows per token.
+        spread: (B, S, C) rows to (B, T, C), each token's; default by `lengths`.
+        norm: over the last dim; default PyTorch's LayerNorm with `eps`.
+        y_dtype: of y; default that of x.
+    """
+    named = dict(zip(TAKES[op], inputs, strict=True))
+    x = h = named["x"]
+    norm = norm or partial(F.layer_norm, normalized_shape=x.shape[-1:], eps=eps)
+    if spread is None:
+        row_T = row_of_token(lengths, x.shape[1], x.device)
+
+        def spread(rows):
+            return rows[:, row_T]
+
+    if "branch" in named:
+        h = (x + spread(named["gate"]) * named["branch"]).to(x.dtype)
+    if "shift" not in named:
+        return (h,)
+    y = (norm(h) * (1 + spread(named["scale"])) + spread(named["shift"])).to(y_dtype or x.dtype)
+    return (h, y) if "branch" in named else (y,)

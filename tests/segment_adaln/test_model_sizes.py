@@ -1,0 +1,26 @@
+"""The model's sizes on a GPU, tiny ones on the CPU: values against fp64, repeats bit for bit, CUDA graphs."""
+
+import pytest
+import torch
+
+from testing.cases import ADALN
+from testing.model_cases import model_layer, parameters, values
+from testing.model_checks import check_values, differing_runs, graph_equals_eager
+
+OPS = (*ADALN,)
+NAMES = ("backend", "device", "case")
+
+
+@pytest.mark.parametrize(NAMES, parameters(values(*OPS)))
+def test_values(backend, device, case, record_property):
+    record_property("error_ratios", check_values(case, backend, torch.device(device)))
+
+
+@pytest.mark.parametrize(NAMES, parameters(model_layer(*OPS, batch=2)))
+def test_repeats_are_bit_equal(backend, device, case):
+    assert differing_runs(case, backend, torch.device(device), repeats=3 if device == "cpu" else 1000) == 0
+
+
+@pytest.mark.parametrize(NAMES, parameters(model_layer(*OPS, batch=4)))
+def test_cuda_graph_equals_eager(backend, device, case):
+    assert graph_equals_eager(case, backend, torch.device(device))

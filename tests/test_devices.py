@@ -1,0 +1,60 @@
+"""What runs where: collected as on a machine with a GPU, by a stand-in that says there is one."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("block_causal_attention", "history_attention", "segment_adaln")
+A_GPU_IN_SIGHT = "import torch\ntorch.cuda.is_available = lambda: True\n"
+# Of each room: what compares values, what compares gradients, what holds the contract.
+PARITY = {
+    "block_causal_attention": ["test_parity.py::test_equal_segments", "test_parity.py::test_drawn_cases"],
+    "history_attention": ["test_history.py::test_steps_equal_the_dense_reference", "test_norm.py::test_two_steps"],
+    "segment_adaln": ["test_parity.py::test_model_width", "test_parity.py::test_strides_and_ragged_segments"],
+}
+GRADIENTS = {
+    "block_causal_attention": ["test_parity.py::test_any_scale", "test_parity.py::test_tokens_that_overlap_in_memory"],
+    "history_attention": ["test_history.py::test_gradients_are_refused"],
+    "segment_adaln": ["test_parity.py::test_only_one_output_used", "test_parity.py::test_expanded_rows_and_inputs"],
+}
+CONTRACT = {
+    "block_causal_attention": ["bit_equal_over_runs_and_threads", "opcheck", "compiles_to_one_graph", "autocast"],
+    "history_attention": ["bit_equal_over_threads_and_runs", "opcheck", "compiles_to_one_graph", "autocast"],
+    "segment_adaln": ["bit_equal_over_runs_and_threads", "opcheck", "compiles_to_one_graph", "autocast"],
+}
+WHERE = re.compile(r"(?:torch|cpu|triton|cuda)-on-(?:cpu|cuda)")
+MODEL_SIZES = ("test_values", "test_repeats_are_bit_equal", "test_cuda_graph_equals_eager")
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """Node ids of the rooms' tests, as a machine with a GPU would collect them."""
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "planted.py").write_text(A_GPU_IN_SIGHT)
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = environment | {"PYTHONPATH": path} | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "planted", "-p", "no:cacheprovider"]
+    command += [f"tests/{room}" for room in ROOMS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("room", ROOMS)
+def test_each_kind_of_test_is_on_the_gpu(collected, room, backend):
+    on_gpu = [line for line in collected if f"tests/{room}/" in line and f"{backend}-on-cuda" in line]
+    wanted = PARITY[room] + GRADIENTS[room] + [f"test_{name}" for name in CONTRACT[room]]
+    for name in wanted + [f"test_model_sizes.py::{name}" for name in MODEL_SIZES]:
+        assert any(name in line for line in on_gpu), name
+
+
+def test_no_kernel_of_a_gpu_is_interpreted_or_emulated_beside_one(collected):
+    pairs = {pair for line in collected for pair in WHERE.findall(line)}
+    assert pairs == {"torch-on-cpu", "cpu-on-cpu", "torch-on-cuda", "triton-on-cuda", "cuda-on-cuda"}
