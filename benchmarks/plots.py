@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def draw(name: str, rooms: dict[str, dict], folder: Path) -> dict[str, str]:
 
 def label(row: Row) -> str:
     shape = row.shape.removeprefix(row.op).replace(row.dtype, "").replace("packed", "")
-    return f"{row['op']} {' '.join(shape.split(', rows')[0].split())}, {row['direction']}"
+    return f"{row.op} {' '.join(shape.split(', rows')[0].split())}, {row.direction}"
 
 
 def draw_speed(rows: Sequence[Row]) -> plt.Figure:
@@ -73,13 +74,18 @@ def draw_speed(rows: Sequence[Row]) -> plt.Figure:
     return figure
 
 
+def useful_tflops(row: Row) -> float:
+    rate = row.facts["rate"]
+    return rate if row.facts["unit"] == "TFLOP/s" else rate * row.facts["intensity"] / 1e3
+
+
 def draw_roofline(rows: Sequence[Row]) -> plt.Figure:
     """Useful TFLOP/s over FLOPs per byte; the roofs are the medians of the ceilings measured beside the kernels."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    ceilings = {
-        unit: sorted(r.facts["ceiling"] for r in rows if r.facts["unit"] == unit) for unit in ("TFLOP/s", "GB/s")
-    }
-    middle = {unit: values[len(values) // 2] for unit, values in ceilings.items() if values}
+    ceilings: dict[str, list[float]] = {}
+    for row in rows:
+        ceilings.setdefault(row.facts["unit"], []).append(row.facts["ceiling"])
+    middle = {unit: statistics.median_high(values) for unit, values in ceilings.items()}
     left, right = min(r.facts["intensity"] for r in rows) / 2, max(r.facts["intensity"] for r in rows) * 2
     if len(middle) == 2:
         knee = middle["TFLOP/s"] * 1e3 / middle["GB/s"]
@@ -90,10 +96,7 @@ def draw_roofline(rows: Sequence[Row]) -> plt.Figure:
     for color, op in zip(OP_COLORS, dict.fromkeys(r.op for r in rows), strict=False):
         for way, marker in (("forward", "o"), ("backward", "v"), ("forward+backward", "s")):
             points = [r for r in rows if (r.op, r.direction) == (op, way)]
-            rates = [
-                r.facts["rate"] if r.facts["unit"] == "TFLOP/s" else r.facts["rate"] * r.facts["intensity"] / 1e3
-                for r in points
-            ]
+            rates = [useful_tflops(r) for r in points]
             name = f"{op}, {way}" if points else None
             axes.plot([r.facts["intensity"] for r in points], rates, marker, color=color, label=name, markersize=6)
     axes.set_xscale("log")

@@ -1,4 +1,4 @@
-"""The tests and the dry run reach Triton's interpreter whatever the machine has, and its repairs hold."""
+"""The tests reach Triton's interpreter whatever the machine has, and its repairs hold."""
 
 import os
 import subprocess
@@ -42,14 +42,6 @@ def test_the_suite_interprets(planted, interpret, tmp_path):
     arguments = ["-q", "-p", "planted", "-p", "no:cacheprovider", *tests]
     status, output = run_module("pytest", *arguments, PYTHONPATH=path, TRITON_INTERPRET=interpret)
     assert status == 0 and "5 passed" in output, output
-
-
-def test_the_dry_run_interprets_as_the_suite_does(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(AS_IN_TRITON_3_6)
-    arguments = ["--dry-run", "--only", "determinism,sanitizer", "--out", str(tmp_path / "out")]
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    status, output = run_module("benchmarks.gpu", *arguments, PYTHONPATH=path)
-    assert status == 0, output
 
 
 @triton.jit

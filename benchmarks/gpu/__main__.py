@@ -197,7 +197,7 @@ def run_stages(run: Run, stages: list[Stage], summary: dict[str, dict]) -> None:
             if (begin := time.monotonic()) >= run.end:
                 return
             print(f"{stage.name}: {stage.purpose}", flush=True)
-            share = stage.seconds / sum(other.seconds for other in waiting[i:])
+            share = 1.0 if run.dry else stage.seconds / sum(other.seconds for other in waiting[i:])
             status = run_stage(run, stage, begin + (run.end - begin) * share)
             seconds = summary.get(stage.name, {}).get("seconds", 0.0) + time.monotonic() - begin
             summary[stage.name] = {"status": status, "seconds": round(seconds, 1)}
@@ -241,10 +241,10 @@ def print_summary(run: Run, stages: list[Stage], summary: dict[str, dict]) -> in
 def gpu_results_folder(seconds: float) -> Path:
     """benchmarks/results/<GPU>; asked in a process of its own, so that this one never holds the GPU."""
     ask = "import torch; from benchmarks.results import results_folder as f; "
-    ask += "print('folder', f() if torch.cuda.is_available() else '')"
+    ask += "print(f'folder={f()}' if torch.cuda.is_available() else '')"
     status, text = output_of(sys.executable, "-c", ask, timeout=seconds)
-    folder = text.rpartition("folder ")[2]
-    if status or not folder:
+    _, found, folder = text.rpartition("folder=")
+    if status or not found:
         sys.exit(f"benchmarks.gpu: torch sees no CUDA GPU; expected one (--dry-run needs none)\n{text}")
     return Path(folder)
 
