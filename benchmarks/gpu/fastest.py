@@ -1,9 +1,8 @@
-"""`python -m benchmarks.gpu.fastest FOLDER`: which of our GPU backends the library chooses by itself.
+"""`python -m benchmarks.gpu.fastest FOLDER`: where the library chooses the CUDA C++ kernels by itself.
 
-Writes ard_kernels/tuned/fastest.json from what one run of `make gpu-check` left in FOLDER. A backend is listed for a
-shape class when it was measured the fastest of ours there (forward + backward together; history attention has the
-forward alone), the op's tests passed with it on the GPU, bit-equal repeats among them, and so did compute-sanitizer.
-Entries of other architectures stay as they are.
+Writes ard_kernels/tuned/fastest.json from what one run of `make gpu-check` left in FOLDER: the fastest of our backends
+for each shape class (forward + backward together; history attention has the forward alone), if every test of values
+and compute-sanitizer passed. Entries of other architectures stay as they are.
 """
 
 from __future__ import annotations
@@ -18,13 +17,10 @@ import torch
 
 from ard_kernels.common import tuning
 from benchmarks.files import ROOT, write_json
-from benchmarks.gpu.journal import Journal
 from benchmarks.results import Row, load_rooms
-from testing.cases import ADALN
 
 TABLE = tuning.SHIPPED / "fastest.json"
-# Tools of compute-sanitizer that must have passed; those beyond them must not have failed.
-TOOLS = {"memcheck", "racecheck", "initcheck"}
+MUST_PASS = ("values_triton", "values_cuda", "values_rest", "values_tuned", "sanitizer")
 
 
 def compare_backends(rows: list[Row]) -> dict[str, dict[str, float]]:
@@ -51,54 +47,36 @@ def compare_backends(rows: list[Row]) -> dict[str, dict[str, float]]:
     return found
 
 
-def doubts(op: str, backend: str, tests: list[dict], sanitizer: list[dict]) -> list[str]:
-    """Why `backend` is not shown to be right for `op`; empty when it is."""
-    room = "segment_adaln" if op in ADALN else op
-    ran = [entry for entry in tests if f"tests/{room}/" in entry["what"] and f"{backend}-on-cuda" in entry["what"]]
-    found = [f"failed: {entry['what']}" for entry in ran if entry["outcome"] == "failed"]
-    passed = [entry["what"] for entry in ran if entry["outcome"] == "passed"]
-    if not any("parity" in what or "history" in what for what in passed):
-        found.append("no test of its values passed on the GPU")
-    if not any("bit_equal" in what for what in passed):
-        found.append("no test of bit-equal repeats passed on the GPU")
-    watched = [entry for entry in sanitizer if entry.get("backend") == backend]
-    found += [f"compute-sanitizer: {entry['tool']} failed" for entry in watched if entry["outcome"] == "failed"]
-    passing = {entry["tool"] for entry in watched if entry["outcome"] == "passed" and op in entry["ops"]}
-    return found + [f"compute-sanitizer: no result of {tool}" for tool in sorted(TOOLS - passing)]
-
-
-def choose(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """{shape class: backend}, and a line for each class that says why."""
+def choose(folder: Path) -> dict[str, str]:
+    """{shape class: backend}; exits where the results do not show that all are right, or are not of one run."""
+    stages = json.loads((folder / "gpu_check.json").read_text())
+    if left := [name for name in MUST_PASS if stages.get(name, {}).get("status") != "passed"]:
+        sys.exit(f"{folder}: {', '.join(left)} did not pass; expected a whole run of `make gpu-check`")
     here = json.loads((folder / "environment.json").read_text())["environment"]
     rooms = {name: room for name, room in load_rooms(folder).items() if any("backend" in r.facts for r in room["rows"])}
     if here["dry_run"] or not rooms:
-        sys.exit(f"{folder}: expected the kernels' results of `make gpu-check`, and not of a dry run")
+        sys.exit(f"{folder}: expected the kernels' times of `make gpu-check`, and not of a dry run")
     for name, room in rooms.items():
         for key in ("device", "commit"):
             if room["environment"][key] != here[key]:
                 sys.exit(f"{folder}: {name} is of {key} {room['environment'][key]}, the tests of {here[key]}")
-    tests = [entry for path in sorted(folder.glob("values_*.jsonl")) for entry in Journal(path).results()]
-    sanitizer = Journal(folder / "sanitizer.jsonl").results()
-    chosen, lines = {}, []
+    chosen = {}
     for name, times in sorted(compare_backends([row for room in rooms.values() for row in room["rows"]]).items()):
-        against = {backend: doubts(name.split("/")[0], backend, tests, sanitizer) for backend in times}
-        if right := [backend for backend in times if not against[backend]]:
-            chosen[name] = min(right, key=times.get)
-        words = [f"{backend} {time:.4f} ms" for backend, time in times.items()]
-        words += [f"{backend} not chosen: {'; '.join(why[:3])}" for backend, why in against.items() if why]
-        lines.append(f"{name}: {chosen.get(name, 'none')} ({', '.join(words)})")
-    return chosen, lines
+        if times:
+            chosen[name] = min(times, key=times.get)
+        print(f"{name}: {', '.join(f'{backend} {time:.4f} ms' for backend, time in times.items()) or 'not compared'}")
+    return chosen
 
 
 def update(folder: Path, table: Path) -> None:
     """Put what `folder` shows into `table`, in place of what it had for that architecture."""
-    chosen, lines = choose(folder)
+    chosen, content, source = choose(folder), json.loads(table.read_text()), folder.resolve()
     gpu = json.loads((folder / "environment.json").read_text())["gpu"]
-    architecture, content, source = f"sm{gpu['major']}{gpu['minor']}", json.loads(table.read_text()), folder.resolve()
+    architecture = f"sm{gpu['major']}{gpu['minor']}"
     content["sources"][architecture] = str(source.relative_to(ROOT) if source.is_relative_to(ROOT) else source)
     content["backends"][architecture] = chosen
     write_json(table, content)
-    print("\n".join([*lines, f"wrote {table}"]))
+    print(f"wrote {table}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from benchmarks.gpu import fastest, machine, processes, sanitize
 from benchmarks.gpu.journal import Journal
 from benchmarks.results import load_rooms
 
+OP = "block_causal_attention"
 # What a killed or hung run may take beyond its minutes.
 MARGIN = 25.0
 # It hangs before it has imported anything, hears no SIGTERM, and has started what left its session.
@@ -248,31 +249,16 @@ def test_only_a_reviewed_finding_of_racecheck_passes(monkeypatch, accesses, disp
     assert sanitize.watch("memcheck", "cuda", [], 1.0)["outcome"] == "failed"
 
 
-OP = "block_causal_attention"
 SHAPE_CLASS = f"{OP}/16bit/80"
 
 
-def planted_results(folder, times, commit="abc", spoiled=None):
-    """What gpu-check leaves. times: backend -> (forward, backward); spoiled: (file, change of its lines)."""
+def planted_results(folder, times, commit="abc", **stages):
+    """What gpu-check leaves. times: backend -> (forward, backward); stages: those that did not pass."""
     environment = {"device": "H200", "commit": "abc", "dry_run": False}
-    parts = ("parity.py::a", "contract.py::bit_equal")
-    tests = [f"tests/{OP}/test_{part}[{b}-on-cuda]" for part in parts for b in times]
-    lines = {
-        "values_cuda.jsonl": [{"what": test, "outcome": "passed"} for test in tests],
-        "sanitizer.jsonl": [
-            {"what": f"{tool} on {b}", "tool": tool, "backend": b, "outcome": "passed", "ops": [OP]}
-            for tool in fastest.TOOLS
-            for b in times
-        ],
-    }
-    if spoiled:
-        lines[spoiled[0]] = [spoiled[1](line) for line in lines[spoiled[0]]]
-    for name, entries in lines.items():
-        for entry in filter(None, entries):
-            Journal(folder / name).write(**entry)
-    (folder / "environment.json").write_text(
-        json.dumps({"environment": environment, "gpu": {"major": 9, "minor": 0}, "versions": {}})
-    )
+    summary = {name: {"status": stages.get(name, "passed")} for name in driver.NAMES}
+    (folder / "gpu_check.json").write_text(json.dumps(summary))
+    gpu = {"major": 9, "minor": 0}
+    (folder / "environment.json").write_text(json.dumps({"environment": environment, "gpu": gpu}))
     time_of = {"p20": 1.0, "p80": 1.0, "rounds": 9}
     same = {"op": OP, "dtype": "bfloat16", "shape": "B32", "best_peer": None, "ratio": None, "ratio_by_round": None}
     same |= {"target": 1.0, "met": False, "registered_op": OP, "width": 72}
@@ -294,25 +280,18 @@ def test_the_fastest_backend_is_chosen_and_other_architectures_are_kept(tmp_path
     assert written["sources"] == {"sm80": "a100", "sm90": str(tmp_path)}
 
 
-def test_a_fast_forward_does_not_make_up_for_its_backward(tmp_path):
-    folder = planted_results(tmp_path, {"cuda": (1.0, 4.5), "triton": (2.0, 3.0)})
-    assert fastest.choose(folder)[0] == {SHAPE_CLASS: "triton"}
+@pytest.mark.parametrize(
+    "cuda, winner", [((1.0, 4.5), "triton"), ((1.0, 3.9), "cuda"), ((1.0,), "triton"), ((), "triton")]
+)
+def test_a_fast_forward_does_not_make_up_for_its_backward(tmp_path, cuda, winner):
+    assert fastest.choose(planted_results(tmp_path, {"cuda": cuda, "triton": (2.0, 3.0)})) == {SHAPE_CLASS: winner}
 
 
-def test_without_a_backward_nothing_is_chosen(tmp_path):
-    assert fastest.choose(planted_results(tmp_path, {"cuda": (1.0,)}))[0] == {}
-
-
-@pytest.mark.parametrize("outcome", ["failed", None])
-@pytest.mark.parametrize("file", ["values_cuda.jsonl", "sanitizer.jsonl"])
-def test_a_backend_that_failed_or_was_not_checked_is_never_chosen(tmp_path, file, outcome):
-    def spoil(line):
-        if not line["what"].endswith(("[cuda-on-cuda]", "on cuda")):
-            return line
-        return line | {"outcome": outcome} if outcome else None
-
-    folder = planted_results(tmp_path, {"cuda": (1.0, 1.0), "triton": (2.0, 2.0)}, spoiled=(file, spoil))
-    assert fastest.choose(folder)[0] == {SHAPE_CLASS: "triton"}
+@pytest.mark.parametrize("stage", fastest.MUST_PASS)
+def test_nothing_is_chosen_unless_every_check_passed(tmp_path, stage):
+    planted_results(tmp_path, {"cuda": (1.0, 1.0), "triton": (2.0, 2.0)}, **{stage: "cut"})
+    with pytest.raises(SystemExit, match=f"{stage} did not pass"):
+        fastest.choose(tmp_path)
 
 
 def test_results_that_do_not_belong_together_are_refused(tmp_path):
