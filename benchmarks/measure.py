@@ -24,6 +24,7 @@ from testing.cases import ADALN, Case
 
 # Tensors (B, T, C) that the reference copies: the two of a single one partly stay in a 32 MB cache.
 COPIED = 6
+MATMUL = 32 if TINY else 1024  # size of the reference's matrices
 
 
 @dataclass
@@ -143,7 +144,7 @@ def references(case: Case, device: torch.device) -> dict[str, Callable[[], objec
     if case.op in ADALN:
         source, target = (torch.randn(COPIED, case.B, case.tokens, case.C).to(case.dtype) for _ in range(2))
         return {"copy": lambda: target.copy_(source)}
-    a, b = (torch.randn(1024, 1024).to(case.dtype) for _ in range(2))
+    a, b = (torch.randn(MATMUL, MATMUL).to(case.dtype) for _ in range(2))
     return {"matmul": lambda: a @ b}
 
 
@@ -151,7 +152,7 @@ def reference_rate(case: Case, timings: dict[str, Timing]) -> float | None:
     """What the reference reached: GB/s read + written, or TFLOP/s."""
     if "copy" in timings:
         return 2 * COPIED * case.B * case.tokens * case.C * case.dtype.itemsize / timings["copy"].median / 1e6
-    return 2 * 1024**3 / timings["matmul"].median / 1e9 if "matmul" in timings else None
+    return 2 * MATMUL**3 / timings["matmul"].median / 1e9 if "matmul" in timings else None
 
 
 def measure(job: Job, device: torch.device, how: How) -> Measurement:
