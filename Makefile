@@ -118,8 +118,8 @@ cuda-build: install
 cuda-build-update: install
 	$(BIN)/python -m benchmarks.cuda_build --update
 
-# For a machine with an NVIDIA GPU: nothing is installed, what its Python has is used. It is over after GPU_MINUTES
-# (default 10), come what may; GPU_ARGS=--continue goes on where the last run was cut.
+# For a machine with an NVIDIA GPU: nothing is installed, what its Python has is used (torch, triton and the extra `test`).
+# It is over after GPU_MINUTES (default 10), come what may; GPU_ARGS=--continue goes on where the last run was cut.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 

@@ -1,4 +1,4 @@
-"""Kernel benchmarks: our backends and the peers take turns, once they have given the same results.
+"""Comparisons: our backends and the peers take turns, once they have given the same results.
 
 Forward runs without gradients. "backward" is timed alone, on graphs prepared for every input set; "forward+backward"
 builds the graph too. Rates count useful work only: FLOPs of pairs the mask keeps, bytes that any kernel must move.
@@ -7,49 +7,24 @@ builds the graph too. Rates count useful work only: FLOPs of pairs the mask keep
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch._functorch import config as functorch_config
 
-from ard_kernels import history_attention
-from ard_kernels.common.backends import resolve
-from benchmarks.block_causal_attention.peers import attention_peers
-from benchmarks.history_attention.peers import history_peers, segments
-from benchmarks.rows import describe, goal, row
-from benchmarks.segment_adaln.peers import adaln_peers
-from benchmarks.timing import Timing, interleaved, make_timer, rotating, sets_needed
+from benchmarks.ops import Job, jobs, our_backends
+from benchmarks.results import Row, compared, goal
+from benchmarks.timing import DEVICE, TINY, Timing, ceilings, interleaved, make_timer, rotating, sets_needed
 from testing import cases
-from testing.cases import ADALN, MASKS, Case
+from testing.cases import ADALN, Case
 
 # Tensors (B, T, C) that the reference copies: the two of a single one partly stay in a 32 MB cache.
 COPIED = 6
-
-
-@dataclass(frozen=True)
-class Job:
-    """One comparison: a row for each of our backends. `target`: the least ratio of the fastest peer's time to ours.
-
-    flops, nbytes: useful FLOPs, and bytes that any kernel must move; `bound` is the unit, TFLOP/s or GB/s, of the rate.
-    """
-
-    case: Case
-    direction: str  # forward, backward, forward+backward
-    target: float
-    flops: float
-    nbytes: float
-    bound: str
-    rate_target: float | None = None
-    fraction_target: float | None = None
-
-    @property
-    def label(self) -> str:
-        return f"{self.case.label} {self.direction}"
-
-    def rate(self, milliseconds: float) -> float:
-        return self.flops / milliseconds / 1e9 if self.bound == "TFLOP/s" else self.nbytes / milliseconds / 1e6
+MATMUL = 32 if TINY else 1024  # size of the reference's matrices
 
 
 @dataclass
@@ -59,75 +34,69 @@ class Measurement:
     refused: it cannot run here, or is a peer with other results than the rest; wrong: it is ours and has those.
     """
 
-    rows: list[dict]
+    rows: list[Row]
     timings: dict[str, Timing]
     refused: dict[str, str] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Candidates that are timed in turns. `measure` is called once, when the first of them is asked for."""
+
+    label: str
+    names: tuple[str, ...]
+    measure: Callable[[], Measurement]
 
 
 @dataclass(frozen=True)
 class How:
     """How long and how carefully to measure."""
 
-    seconds: float
-    rounds: int
-    warmup: int
+    seconds: float = 2.0
+    rounds: int = 200
+    warmup: int = 3
     compiled: bool = True  # peers through Inductor; a dry run leaves it out
 
 
-def our_backends(case: Case, device: torch.device) -> list[str]:
-    """What the library runs on this device by itself."""
-    return [resolve(case.registered_op, None, device, case.dtype, case.width)]
+def kernel_groups(*ops: str) -> list[Group]:
+    """A group for each comparison of one of `ops` on this machine."""
+    how = How(2.0, 2, 1, compiled=False) if TINY else How()
+    groups = []
+    for job in jobs(DEVICE):
+        if job.case.registered_op in ops:
+            names = (*our_backends(job.case, DEVICE), *job.op.peers(job.case, DEVICE, how.compiled))
+            groups.append(Group(job.label, names, partial(measure, job, DEVICE, how)))
+    return groups
 
 
-def peer_makers(case: Case, device: torch.device, compiled: bool = True) -> dict[str, Callable[[], Callable]]:
-    """Makers of the peers by name; nothing is allocated or compiled yet."""
-    if case.op == "history_attention":
-        return history_peers(case, device)
-    if case.op in ADALN:
-        return adaln_peers(case.op, compiled)
-    makers = attention_peers(case, device, compiled)
-    if case.op == cases.PACKED:
-        return {name: lambda make=make: on_packed(case, make()) for name, make in makers.items()}
-    return makers
+@cache
+def gpu_ceilings(device: torch.device) -> dict[str, float]:
+    """Rates by unit, measured once in a run; on the CPU every job times its own."""
+    return ceilings(device, 20) if device.type == "cuda" else {}
 
 
-def on_packed(case: Case, attend: Callable) -> Callable:
-    return lambda qkv: attend(*cases.heads_first(case, [qkv]))
-
-
-def our_makers(case: Case, backends: list[str], device: torch.device) -> dict[str, Callable[[], Callable]]:
-    if case.op == "history_attention":
-        return {backend: lambda b=backend: history_steps(case, device, b) for backend in backends}
-    return {backend: lambda b=backend: lambda *inputs: cases.run_ours(case, inputs, b) for backend in backends}
-
-
-def history_steps(case: Case, device: torch.device, backend: str) -> Callable:
-    cache = cases.new_cache(case, device)
-    window, sink = MASKS[case.mask]
-
-    def run(q, k, v):
-        cache.reset()
-        settings = {"layer": 0, "window": window, "sink": sink, "backend": backend}
-        return tuple(history_attention(*own, cache, **settings) for _, own in segments(case, q, k, v))
-
-    return run
+def describe(error: BaseException) -> str:
+    """Type, message and the place of an error, on one line."""
+    place = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(place[-1].filename).name}:{place[-1].lineno})" if place else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}{where}"
 
 
 def as_tuple(outputs) -> tuple[torch.Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def prepare(job: Job, function: Callable, sets: list, grad_outputs) -> Callable[[], object]:
+def prepare(direction: str, function: Callable, sets: list, grad_outputs) -> Callable[[], object]:
     """The call to time, on the next input set each time."""
-    if job.direction == "forward":
+    if direction == "forward":
 
         def forward(*inputs):
             with torch.no_grad():
                 return as_tuple(function(*inputs))
 
         return rotating(forward, sets)
-    if job.direction == "forward+backward":
+    if direction == "forward+backward":
         return rotating(lambda *inputs: torch.autograd.grad(as_tuple(function(*inputs)), inputs, grad_outputs), sets)
     functorch_config.donated_buffer = False  # a compiled graph is run backward many times
     graphs = [(as_tuple(function(*inputs)), inputs) for inputs in sets]
@@ -142,10 +111,8 @@ def make_sets(job: Job, device: torch.device):
     sets = [inputs] + [cases.make_inputs(case, device) for _ in range(count - 1)]
     if job.direction == "forward":
         return [[x.detach() for x in each] for each in sets], None
-    # outputs are (B, T, C), of attention (B, H, T, D)
     shape = (case.B, case.tokens, case.C) if case.op in ADALN else (case.B, case.H, case.tokens, case.D)
-    outputs = 2 if case.op == "gate_residual_adaln" else 1
-    return sets, [torch.randn(shape, device=device).to(case.dtype) for _ in range(outputs)]
+    return sets, [torch.randn(shape, device=device).to(case.dtype) for _ in range(job.op.outputs)]
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -177,7 +144,7 @@ def references(case: Case, device: torch.device) -> dict[str, Callable[[], objec
     if case.op in ADALN:
         source, target = (torch.randn(COPIED, case.B, case.tokens, case.C).to(case.dtype) for _ in range(2))
         return {"copy": lambda: target.copy_(source)}
-    a, b = (torch.randn(1024, 1024).to(case.dtype) for _ in range(2))
+    a, b = (torch.randn(MATMUL, MATMUL).to(case.dtype) for _ in range(2))
     return {"matmul": lambda: a @ b}
 
 
@@ -185,38 +152,23 @@ def reference_rate(case: Case, timings: dict[str, Timing]) -> float | None:
     """What the reference reached: GB/s read + written, or TFLOP/s."""
     if "copy" in timings:
         return 2 * COPIED * case.B * case.tokens * case.C * case.dtype.itemsize / timings["copy"].median / 1e6
-    return 2 * 1024**3 / timings["matmul"].median / 1e9 if "matmul" in timings else None
+    return 2 * MATMUL**3 / timings["matmul"].median / 1e9 if "matmul" in timings else None
 
 
-def measure(
-    job: Job,
-    device: torch.device,
-    backends: list[str],
-    how: How,
-    *,
-    ceiling: float | None = None,
-    skip: dict[str, str] | None = None,
-    piece: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
-) -> Measurement:
-    """Prepare and check every candidate, time them in turns, hold the targets.
-
-    ceiling: measured rate of the job's kind; on the CPU the reference is timed among the candidates instead.
-    skip: candidates not to run, with the reason. piece: entered around the preparation of each candidate.
-    """
-    case = job.case
+def measure(job: Job, device: torch.device, how: How) -> Measurement:
+    """Prepare and check every candidate, time them in turns, hold the targets."""
+    case, backends = job.case, our_backends(job.case, device)
     sets, grad_outputs = make_sets(job, device)
-    peers = peer_makers(case, device, how.compiled)
-    runs, results, refused = {}, {}, dict(skip or {})
-    for place, (name, make) in enumerate((our_makers(case, backends, device) | peers).items()):
-        if name in refused:
-            continue
+    peers = job.op.peers(case, device, how.compiled)
+    ours = {backend: partial(job.op.ours, case, device, backend) for backend in backends}
+    runs, results, refused = {}, {}, {}
+    for place, (name, make) in enumerate((ours | peers).items()):
         try:
-            with piece(name):
-                run = prepare(job, make(), sets, grad_outputs)
-                results[name] = [x.clone() for x in run()]
-                for _ in range(len(sets) - 1 + place):  # in a round each candidate takes another input set
-                    run()
-                runs[name] = run
+            run = prepare(job.direction, make(), sets, grad_outputs)
+            results[name] = [x.clone() for x in run()]
+            for _ in range(len(sets) - 1 + place):  # in a round each candidate takes another input set
+                run()
+            runs[name] = run
         except Exception as error:
             refused[name] = describe(error)
             results.pop(name, None)
@@ -228,22 +180,20 @@ def measure(
         del runs[name]
     wrong = {name: why for name, why in different.items() if name in backends}
     refused |= {name: why for name, why in different.items() if name in peers}
-    ours = [name for name in backends if name in runs]
-    if not ours:
+    mine = [name for name in backends if name in runs]
+    if not mine:
         return Measurement([], {}, refused, wrong)
-    timings = interleaved(
-        runs | references(case, device), how.rounds, how.warmup, timer=make_timer(device), seconds=how.seconds
-    )
-    ceiling = ceiling or reference_rate(case, timings)
+    runs |= references(case, device)
+    timings = interleaved(runs, how.rounds, how.warmup, timer=make_timer(device), seconds=how.seconds)
+    ceiling = gpu_ceilings(device).get(job.op.unit) or reference_rate(case, timings)
     alive = [name for name in peers if name in runs]
-    why = refused | wrong
-    rows = [row_of(job, backend, ours, alive, timings, why, ceiling, len(sets)) for backend in ours]
+    rows = [row_of(job, backend, mine, alive, timings, refused | wrong, ceiling, len(sets)) for backend in mine]
     return Measurement(rows, timings, refused, wrong)
 
 
-def row_of(job: Job, backend: str, mine: list[str], peers: list[str], timings, refused, ceiling, sets: int) -> dict:
+def row_of(job: Job, backend: str, mine: list[str], peers: list[str], timings, refused, ceiling, sets: int) -> Row:
     """One of our backends against the fastest peer and against the other one of ours."""
-    case, own = job.case, timings[backend].median
+    case, own, unit = job.case, timings[backend].median, job.op.unit
     rate = job.rate(own)
     fraction = rate / ceiling if ceiling else None
     others = {f"ratio_to_{other}": timings[other].median / own for other in mine if other != backend}
@@ -254,12 +204,12 @@ def row_of(job: Job, backend: str, mine: list[str], peers: list[str], timings, r
     if backend == "cuda" and "triton" in mine:
         targets.append(goal("times triton", others["ratio_to_triton"], 1.0))
     if job.rate_target:
-        targets.append(goal(f"useful {job.bound}", rate, job.rate_target))
+        targets.append(goal(f"useful {unit}", rate, job.rate_target))
     if job.fraction_target and fraction:
         targets.append(goal("of copy bandwidth", fraction, job.fraction_target))
-    return row(
-        case.op, case.label, job.direction, timings, backend, peers, job.target, **others,
+    return compared(
+        timings, backend, peers, job.target, op=case.op, shape=case.label, direction=job.direction,
         dtype=cases.name(case.dtype), backend=backend, width=case.width, registered_op=case.registered_op,
-        refused=refused, rate=rate, unit=job.bound, intensity=job.flops / job.nbytes, ceiling=ceiling,
-        fraction_of_measured_ceiling=fraction, input_sets=sets, targets=targets,
+        refused=refused, rate=rate, unit=unit, intensity=job.intensity, ceiling=ceiling,
+        fraction_of_measured_ceiling=fraction, input_sets=sets, targets=targets, **others,
     )  # fmt: skip

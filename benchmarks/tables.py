@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.markdown import markdown
-from benchmarks.rows import relative_noise
+from benchmarks.results import Row
 from testing.cases import BACKENDS
 
 # What a reader sees instead of a candidate's name.
@@ -40,76 +40,68 @@ def milliseconds(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def work(row: dict) -> str:
-    shape = row["shape"].removeprefix(row["op"]).strip()
-    backend = f", {row['backend']}" if row.get("backend") in BACKENDS else ""  # a GPU has a row for each of ours
-    return f"`{row['op']}` {shape}, {row['direction']}{backend}"
+def work(row: Row) -> str:
+    shape, backend = row.shape.removeprefix(row.op).strip(), row.facts.get("backend")
+    on = f", {backend}" if backend in BACKENDS else ""  # a GPU has a row for each of ours
+    return f"`{row.op}` {shape}, {row.direction}{on}"
 
 
-def verdict(row: dict) -> str:
+def verdict(row: Row) -> str:
     """The target of the ratio and whether it is met ("within noise": missed by less than the noise), then other goals.
 
     A row whose goals have no ratio among them shows those alone.
     """
-    goals = row.get("targets", [])
+    goals = row.facts.get("targets", [])
     others = [goal for goal in goals if not goal["what"].startswith("times")]
-    words = [f"{goal['target']:g} {goal['what']}, {'met' if goal['met'] else 'missed'}" for goal in others]
+    said = [f"{goal['target']:g} {goal['what']}, {'met' if goal['met'] else 'missed'}" for goal in others]
     if others and len(others) == len(goals):
-        return "; ".join(words)
-    word = "met" if row["met"] else "missed"
-    if not row["met"] and row["ratio"] and row["ratio"] * (1 + relative_noise(row)) >= row["target"]:
+        return "; ".join(said)
+    word = "met" if row.met else "missed"
+    if not row.met and row.ratio and row.ratio * (1 + row.noise) >= row.target:
         word = "within noise"
-    return "; ".join([f"{row['target']:.2f}x, {word}", *words])
+    return "; ".join([f"{row.target:.2f}x, {word}", *said])
 
 
-def speed_ratio(row: dict) -> str:
-    return f"{row['ratio']:.3f}x {words(row['best_peer'])}" if row["best_peer"] else "no alternative ran"
-
-
-def speed_table(rows: Sequence[dict]) -> str:
+def speed_table(rows: Sequence[Row]) -> str:
     """Ours against the fastest alternative of the same run."""
     cells = []
     for row in rows:
-        times, peer = row["milliseconds"], row["best_peer"]
-        against = (
-            [words(peer), milliseconds(times[peer]["median"]), f"{row['ratio']:.2f}x"] if peer else ["none", "", ""]
-        )
-        cells.append([work(row), milliseconds(times[row["ours"]]["median"]), *against, verdict(row)])
+        peer = row.best_peer
+        against = [words(peer), milliseconds(row.time(peer)), f"{row.ratio:.2f}x"] if peer else ["none", "", ""]
+        cells.append([work(row), milliseconds(row.time(row.ours)), *against, verdict(row)])
     return markdown(["work", "ours, ms", "fastest alternative", "its ms", "ratio", "target"], cells)
 
 
-def floor_table(rows: Sequence[dict]) -> str:
+def floor_table(rows: Sequence[Row]) -> str:
     """The time that useful work takes at the ceiling measured beside it, and the ratio a kernel at it would have."""
     cells = []
     for row in rows:
-        if row.get("fraction_of_measured_ceiling") and row["best_peer"]:
-            ours, peer = (row["milliseconds"][name]["median"] for name in (row["ours"], row["best_peer"]))
-            floor = ours * row["fraction_of_measured_ceiling"]
-            kind = "copy" if row["unit"] == "GB/s" else "matmul"
-            share = f"{100 * row['fraction_of_measured_ceiling']:.0f} %"
-            cells.append([work(row), kind, milliseconds(floor), milliseconds(ours), share, f"{peer / floor:.2f}x"])
-    header = ["work", "ceiling", "floor, ms", "ours, ms", "ours of it", "ratio at the floor"]
-    return markdown(header, cells)
+        fraction = row.facts.get("fraction_of_measured_ceiling")
+        if fraction and row.best_peer:
+            ours = row.time(row.ours)
+            kind, floor = "copy" if row.facts["unit"] == "GB/s" else "matmul", ours * fraction
+            reached = [f"{100 * fraction:.0f} %", f"{row.time(row.best_peer) / floor:.2f}x"]
+            cells.append([work(row), kind, milliseconds(floor), milliseconds(ours), *reached])
+    return markdown(["work", "ceiling", "floor, ms", "ours, ms", "ours of it", "ratio at the floor"], cells)
 
 
 def flop_table(entries: Sequence[dict]) -> str:
-    """Design section 2: counted FLOPs beside the formula's."""
+    """Counted FLOPs beside the formula's."""
     cells = [[e["work"], f"{e['counted']:,}", f"{e['analytic']:,}", f"{e['ratio']:.4f}"] for e in entries]
     return markdown(["DiT-XL/2, S = 4", "FLOPs counted", "by formula", "against 4 teacher forwards"], cells)
 
 
-def growth_table(rows: Sequence[dict]) -> str:
+def growth_table(rows: Sequence[Row]) -> str:
     """Time and memory of ours, and how often they fit into the peer's."""
     cells = []
     for row in rows:
-        if row["best_peer"] is None:
+        if row.best_peer is None:
             continue
-        ours, peer = (row["milliseconds"][name]["median"] for name in (row["ours"], row["best_peer"]))
-        memory = [row["peak_bytes"][name] for name in (row["ours"], row["best_peer"])]
+        ours, peer = row.time(row.ours), row.time(row.best_peer)
+        memory = [row.facts["peak_bytes"][name] for name in (row.ours, row.best_peer)]
         held = [f"{memory[0] / 1e6:.0f}", f"{memory[1] / memory[0]:.2f}x"] if all(memory) else ["not measured", ""]
-        cells.append(
-            [f"{row['direction']} S={row['S']} L={row['L']}", milliseconds(ours), f"{peer / ours:.2f}x", *held]
-        )
+        point = f"{row.direction} S={row.facts['S']} L={row.facts['L']}"
+        cells.append([point, milliseconds(ours), f"{peer / ours:.2f}x", *held])
     return markdown(["work", "ours, ms", "published design's time", "ours, MB", "its memory"], cells)
 
 
@@ -119,10 +111,51 @@ def errors_table(entries: Sequence[dict]) -> str:
     for e in entries:
         key = (e["op"], e["dtype"], e["direction"])
         worst[key] = max(worst.get(key, 0.0), e["ratio_to_plain"])
-    dtypes = ("float32", "bfloat16", "float16")
-    ops = dict.fromkeys(e["op"] for e in entries)
+    dtypes, ways = ("float32", "bfloat16", "float16"), ("forward", "backward")
     cells = [
-        [f"`{op}`", *(" / ".join(f"{worst[op, d, way]:.2f}" for way in ("forward", "backward")) for d in dtypes)]
-        for op in ops
+        [f"`{op}`", *(" / ".join(f"{worst[op, d, way]:.2f}" for way in ways) for d in dtypes)]
+        for op in dict.fromkeys(e["op"] for e in entries)
     ]
     return markdown(["op", *(f"{d} forward / backward" for d in dtypes)], cells)
+
+
+def candidates_table(rows: Sequence[Row]) -> str:
+    """Every candidate of every row, fastest first."""
+    cells = []
+    for row in rows:
+        for place, name in enumerate(sorted(row.milliseconds, key=row.time)):
+            mark, time = "**ours**" if name == row.ours else words(name), row.milliseconds[name]
+            spread = f"{milliseconds(time['p20'])} to {milliseconds(time['p80'])}"
+            cells.append(["" if place else work(row), mark, milliseconds(time["median"]), spread])
+    return markdown(["work", "candidate", "median, ms", "p20 to p80"], cells, left=2)
+
+
+def added_flops_table(counts: Sequence[dict]) -> str:
+    """FLOPs that N = 6 adds to sampling, by model, steps and mask."""
+    added = {
+        (c["model"], c["S"], c["mask"]): 100 * c["ratio"] - 100
+        for c in counts
+        if c["N"] == 6 and c["work"] == "sampling"
+    }
+    cells = [
+        [model, str(S), *(f"{added[model, S, mask]:.4f} %" for mask in ("M2", "M3", "M4"))]
+        for model in dict.fromkeys(model for model, _, _ in added)
+        for S in (2, 4, 8)
+    ]
+    return markdown(["model", "S", "M2", "M3", "M4"], cells)
+
+
+def demo_table(content: dict) -> str:
+    """The demo's scores: the teacher's, then those of the students by history layers."""
+    digits = {"frechet_to_teacher": 2, "endpoint_mse": 4, "frechet_to_real": 1}
+    cells = [[f"teacher, {content['teacher_steps']} steps", "", "", f"{content['teacher_frechet_to_real']:.1f}"]]
+    for name, score in content["summary"]["scores"].items():
+        layers, tuned = name.removeprefix("N=").removesuffix(" + GAN"), name.endswith("+ GAN")
+        what = "no history" if layers == "0" else f"history in {layers} of {content['depth']} layers"
+        values = {metric: f"{score[metric]['mean']:.{places}f}" for metric, places in digits.items()}
+        if ratios := content["summary"]["times_smaller"].get(name):
+            for metric in ("frechet_to_real",) if tuned else ("frechet_to_teacher", "endpoint_mse"):
+                values[metric] += f" ({ratios[metric]['mean']:.1f}x less)"
+        cells.append([f"{content['steps']} steps, {what}{', GAN fine-tune' if tuned else ''}", *values.values()])
+    header = ["sampler", "Frechet distance to the teacher's images", "error to the teacher's endpoint (MSE)"]
+    return markdown([*header, "Frechet distance to real digits"], cells)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import random
 import statistics
 import time
@@ -15,6 +16,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+# A dry run: tiny shapes, the GPU kernels on the CPU (interpreter, emulator); no time means anything.
+TINY = os.environ.get("ARD_BENCH_TINY") == "1"
 Timer = Callable[[Callable[[], object]], float]
 # Rough cycles per millisecond of a GPU's clock; only the length of the pause below depends on it.
 CYCLES_PER_MS = 2_000_000
@@ -66,7 +70,7 @@ def interleaved(
     repeats: int,
     warmup: int = 3,
     *,
-    timer: Callable[[Callable[[], object]], float] = wall_clock,
+    timer: Timer = wall_clock,
     seconds: float = float("inf"),
     least: int = 5,
 ) -> dict[str, Timing]:
@@ -143,3 +147,15 @@ def rotating(function: Callable, sets: list) -> Callable[[], object]:
     """A call without arguments that hands `function` the next of `sets` each time."""
     turn = itertools.cycle(sets)
     return lambda: function(*next(turn))
+
+
+def ceilings(device: torch.device, repeats: int) -> dict[str, float]:
+    """GB/s of a copy, read + written (2 GiB each way), and TFLOP/s of a bf16 matmul (8192^3, random data)."""
+    elements, n = (1 << 31, 8192) if device.type == "cuda" else (1 << 12, 32)
+    source = torch.empty(elements, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
+    timings = interleaved(
+        {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, repeats, timer=make_timer(device)
+    )
+    return {"GB/s": 2 * elements / timings["copy"].median / 1e6, "TFLOP/s": 2 * n**3 / timings["matmul"].median / 1e9}

@@ -1,4 +1,4 @@
-"""The tests and the dry run reach Triton's interpreter whatever the machine has, and its repairs hold."""
+"""The tests reach Triton's interpreter whatever the machine has, and its repairs hold."""
 
 import os
 import subprocess

@@ -18,7 +18,7 @@ def compare_with_triton() -> None:
     from ard_kernels import HistoryCache, adaln_modulate, block_causal_attention, gate_residual_adaln, history_attention
     from ard_kernels.common.backends import _refusals
     from ard_kernels.common.triton_support import Launch
-    from benchmarks.host import Nothing
+    from testing.no_gpu import Nothing
 
     launched, fast = [], Launch.__call__
 

@@ -1,4 +1,4 @@
-"""The shipped tables are whole, and what the tuner found on a machine comes first."""
+"""Every chip has a shipped table, and what the tuner found on a machine comes first."""
 
 import json
 import re
@@ -8,31 +8,8 @@ import pytest
 import torch
 
 from ard_kernels import __version__
-from ard_kernels.block_causal_attention.triton_impl import parts_of
 from ard_kernels.common import gpu_support, tuning
 from ard_kernels.common.backends import automatic_order
-from benchmarks.candidates import candidates, keys
-
-
-@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
-def test_every_key_has_a_configuration(arch):
-    table = tuning.shipped(arch)
-    assert list(table) == keys()
-    for key, constants in table.items():
-        expected = {"TOKENS", "ROWS", "STAGES", "num_warps"} if key.startswith("adaln") else {"BLOCK_M", "BLOCK_N"}
-        assert expected <= constants.keys() and constants in list(candidates(key))
-
-
-def test_every_width_dtype_and_length_has_a_key():
-    known = set(keys())
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for D in range(8, 257, 8):
-            for kernel in ("attention_forward", "attention_backward_dq", "attention_backward_dkv", "attention_history"):
-                assert {tuning.key(kernel, dtype, D, length) for length in (0, 16, 127, 128, 4096)} <= known
-            upper = int(tuning.key("attention_forward", dtype, D, 0).split("/")[2])
-            assert sum(parts_of(D)) <= max(upper, 32), "a class is tuned at a width no smaller than its members"
-        for C in (1, 384, 1152, 8192, 20000):
-            assert {tuning.key(kernel, dtype, C, 0) for kernel in ("adaln_forward", "adaln_backward")} <= known
 
 
 def test_every_chip_has_a_table():
@@ -132,6 +109,6 @@ def test_the_shipped_table_names_its_sources():
     table = json.loads((tuning.SHIPPED / "fastest.json").read_text())
     assert table["backends"].keys() == table["sources"].keys()
     for folder in table["sources"].values():
-        assert (Path(__file__).parents[1] / folder / "kernels.json").is_file()
+        assert (Path(__file__).parents[1] / folder / "gpu_check.json").is_file()
     for entries in table["backends"].values():
         assert set(entries.values()) <= {"cuda", "triton", "torch"}

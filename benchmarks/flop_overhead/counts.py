@@ -102,7 +102,7 @@ def compare_models() -> tuple[list[dict], list[dict], int]:
 
 
 def design_table() -> list[dict]:
-    """The table of design section 2: DiT-XL/2, S = 4; every count direct."""
+    """DiT-XL/2, S = 4, as README.md claims it; every count direct."""
     config, steps, N = DiTConfig.from_name("DiT-XL/2"), 4, 6
     with torch.device("meta"):
         teacher = DiT(config)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.files import ROOT
+
+# Exit status of a stage's program that ran whole and found something wrong. Any other but 0 is a crash: faulthandler's
+# watchdog and Python itself end with 1.
+FAILED = 9
 PR_SET_CHILD_SUBREAPER = 36
 # A process that waits for a GPU which does not answer cannot be ended at once; after that it is left alone.
 ENDING_SECONDS = 8.0
@@ -46,20 +52,52 @@ def end_descendants() -> None:
         time.sleep(0.05)
 
 
-def watched(command: list[str], overdue: Callable[[], str], **how) -> int | str:
-    """Exit status of `command`, or why it was ended: what `overdue`, asked five times a second, says first.
+def watched(command: list[str], end: float, log: Path, environment: dict[str, str]) -> int | None:
+    """Exit status of `command`; None if it was ended at time.monotonic() `end`. Nothing it started outlives it.
 
-    Asked to by SIGUSR1, a Python process prints where it is (faulthandler.register). Nothing it started outlives it.
+    What it prints is added to `log`, and shown here as it comes.
     """
-    child = subprocess.Popen(command, start_new_session=True, **how)
+    with log.open("ab") as output, log.open(errors="replace") as shown:
+        shown.seek(0, os.SEEK_END)
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            while (status := child.poll()) is None and time.monotonic() < end:
+                time.sleep(0.2)
+                sys.stdout.write(shown.read())
+            return status
+        finally:  # also on Ctrl-C
+            end_descendants()
+            child.poll()
+            sys.stdout.write(shown.read())
+            sys.stdout.flush()
+
+
+def output_of(*command: str, timeout: float = 40, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """Exit status and output (both streams) of a command; 127 where it is not installed.
+
+    `environment` is added to ours. Over its time (124), the command and what it started are ended.
+    """
     try:
-        while (status := child.poll()) is None:
-            if reason := overdue():
-                child.send_signal(signal.SIGUSR1)
-                time.sleep(0.3)
-                return reason
-            time.sleep(0.2)
-        return status
-    finally:  # also on Ctrl-C
-        end_descendants()
-        child.poll()
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | (environment or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+    except FileNotFoundError:
+        return 127, f"{command[0]}: not installed"
+    try:
+        text = child.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        return 124, f"{child.communicate()[0].strip()}\n{command[0]}: still running after {timeout:.0f} s"
+    return child.returncode, text.strip()
+
+
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: on PATH, in CUDA_HOME or CUDA_PATH, beside nvcc, or where NVIDIA installs it."""
+    roots = [os.environ[variable] for variable in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(variable)]
+    nvcc = shutil.which("nvcc")
+    folders = [f"{root}/bin" for root in (*roots, "/usr/local/cuda")]
+    folders += [str(Path(nvcc).resolve().parent)] if nvcc else []
+    return next(filter(None, (shutil.which(name, path=path) for path in (None, *folders))), None)

@@ -1,21 +1,24 @@
-"""compute-sanitizer over a few tiny shapes of every op, each backend in a process of its own.
+"""`python -m benchmarks.gpu.sanitize FOLDER`: compute-sanitizer over a few tiny shapes of every op.
 
-`python -m benchmarks.gpu.sanitize BACKEND` is the program it watches. Without PyTorch's caching allocator, which would
-hide accesses past the end of a tensor.
+Each backend in a process of its own: the program `python -m benchmarks.gpu.sanitize --program BACKEND`, first without
+a tool, which compiles; then under each tool. Without PyTorch's caching allocator, which would hide accesses past the
+end of a tensor. A dry run takes the program alone. Findings go to FOLDER/sanitizer.jsonl.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ard_kernels.common.backends import refusal
-from benchmarks.gpu import checklist
-from benchmarks.gpu.machine import find_tool, load_emulator, output_of, repair_interpreter
-from benchmarks.gpu.record import Record
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.machine import simulate
+from benchmarks.gpu.processes import FAILED, find_tool, output_of
+from benchmarks.timing import DEVICE, TINY
 from testing import cases
 from testing.cases import ADALN, ATTENTION, BACKENDS, OPS, Case
 
@@ -48,19 +51,15 @@ REVIEWED = (
 )
 
 
-def program(backend: str, ops: list[str]) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.gpu.sanitize", backend, *ops]
-
-
 def options(tool: str) -> list[str]:
     """The exit status of compute-sanitizer is 1 when it finds an error; the program's is passed through."""
     limit = ["--print-limit", str(MOST_PRINTED)]
     return ["--tool", tool, "--error-exitcode", "1", "--target-processes", "all", *limit]
 
 
-def reduced_cases(device: torch.device) -> list[Case]:
+def reduced_cases() -> list[Case]:
     """Full, masked and ragged tiles, widths that are no powers of two, rows per segment and per token, split keys."""
-    if device.type == "cpu":
+    if TINY:
         return [cases.tiny_case(op) for op in OPS]
     found = [Case(op, 1, (64, 64), H=1, D=72, C=72) for op in OPS]
     found += [Case(op, 2, (37, 90, 5), H=2, D=72, C=72, mask="M3", packed=False) for op in OPS]
@@ -70,21 +69,19 @@ def reduced_cases(device: torch.device) -> list[Case]:
     return [*found, Case("block_causal_attention", 1, (200, 130), H=1, scale=-0.1)]  # on Hopper, an older chip's kernel
 
 
-def main(backend: str, ops: list[str]) -> None:
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu":
-        repair_interpreter()
-        load_emulator()
-    for case in reduced_cases(device):
-        reason = refusal(case.registered_op, backend, device, case.dtype, case.width)
-        if case.op not in ops or reason:
-            print(f"not served: {case.label}: {reason or 'it has ended processes'}", flush=True)
+def program(backend: str) -> None:
+    """What is watched."""
+    if TINY:
+        simulate()
+    for case in reduced_cases():
+        if reason := refusal(case.registered_op, backend, DEVICE, case.dtype, case.width):
+            print(f"not served: {case.label}: {reason}", flush=True)
             continue
-        inputs = cases.make_inputs(case, device)
+        inputs = cases.make_inputs(case, DEVICE)
         outputs = cases.run_ours(case, inputs, backend)
         if case.op != "history_attention":
             torch.autograd.grad(outputs, inputs, [torch.randn_like(y) for y in outputs])
-        if device.type == "cuda":
+        if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         print(f"ran {case.label}", flush=True)
     print(DONE, flush=True)
@@ -101,24 +98,6 @@ def reviewed(tool: str, text: str) -> list[str]:
     return [] if None in reasons else list(dict.fromkeys(reasons))
 
 
-def watch(tool: str, backend: str, ops: list[str], prefix: list[str], timeout: float) -> dict:
-    """Run the program; keep what it printed first and last, and whether it passed."""
-    command = [*prefix, *program(backend, ops)]
-    status, text = output_of(*command, timeout=timeout, environment=ENVIRONMENT)
-    reasons = reviewed(tool, text)
-    return {
-        "tool": tool,
-        "backend": backend,
-        "command": [*prefix, "python3", *program(backend, ops)[1:]],
-        "exit_status": status,
-        "passed": status == 0 or (status == 1 and bool(reasons)),
-        "reviewed": reasons,
-        "ops": sorted(set(re.findall(r"^ran (\w+) ", text, re.M))),
-        "not_served": re.findall(r"^not served: (.*)", text, re.M),
-        "output": text if len(text) <= 6000 else f"{text[:4000]}\n[...]\n{text[-2000:]}",
-    }
-
-
 def findings(text: str) -> str:
     """The first lines that the tool (or Python, for want of such) has printed about an error."""
     lines = text.splitlines()
@@ -126,44 +105,50 @@ def findings(text: str) -> str:
     return "\n".join(lines[begin:][:8])
 
 
-def sanitizer(record: Record) -> str:
-    """The program on both backends without a tool, which compiles; then under each tool, memcheck first."""
-    path = find_tool("compute-sanitizer")
-    if record.dry:
+def watch(tool: str, backend: str, prefix: list[str], seconds: float) -> dict:
+    """Run the program; what its line in the journal says: failed, skipped where nothing is served, or passed."""
+    own = ["-m", "benchmarks.gpu.sanitize", "--program", backend]
+    status, text = output_of(*prefix, sys.executable, *own, timeout=seconds, environment=ENVIRONMENT)
+    reasons = reviewed(tool, text)
+    ops = sorted(set(re.findall(r"^ran (\w+) ", text, re.M)))
+    entry = {
+        "tool": tool,
+        "backend": backend,
+        "command": [*prefix, "python3", *own],
+        "exit_status": status,
+        "reviewed": reasons,
+        "ops": ops,
+        "not_served": re.findall(r"^not served: (.*)", text, re.M),
+        "output": text if len(text) <= 6000 else f"{text[:4000]}\n[...]\n{text[-2000:]}",
+    }
+    if not (status == 0 or (status == 1 and reasons)):
+        return entry | {"outcome": "failed", "why": f"exit status {status}: {findings(text)}"}
+    return entry | ({"why": "; ".join(reasons)} if reasons else {}) | {"outcome": "passed" if ops else "skipped"}
+
+
+def main(folder: Path) -> int:
+    """Memcheck of both backends first."""
+    journal, path = Journal(folder / "sanitizer.jsonl"), find_tool("compute-sanitizer")
+    if TINY:
         words = [f"{name}={value}" for name, value in ENVIRONMENT.items()] + ["compute-sanitizer", *options("memcheck")]
-        print(f"  would run: {' '.join(words)} python3 -m benchmarks.gpu.sanitize cuda")
-        print(f"  for each of {', '.join(TOOLS)} and {', '.join(BACKENDS)}; here the program alone")
+        print(f"would run: {' '.join(words)} python3 -m benchmarks.gpu.sanitize --program cuda, and so on")
     elif path is None:
-        record.fail("compute-sanitizer is neither on PATH nor beside nvcc; it comes with the CUDA toolkit")
-        return "not run"
-    served = {b: [op for op in OPS if b in checklist.serving(record, cases.tiny_case(op))] for b in BACKENDS}
-    work = [(tool, b) for tool in ("none", *(() if record.dry else TOOLS)) for b in BACKENDS if served[b]]
-    for tool, backend in work:
-
-        def run(tool=tool, backend=backend):
-            prefix = [path, *options(tool)] if tool != "none" else []
-            result = watch(tool, backend, served[backend], prefix, seconds_for(tool))
-            record.add(result, f"{tool} on {backend}: exit status {result['exit_status']}{notes(result)}")
-            if not result["passed"]:
-                status = f"exit status {result['exit_status']}: {findings(result['output'])}"
-                record.fail(f"{tool} on {backend}: {status}")
-
-        if not record.over:
-            record.attempt(f"{tool} on {backend}", run, seconds_for(tool) + 15)
-    return f"{len(record.rows)} of {len(work)} runs of the program{' without the tools' if record.dry else ''}"
-
-
-def seconds_for(tool: str) -> float:
-    return COMPILE_SECONDS if tool == "none" else TOOL_SECONDS
-
-
-def notes(result: dict) -> str:
-    return (
-        f", all it says is reviewed: {'; '.join(result['reviewed'])}"
-        if result["passed"] and result["exit_status"]
-        else ""
-    )
+        why = "it is neither on PATH nor beside nvcc; it comes with the CUDA toolkit"
+        journal.write(what="compute-sanitizer", outcome="failed", why=why)
+        return FAILED
+    done = journal.done()
+    for tool in ("none", *(() if TINY else TOOLS)):
+        for backend in BACKENDS:
+            if (what := f"{tool} on {backend}") not in done:
+                seconds = COMPILE_SECONDS if tool == "none" else TOOL_SECONDS
+                with journal.piece(what, seconds + 15) as entry:
+                    prefix = [path, *options(tool)] if tool != "none" else []
+                    entry |= watch(tool, backend, prefix, seconds)
+    return FAILED if journal.failures() else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    if sys.argv[1] == "--program":
+        program(sys.argv[2])
+    else:
+        sys.exit(main(Path(sys.argv[1])))

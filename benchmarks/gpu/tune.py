@@ -1,35 +1,34 @@
-"""`python -m benchmarks.gpu.tune`: times a few configurations of every Triton kernel and keeps the winners.
+"""`python -m benchmarks.gpu.tune FOLDER`: times a few configurations of every Triton kernel and keeps the winners.
 
-Winners go to `tuning.cache_file()`, where the library finds them, and to the results. Which kernels an op runs is not
-listed here: it is what the op asks `tuning.lookup` for. Kernels of one call are tuned in turn, the others
-at their best so far.
+They go to `tuning.cache_file()`, where the library finds them, and to FOLDER/tune.jsonl, behind which it goes on. Which
+kernels an op runs is not listed here: it is what the op asks `tuning.lookup` for. Kernels of one call are tuned in
+turn, the others at their best so far.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ard_kernels.common import tuning
+from ard_kernels.common.backends import refusal
 from benchmarks.candidates import candidates
-from benchmarks.gpu import checklist
-from benchmarks.gpu.log import Found, Log
-from benchmarks.gpu.record import Record, Unfinished
-from benchmarks.measure import relative
-from benchmarks.rows import describe
-from benchmarks.timing import interleaved, make_timer
+from benchmarks.files import write_json
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.machine import simulate
+from benchmarks.gpu.processes import FAILED
+from benchmarks.measure import describe, relative
+from benchmarks.timing import DEVICE, TINY, interleaved, make_timer
 from testing import cases
 from testing.cases import ADALN, OPS, Case
 
-# A kernel's candidates, each compiled and timed; all kernels of one call.
-KERNEL_LIMIT, CASE_LIMIT = 120.0, 300.0
+KERNEL_SECONDS = 120.0  # for a kernel's candidates, each compiled and timed
 
 
 class Wanted(NamedTuple):
@@ -46,16 +45,8 @@ class Wanted(NamedTuple):
         return tuning.key(self.kernel, self.dtype, self.width, self.length)
 
 
-def configurations(wanted: Wanted, default: dict[str, int], dry: bool) -> list[dict[str, int]]:
-    """The default, then the listed ones with the same constants."""
-    listed = list(candidates(wanted.key))
-    if dry:  # the interpreter has no table and no warps
-        listed = [{name: 16 for name in default}]
-    return [default, *(config for config in listed if config.keys() == default.keys() and config != default)]
-
-
 @contextmanager
-def looked_up(replace: Callable):
+def looked_up(replace: Callable[[Wanted, dict[str, int]], dict[str, int]]):
     """`tuning.lookup` is `replace(wanted, default)` inside the block."""
     original = tuning.lookup
 
@@ -70,9 +61,15 @@ def looked_up(replace: Callable):
         tuning.lookup = original
 
 
-def tuned_cases(dry: bool) -> list[Case]:
+def configurations(wanted: Wanted, default: dict[str, int]) -> list[dict[str, int]]:
+    """The default, then the listed ones with the same constants."""
+    listed = [dict.fromkeys(default, 16)] if TINY else candidates(wanted.key)  # the interpreter has no warps
+    return [default, *(config for config in listed if config.keys() == default.keys() and config != default)]
+
+
+def tuned_cases() -> list[Case]:
     """A shape for every table entry worth having, DiT-XL/2 first."""
-    if dry:
+    if TINY:
         return [cases.tiny_case(op) for op in ("block_causal_attention", "history_attention", "gate_residual_adaln")]
     long, short = (256,) * 4, (64,) * 4
     found = [Case(op, 32, long) for op in OPS]
@@ -82,112 +79,85 @@ def tuned_cases(dry: bool) -> list[Case]:
     return found + [Case(op, 32, long, C=C) for C in (384, 2048, 4096) for op in ADALN]
 
 
-def runs_of(case: Case, backend: str, device: torch.device) -> dict[str, Callable[[], list[torch.Tensor]]]:
+def runs_of(case: Case) -> dict[str, Callable[[], list[torch.Tensor]]]:
     """The op on fixed inputs: forward alone, then with its backward where it has one."""
-    inputs = cases.make_inputs(case, device)
+    inputs = cases.make_inputs(case, DEVICE)
     if case.op == "history_attention":
-        cache = cases.new_cache(case, device)
-        return {"forward": lambda: [cases.run_history(case, inputs, backend, cache)]}
+        cache = cases.new_cache(case, DEVICE)
+        return {"forward": lambda: [cases.run_history(case, inputs, "triton", cache)]}
 
     def forward():
         with torch.no_grad():
-            return list(cases.run_ours(case, inputs, backend))
+            return list(cases.run_ours(case, inputs, "triton"))
 
     grad_outputs = [torch.randn_like(y) for y in forward()]
 
     def both():
-        outputs = cases.run_ours(case, inputs, backend)
+        outputs = cases.run_ours(case, inputs, "triton")
         return [*outputs, *torch.autograd.grad(outputs, inputs, grad_outputs)]
 
     return {"forward": forward, "forward+backward": both}
 
 
-def usable(run, wanted: Wanted, config: dict, best: dict, expected, limit: float) -> str:
-    """Why a configuration cannot be used (it does not compile, or gives other results); empty when it can."""
-    try:
-        with looked_up(lambda w, default: config if w.key == wanted.key else best.get(w.key, default)):
-            off = max(relative(a, b) for a, b in zip(run(), expected, strict=True))
-        return "" if off <= limit else f"differs from the default by {off:.2e} of the 2-norm"
-    except Exception as error:  # OutOfResources, or the compiler gives up
-        return describe(error)
-
-
-def tune_kernel(record: Record, case: Case, what: str, run, wanted: Wanted, default: dict, best: dict) -> None:
-    """Time the usable candidates of one kernel and put the fastest into `best`."""
+def tune_kernel(run, wanted: Wanted, default: dict, best: dict, limit: float) -> dict:
+    """Time the candidates of one kernel that compile and give the default's results; the fastest is put into `best`."""
     expected = [x.clone() for x in run()]
-    limit = 4 * torch.finfo(case.dtype).eps
     runs, refused, configs = {}, {}, {}
-    for config in configurations(wanted, default, record.dry):
-        if configs and record.seconds_left <= 0:
-            break
+    for config in configurations(wanted, default):
         label = json.dumps(config, sort_keys=True)
-        reason = usable(run, wanted, config, best, expected, limit)
-        if reason:
-            refused[label] = reason
-            continue
 
         def timed(config=config):
-            with looked_up(lambda w, default: config if w.key == wanted.key else best.get(w.key, default)):
-                run()
+            with looked_up(lambda w, other: config if w.key == wanted.key else best.get(w.key, other)):
+                return run()
 
-        runs[label], configs[label] = timed, config
+        try:
+            off = max(relative(a, b) for a, b in zip(timed(), expected, strict=True))
+        except Exception as error:  # OutOfResources, or the compiler gives up
+            refused[label] = describe(error)
+            continue
+        if off <= limit:
+            runs[label], configs[label] = timed, config
+        else:
+            refused[label] = f"differs from the default by {off:.2e} of the 2-norm"
     if not runs:
-        raise RuntimeError(f"{wanted.key}: no candidate could be used: {refused}")
-    repeats = (2, 1) if record.dry else (20, 3)
-    timings = interleaved(runs, *repeats, timer=make_timer(record.device), seconds=3.0)
+        raise RuntimeError(f"no candidate could be used: {refused}")
+    rounds, warmup = (2, 1) if TINY else (20, 3)
+    timings = interleaved(runs, rounds, warmup, timer=make_timer(DEVICE), seconds=3.0)
     winner = min(timings, key=lambda label: timings[label].median)
     best[wanted.key] = configs[winner]
     milliseconds = {label: timing.median for label, timing in timings.items()}
-    row = {"key": wanted.key, "case": f"{case.label} {what}", "default": default, "winner": configs[winner]}
-    row |= {"milliseconds": milliseconds, "refused": refused}
-    record.add(row, f"{wanted.key}: {configs[winner]}, default {default}")
+    return {"default": default, "winner": configs[winner], "milliseconds": milliseconds, "refused": refused}
 
 
-def restore(log: Log, device: torch.device) -> None:
-    """What the tune stage of the run has found so far goes where the library finds it, on a fresh machine too."""
-    keep({row["key"]: row["winner"] for row in log.read().get("tune", Found()).rows}, device)
+def keep(best: dict[str, dict[str, int]]) -> None:
+    """Not of a dry run: the CPU has no table."""
+    if DEVICE.type == "cuda":
+        write_json(tuning.cache_file(DEVICE), {"device": torch.cuda.get_device_name(DEVICE), "configs": best})
 
 
-def keep(best: dict, device: torch.device) -> None:
-    """The winners, added to those of earlier runs."""
-    if not best or device.type == "cpu":
-        return
-    path = tuning.cache_file(device)
-    earlier = json.loads(path.read_text())["configs"] if path.is_file() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    table = {"device": torch.cuda.get_device_name(device), "configs": earlier | best}
-    partial.write_text(json.dumps(table, indent=2) + "\n")
-    os.replace(partial, path)
-
-
-def tune(record: Record) -> str:
-    """Every kernel of `tuned_cases` until the time is over."""
-    best = {row["key"]: row["winner"] for row in record.rows}  # of a process that was interrupted
+def main(folder: Path) -> int:
+    if TINY:
+        simulate()
+    journal = Journal(folder / "tune.jsonl")
+    done = journal.done()
+    best = {entry["what"]: entry["winner"] for entry in journal.results() if "winner" in entry}
     torch.manual_seed(0)
-    for case in tuned_cases(record.dry):
-        if "triton" not in checklist.serving(record, case) or record.over:
+    for case in tuned_cases():
+        if reason := refusal(case.registered_op, "triton", DEVICE, case.dtype, case.width):
+            print(f"not tuned: {case.label}: {reason}", flush=True)
             continue
-
-        def run_case(case=case):
-            for what, run in runs_of(case, "triton", record.device).items():
-                asked = {}
-                with looked_up(lambda w, default, asked=asked: asked.setdefault(w, default)):
-                    run()
-                for wanted, default in asked.items():
-                    if wanted.key in best:
-                        continue
-                    if record.over:
-                        raise Unfinished
-                    work = partial(tune_kernel, record, case, what, run, wanted, default, best)
-                    record.attempt(wanted.key, work, KERNEL_LIMIT)
-                    keep(best, record.device)
-
-        record.attempt(f"{case.label} on triton", run_case, CASE_LIMIT)
-    return f"{len(best)} kernel keys tuned"
+        for way, run in runs_of(case).items():
+            asked: dict[Wanted, dict] = {}
+            with looked_up(lambda w, default, asked=asked: asked.setdefault(w, default)):
+                run()
+            for wanted, default in asked.items():
+                if wanted.key not in done | best.keys():
+                    with journal.piece(wanted.key, KERNEL_SECONDS) as entry:
+                        entry["case"] = f"{case.label} {way}"
+                        entry |= tune_kernel(run, wanted, default, best, 4 * torch.finfo(case.dtype).eps)
+                    keep(best)
+    return FAILED if journal.failures() else 0
 
 
 if __name__ == "__main__":
-    from benchmarks.gpu.__main__ import main
-
-    sys.exit(main(["--only", "tune", *sys.argv[1:]]))
+    sys.exit(main(Path(sys.argv[1])))

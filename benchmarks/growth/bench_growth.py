@@ -14,18 +14,18 @@ from ard.model import DiTConfig
 from ard.student import ARDStudent
 
 from benchmarks.baselines.published_student import PublishedStudent
-from benchmarks.board import Group
-from benchmarks.measure import Measurement
+from benchmarks.measure import Group, Measurement
 from benchmarks.memory import peak_bytes
-from benchmarks.rows import best_device, row
+from benchmarks.results import compared
 from benchmarks.student.work import all_captured, make_runs, randomize
-from benchmarks.timing import interleaved, wall_timer
+from benchmarks.timing import DEVICE, TINY, interleaved, wall_timer
 
-DEVICE = best_device()
 ON_GPU = DEVICE.type == "cuda"
 WIDTH, HEADS, BATCH = (1152, 16, 4) if ON_GPU else (72, 1, 1)
 DEPTH = 2
 POINTS = [(S, 256) for S in (1, 2, 3, 4, 6, 8)] + [(4, L) for L in (64, 1024, 4096)]  # S, L
+if TINY:
+    POINTS = [(2, 16)]
 
 
 def make(S: int, L: int) -> tuple[ARDStudent, torch.Tensor, torch.Tensor]:
@@ -68,7 +68,8 @@ def compare(way: str, S: int, L: int) -> Measurement:
     peers = [name for name in timings if name != "ours"]
     facts = {"S": S, "L": L, "peak_bytes": memory, "refused": refused, "not_captured": not_captured}
     facts["dtype"] = "bfloat16 autocast" if ON_GPU else "float32"
-    return Measurement([row("growth", shape, way, timings, "ours", peers, 1.0, **facts)], timings, refused)
+    row = compared(timings, "ours", peers, 1.0, op="growth", shape=shape, direction=way, **facts)
+    return Measurement([row], timings, refused)
 
 
 GROUPS = [

@@ -1,8 +1,8 @@
 """All sampling steps of one layer: append keys and values, attend to what was kept."""
 
-from benchmarks.kernel_groups import kernel_groups
+from benchmarks.measure import kernel_groups
 
-GROUPS = kernel_groups(("history_attention",))
+GROUPS = kernel_groups("history_attention")
 
 
 def test_speed(group, candidate, report):

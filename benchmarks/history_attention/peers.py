@@ -45,7 +45,8 @@ def preallocated(case: Case, device: torch.device, attend: Attend) -> Callable:
     return run
 
 
-def history_peers(case: Case, device: torch.device) -> dict[str, Callable[[], Callable]]:
+def history_peers(case: Case, device: torch.device, compiled: bool) -> dict[str, Callable[[], Callable]]:
+    """Makers by name; Inductor has nothing to gain in them, whether `compiled` or not."""
     peers = {}
     for name, backend in FORCED[device.type].items():
         attend = forced_sdpa(backend)

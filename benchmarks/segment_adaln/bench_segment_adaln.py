@@ -1,9 +1,9 @@
 """The adaLN family; shift, scale and gate are strided chunks of one projection, as in the model."""
 
-from benchmarks.kernel_groups import kernel_groups
+from benchmarks.measure import kernel_groups
 from testing.cases import ADALN
 
-GROUPS = kernel_groups(ADALN)
+GROUPS = kernel_groups(*ADALN)
 
 
 def test_speed(group, candidate, report):

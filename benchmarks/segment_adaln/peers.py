@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from testing.cases import EPS
+from testing.cases import EPS, Case
 
 
 def modulate_rows(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -57,9 +57,9 @@ FORMS = {
 }
 
 
-def adaln_peers(op: str, compiled: bool) -> dict[str, Callable[[], Callable]]:
+def adaln_peers(case: Case, device: torch.device, compiled: bool) -> dict[str, Callable[[], Callable]]:
     """Makers by name; not `compiled`: Inductor is left out, for a dry run."""
-    forms = FORMS[op]
+    forms = FORMS[case.op]
     how = {"dynamic": False} if compiled else {"backend": "aot_eager"}
     peers = {"eager": lambda: forms["rows"]}
     return peers | {f"compile_{name}": lambda f=form: torch.compile(f, **how) for name, form in forms.items()}

@@ -2,26 +2,25 @@
 
 from functools import partial
 
-from ard.model import DiTConfig
+from benchmarks.measure import Group
+from benchmarks.student.work import compare_sampling, model_named
+from benchmarks.timing import DEVICE, TINY
 
-from benchmarks.board import Group
-from benchmarks.rows import best_device
-from benchmarks.student.work import compare_sampling
-
-DEVICE = best_device()
 ON_GPU = DEVICE.type == "cuda"
-# Design section 6: time overhead of history <= 1.2 % on a GPU, 2 % on the CPU; at most four teacher forwards, or 1.03.
+# Time that history adds: at most 1.2 % on a GPU, 2 % on the CPU. At most four teacher forwards, or 1.03.
 XL_GOALS = {"N0": 1 / 1.012 if ON_GPU else 1 / 1.02, "four_teacher_forwards": 1.0 if ON_GPU else 1 / 1.03}
 PUBLISHED = {"published_eager": 1.0}
 
 
 def sampling(model: str, batch: int, goals: dict[str, float], rounds: int, seconds: float) -> Group:
     how = {"goals": goals, "rounds": rounds, "seconds": seconds, "warmup": 0}  # each has run twice before
-    run = partial(compare_sampling, model, DiTConfig.from_name(model), batch, DEVICE, **how)
+    run = partial(compare_sampling, model, model_named(model), batch, DEVICE, **how)
     return Group(f"sampling {model} B{batch}", ("N6", *goals), run)
 
 
-if ON_GPU:
+if TINY:
+    GROUPS = [sampling("tiny", 1, XL_GOALS | PUBLISHED, 2, 1.0)]
+elif ON_GPU:
     GROUPS = [sampling("DiT-XL/2", batch, XL_GOALS | PUBLISHED, 30, 10.0) for batch in (1, 32)]
 else:
     GROUPS = [sampling("DiT-XL/2", 1, XL_GOALS, 7, 90.0), sampling("DiT-S/2", 1, PUBLISHED, 15, 10.0)]

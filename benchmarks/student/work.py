@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ard_kernels import HistoryRouting
 from benchmarks.baselines.published_student import PublishedStudent
-from benchmarks.measure import Measurement, relative
+from benchmarks.measure import Group, Measurement, describe, relative
 from benchmarks.memory import peak_bytes
-from benchmarks.rows import describe, goal, row
-from benchmarks.timing import interleaved, wall_timer
+from benchmarks.results import compared, goal
+from benchmarks.timing import DEVICE, TINY, interleaved, wall_timer
 
 STEPS = 4
 
@@ -106,8 +106,34 @@ def compare_training(
         facts = {"dtype": "bfloat16 autocast" if device.type == "cuda" else "float32", "targets": targets_met}
         facts |= {"refused": refused, "peak_bytes": {label: memory[label] for label in only}}
         shape, way = f"{name} B{batch} S{STEPS} N{N}", f"step against {peer}"
-        rows.append(row("student_training_step", shape, way, only, mine, peers, target, **facts))
+        facts |= {"op": "student_training_step", "shape": shape, "direction": way}
+        rows.append(compared(only, mine, peers, target, **facts))
     return Measurement(rows, timings, refused)
+
+
+def model_named(name: str) -> DiTConfig:
+    if name == "tiny":
+        return DiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=1, num_classes=10)
+    return DiTConfig.from_name(name)
+
+
+def training_groups(goals: dict[str, float]) -> list[Group]:
+    """`compare_training` of this device's model and batches."""
+    on_gpu = DEVICE.type == "cuda"
+    model = "tiny" if TINY else "DiT-XL/2" if on_gpu else "DiT-S/2"
+    batches = (8, 32) if on_gpu else (1,)  # with 32 the published design needs more than 80 GB
+    how = {"seconds": 1.0, "rounds": 2} if TINY else {"seconds": 30.0, "rounds": 20}
+    how["compile_options"] = {"backend": "aot_eager"} if TINY else {"dynamic": False}
+    how["compile_ours"] = compile_ours = on_gpu or TINY  # Inductor gains nothing in it on the CPU, and takes 30 s
+    names = ["ours", *(["ours_compiled"] if compile_ours and "published_compiled" in goals else []), *goals]
+    return [
+        Group(
+            f"training {model} B{batch}",
+            tuple(names),
+            partial(compare_training, model, model_named(model), batch, DEVICE, goals=goals, warmup=1, **how),
+        )
+        for batch in batches
+    ]
 
 
 def all_captured(
@@ -211,5 +237,6 @@ def compare_sampling(
         facts = {"dtype": str(dtype).removeprefix("torch."), "not_captured": not_captured, "targets": [against]}
         facts |= {"refused": refused, "peak_bytes": {label: memory[label] for label in only}}
         shape, way = f"{name} B{batch} S{STEPS} N{N}", f"sampling against {peer}"
-        rows.append(row("student_sampling", shape, way, only, "N6", [peer], target, **facts))
+        facts |= {"op": "student_sampling", "shape": shape, "direction": way}
+        rows.append(compared(only, "N6", [peer], target, **facts))
     return Measurement(rows, timings, refused)

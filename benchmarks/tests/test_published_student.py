@@ -34,7 +34,7 @@ def test_same_samples():
 
 
 def test_flops():
-    """Design section 2, counted and by formula."""
+    """Counted and by formula."""
     config = DiTConfig.from_name("DiT-XL/2")
     with torch.device("meta"):
         student = PublishedStudent(ARDStudent(config, steps=4, history_layers=6))

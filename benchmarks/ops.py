@@ -1,0 +1,212 @@
+"""The registry of ops: how each is run, its peers, its useful work; and the comparisons that are made of them.
+
+Targets: docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ard_kernels import history_attention
+from ard_kernels.block_causal_attention.spec import useful_pairs
+from ard_kernels.common.backends import refusal, resolve
+from benchmarks.block_causal_attention.peers import attention_peers
+from benchmarks.history_attention.peers import history_peers, segments
+from benchmarks.segment_adaln.peers import adaln_peers
+from benchmarks.timing import TINY
+from testing import cases
+from testing.cases import ADALN, BACKENDS, MASKS, PACKED, Case
+
+Makers = dict[str, Callable[[], Callable]]  # what makes a candidate, by its name
+PASSES = {"forward": (0,), "backward": (1,), "forward+backward": (0, 1)}
+# Tensors (B, T, C) that any kernel must read or write, and FLOPs per element of one: forward, backward.
+ADALN_WORK = {
+    "adaln_modulate": ((2, 3), (8, 15)),
+    "gate_residual_adaln": ((4, 6), (10, 19)),
+    "gate_residual": ((3, 3), (2, 4)),
+}
+
+
+def attention_work(case: Case, direction: str) -> tuple[int, int]:
+    """2 matmuls forward, 5 backward, of the pairs that the mask keeps; q, k, v, out and their gradients moved once."""
+    matmuls, tensors = (sum(counts[i] for i in PASSES[direction]) for counts in ((2, 5), (4, 8)))
+    pairs = useful_pairs(list(case.lengths), case.tokens, *MASKS[case.mask])
+    return matmuls * 2 * case.B * case.H * case.D * pairs, tensors * elements(case) * case.dtype.itemsize
+
+
+def history_work(case: Case, direction: str) -> tuple[int, int]:
+    """All steps of one layer: q and out; k, v in and appended; the keys and values that each step reads."""
+    read = sum(sum(case.lengths[: step + 1]) for step in range(len(case.lengths)))
+    nbytes = 2 * case.B * case.H * case.D * (case.tokens * 3 + read) * case.dtype.itemsize
+    return attention_work(case, direction)[0], nbytes
+
+
+def adaln_work(case: Case, direction: str) -> tuple[int, int]:
+    tensors, flops = (sum(counts[i] for i in PASSES[direction]) for counts in ADALN_WORK[case.op])
+    return flops * elements(case), tensors * elements(case) * case.dtype.itemsize
+
+
+def elements(case: Case) -> int:
+    """Of one tensor of the op: (B, T, C), or (B, H, T, D)."""
+    return case.B * case.tokens * (case.C if case.op in ADALN else case.H * case.D)
+
+
+def packed_peers(case: Case, device: torch.device, compiled: bool) -> Makers:
+    def on_packed(attend: Callable) -> Callable:
+        return lambda qkv: attend(*cases.heads_first(case, [qkv]))
+
+    peers = attention_peers(case, device, compiled)
+    return {name: lambda make=make: on_packed(make()) for name, make in peers.items()}
+
+
+def run_op(case: Case, device: torch.device, backend: str) -> Callable:
+    return lambda *inputs: cases.run_ours(case, inputs, backend)
+
+
+def run_history(case: Case, device: torch.device, backend: str) -> Callable:
+    """All steps, each with its output: joining them is no work of the op's."""
+    cache = cases.new_cache(case, device)
+    window, sink = MASKS[case.mask]
+    settings = {"layer": 0, "window": window, "sink": sink, "backend": backend}
+
+    def run(q, k, v):
+        cache.reset()
+        return tuple(history_attention(*own, cache, **settings) for _, own in segments(case, q, k, v))
+
+    return run
+
+
+class Op(NamedTuple):
+    """How an op is measured.
+
+    unit: of its rate, which is bound by matmuls (TFLOP/s) or by memory (GB/s). work: (useful FLOPs, bytes that any
+    kernel must move) of a case in a direction. outputs: how many it has.
+    """
+
+    unit: str
+    ours: Callable[[Case, torch.device, str], Callable]
+    peers: Callable[[Case, torch.device, bool], Makers]
+    work: Callable[[Case, str], tuple[int, int]]
+    outputs: int = 1
+
+
+OPS = {
+    "block_causal_attention": Op("TFLOP/s", run_op, attention_peers, attention_work),
+    PACKED: Op("TFLOP/s", run_op, packed_peers, attention_work),
+    "history_attention": Op("TFLOP/s", run_history, history_peers, history_work),
+    "adaln_modulate": Op("GB/s", run_op, adaln_peers, adaln_work),
+    "gate_residual_adaln": Op("GB/s", run_op, adaln_peers, adaln_work, outputs=2),
+    "gate_residual": Op("GB/s", run_op, adaln_peers, adaln_work),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One comparison: a row for each of our backends. `target`: the least ratio of the fastest peer's time to ours.
+
+    rate_target: TFLOP/s of useful work. fraction_target: of the measured copy bandwidth.
+    """
+
+    case: Case
+    direction: str  # forward, backward, forward+backward
+    target: float
+    rate_target: float | None = None
+    fraction_target: float | None = None
+
+    @property
+    def op(self) -> Op:
+        return OPS[self.case.op]
+
+    @property
+    def label(self) -> str:
+        return f"{self.case.label} {self.direction}"
+
+    @property
+    def intensity(self) -> float:
+        """Useful FLOPs per byte that any kernel must move."""
+        flops, nbytes = self.op.work(self.case, self.direction)
+        return flops / nbytes
+
+    def rate(self, milliseconds: float) -> float:
+        """Useful work per time, in the op's unit."""
+        flops, nbytes = self.op.work(self.case, self.direction)
+        return flops / milliseconds / 1e9 if self.op.unit == "TFLOP/s" else nbytes / milliseconds / 1e6
+
+
+def our_backends(case: Case, device: torch.device) -> list[str]:
+    """On a GPU all of ours that serve; on the CPU the one that the library runs by itself."""
+    if device.type == "cpu" and not TINY:
+        return [resolve(case.registered_op, None, device, case.dtype, case.width)]
+    return [b for b in BACKENDS if refusal(case.registered_op, b, device, case.dtype, case.width) is None]
+
+
+def attention_job(
+    B, L, D, mask, direction, target, rate_target=None, S=4, H=16, op="block_causal_attention", dtype=torch.bfloat16
+) -> Job:
+    return Job(Case(op, B, (L,) * S, H=H, D=D, mask=mask, dtype=dtype), direction, target, rate_target)
+
+
+def adaln_job(op, B, L, C, row_dtype, direction, target=None, fraction_target=None, S=4, dtype=torch.bfloat16) -> Job:
+    if target is None:  # the GPU's
+        target, fraction_target = (1.2, 0.90) if direction == "forward" else (1.5, 0.75)
+    case = Case(op, B, (L,) * S, C=C, dtype=dtype, row_dtype=row_dtype)
+    return Job(case, direction, target, fraction_target=fraction_target)
+
+
+def history_job(B, D=72, L=256, S=4, H=16, dtype=torch.bfloat16) -> Job:
+    return Job(Case("history_attention", B, (L,) * S, H=H, D=D, dtype=dtype), "forward", 1.0)
+
+
+def tiny_jobs() -> list[Job]:
+    ways = ("forward", "backward")
+    found = [attention_job(1, 16, 64, "M4", way, 1.3, S=2, H=1) for way in ways]
+    found += [adaln_job(op, 1, 16, 24, torch.float32, way, S=2) for op in ADALN[:2] for way in ways]
+    found += [attention_job(1, 16, 64, "M3", "backward", 1.3, S=2, H=1, op=PACKED)]
+    return [*found, history_job(1, 64, L=16, S=2, H=1)]
+
+
+def gpu_jobs() -> list[Job]:
+    """The model's own shapes first."""
+    ways = ("forward", "backward")
+    found = [attention_job(32, 256, 72, "M4", way, 1.3, rate) for way, rate in zip(ways, (450.0, 330.0), strict=True)]
+    found += [adaln_job(op, 32, 256, 1152, torch.float32, way) for op in ADALN[:2] for way in ways]
+    found += [attention_job(32, 256, 72, "M4", way, 1.3, op=PACKED) for way in ways]
+    found += [history_job(B) for B in (1, 32)]
+    found += [adaln_job(op, 32, 256, 1152, torch.bfloat16, way) for op in ADALN[:2] for way in ways]
+    found += [attention_job(8, 1024, 72, "M4", way, 1.1) for way in ways]
+    found += [attention_job(32, 256, D, "M4", way, 1.0) for D in (64, 128) for way in ways]
+    found += [attention_job(2, 4096, 72, "M4", way, 1.1) for way in ways]
+    found += [attention_job(32, 256, 72, "M1", way, 1.0) for way in ways]
+    found += [attention_job(1, 256, 72, "M4", way, 1.0) for way in ways]
+    long = ((8, 1024), (2, 4096))
+    found += [attention_job(B, L, D, "M4", way, 1.0) for B, L in long for D in (64, 128) for way in ways]
+    dtypes = (torch.float32, torch.bfloat16)
+    found += [adaln_job("gate_residual", 32, 256, 1152, dtype, way) for dtype in dtypes for way in ways]
+    # Shape classes of their own, for the automatic choice.
+    found += [history_job(B, D) for D in (64, 128) for B in (1, 32)]
+    found += [attention_job(32, 256, 96, "M4", way, 1.0) for way in ways]
+    found += [history_job(B, 96) for B in (1, 32)]
+    found += [adaln_job(op, 32, 256, C, torch.float32, way) for C in (384, 4096) for op in ADALN for way in ways]
+    return found
+
+
+def cpu_jobs() -> list[Job]:
+    """fp32: attention at every size as fast as the best peer, 1.1x with the backward; adaLN 1.5x and 2.5x."""
+    fp32, both = {"dtype": torch.float32}, ("forward", "forward+backward")
+    goals = {"forward": 1.0, "forward+backward": 1.1}
+    shapes = [(256, 72, 16), (256, 64, 16), (64, 72, 16), (16, 72, 16), (4, 72, 16)]  # L, D, H
+    found = [attention_job(1, L, D, "M4", way, goals[way], H=H, **fp32) for L, D, H in shapes for way in both]
+    found += [attention_job(1, 256, 72, "M4", way, goals[way], op=PACKED, **fp32) for way in both]
+    found += [attention_job(1, 256, 72, mask, "forward", 1.0, **fp32) for mask in ("M1", "M3")]
+    found += [attention_job(1, 1024, 72, "M4", way, 1.0, H=4, **fp32) for way in both]
+    goals = {"forward": 1.5, "forward+backward": 2.5}
+    found += [adaln_job(op, 4, 256, 1152, torch.float32, way, goals[way], **fp32) for op in ADALN for way in both]
+    return found + [history_job(1, L=L, **fp32) for L in (256, 64, 16)]
+
+
+def jobs(device: torch.device) -> list[Job]:
+    return tiny_jobs() if TINY else gpu_jobs() if device.type == "cuda" else cpu_jobs()
