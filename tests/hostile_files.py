@@ -129,7 +129,7 @@ def good_files(folder: Path) -> None:
     save_safetensors(teacher, folder / "teacher.safetensors")
     save_safetensors(student, folder / "student.safetensors")
     save_diffusers(
-        folder / "dit", DiT(wide := DiTConfig(input_size=4, hidden_size=8, depth=2, num_heads=2)).state_dict(), wide
+        folder / "dit", DiT(wide := DiTConfig(input_size=4, hidden_size=8, depth=2, num_heads=1)).state_dict(), wide
     )
     tensors = dict(student.state_dict())
     training_state.save(

@@ -4,14 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ard.model import DiT, DiTConfig
+    from ard.model import DiT
+    from ard.model_config import DiTConfig
     from ard.student import ARDStudent
 
+_MODULES = {"ARDStudent": "ard.student", "DiT": "ard.model", "DiTConfig": "ard.model_config"}
 __all__ = ["ARDStudent", "DiT", "DiTConfig"]
 
 
 def __getattr__(name: str) -> object:
     """The public names at their first use: `ard --help` does not wait for torch."""
     if name in __all__:
-        return getattr(import_module("ard.student" if name == "ARDStudent" else "ard.model"), name)
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

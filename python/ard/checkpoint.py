@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ard.files import DamagedFile, read_tensors, shown, write_tensors
-from ard.model import DiT, DiTConfig
+from ard.model import DiT
+from ard.model_config import DiTConfig
 from ard.student import ARDStudent
 
 StateSource = str | os.PathLike | Mapping[str, Tensor]

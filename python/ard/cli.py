@@ -32,7 +32,7 @@ def flops(
 ) -> None:
     """FLOPs of teacher and student: analytic, and counted on shapes alone (no weights are allocated)."""
     from ard.flops import flop_table
-    from ard.model import DiTConfig
+    from ard.model_config import DiTConfig
 
     try:
         config = DiTConfig.from_name(model, input_size=input_size)

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ard.files import atomic_folder, json_text, parse_json, read_tensors, shown, write_json, write_tensors
-from ard.model import DiT, DiTConfig, sincos_position_embedding
+from ard.model import DiT, sincos_position_embedding
+from ard.model_config import DiTConfig
 from ard.student import final_layer_name
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"

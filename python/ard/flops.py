@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ard.model import DiT, DiTConfig
+from ard.model import DiT
+from ard.model_config import DiTConfig
 from ard.student import ARDStudent
 from ard_kernels import flops as analytic
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ard import digits
 from ard.files import write_json
 from ard.gan import LatentsInMemory, RealLatents, StoredLatents
-from ard.model import DiTConfig
+from ard.model_config import DiTConfig
 from ard.parallel import Process
 from ard.store import LatentSpec, LatentStore, write_latents
 from ard.streams import noise_at

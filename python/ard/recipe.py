@@ -22,7 +22,7 @@ import torch
 from ard.config import COUNT, SEED, Ranged, build, expand_paths, merge, parse_override
 from ard.diffusion import TRAIN_STEPS
 from ard.files import write_text
-from ard.model import DiTConfig
+from ard.model_config import DiTConfig
 from ard.parallel import STRATEGIES
 from ard.store import DTYPES, STATE_KINDS
 from ard.trajectories import check_keep

@@ -15,7 +15,8 @@ from ard import exchange, training_state
 from ard.checkpoint import load_student, load_teacher, read_state
 from ard.config import build
 from ard.files import shown
-from ard.model import DiT, DiTConfig
+from ard.model import DiT
+from ard.model_config import DiTConfig
 from ard.recipe import Recipe, StudentConfig
 from ard.student import ARDStudent
 

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ard.model import Attend, DiT, DiTConfig, DiTTrunk, FinalLayer
+from ard.model import Attend, DiT, DiTTrunk, FinalLayer
+from ard.model_config import DiTConfig
 from ard_kernels import HistoryCache, HistoryRouting, block_causal_attention_packed
 
 LAST_TIMESTEP = 999.0

@@ -175,7 +175,7 @@ def test_a_folder_of_diffusers_loads_into_ours(tmp_path, sharded, pipeline):
 
 @pytest.mark.parametrize("sample_size, patch_size", [(6, 1), (32, 8), (64, 2)])
 def test_positions_are_theirs_at_every_size(sample_size, patch_size):
-    config = DiTConfig(input_size=sample_size, patch_size=patch_size, hidden_size=24, depth=1, num_heads=2)
+    config = DiTConfig(input_size=sample_size, patch_size=patch_size, hidden_size=24, depth=1, num_heads=3)
     tensors, content = to_diffusers(DiT(config).state_dict(), config)
     theirs = Theirs.from_config(content).pos_embed.pos_embed
     # The sine of an angle of up to 31 in two libraries: a last place, of values up to 1.
@@ -405,7 +405,8 @@ def test_broken_indices_are_refused(saved):
         ({"sample_size": 4096}, r"sample_size is 4096: .* positions; expected at most"),
         ({"sample_size": 10**6}, r"input_size is 1000000; expected within"),
         ({"attention_head_dim": 10**12}, r"attention_head_dim is 1000000000000; expected an integer"),
-        ({"attention_head_dim": 4000}, r"pos_embed\.proj\.weight: expected \(16000, "),
+        ({"attention_head_dim": 4000}, r"heads of width 4000; expected a multiple of 8 up to 256"),
+        ({"attention_head_dim": 256}, r"pos_embed\.proj\.weight: expected \(1024, "),
         ({"_class_name": "x" * 10**6}, r"_class_name is 'x{76}\.\.\.; expected"),
     ],
 )

@@ -362,6 +362,8 @@ def test_bfloat16_autocast_sampling(device):
     [
         (lambda: DiTConfig(input_size=9), r"input_size is 9; expected"),
         (lambda: DiTConfig(hidden_size=100, num_heads=3), r"hidden_size is 100; expected"),
+        (lambda: DiTConfig(hidden_size=8, num_heads=2), r"hidden_size is 8 with num_heads=2, heads of width 4"),
+        (lambda: DiTConfig(hidden_size=264, num_heads=1), r"heads of width 264; expected a multiple of 8 up to 256"),
         (lambda: DiTConfig(depth=0), r"depth is 0; expected within \[1, "),
         (lambda: DiTConfig.from_name("DiT-XXL/2"), r"'DiT-XXL/2'; expected one of DiT-S/2"),
         (lambda: ARDStudent(SMALL, steps=0), r"steps is 0; expected at least 1"),
