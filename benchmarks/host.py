@@ -20,10 +20,11 @@ from ard_kernels import (
     adaln_modulate,
     block_causal_attention,
     block_causal_attention_packed,
-    extension,
     gate_residual_adaln,
     history_attention,
 )
+from ard_kernels.block_causal_attention.cuda import HEAD_DIMS
+from ard_kernels.common import extension
 from ard_kernels.common.backends import _refusals
 
 B, H, D, L, S = 1, 16, 72, 64, 4
@@ -34,7 +35,7 @@ ROUNDS, CALLS = 100, 20
 class Nothing:
     """Stands in for Triton's driver and for the CUDA module: whatever is called does nothing."""
 
-    attention_shared_bytes = dict.fromkeys((64, 72, 80, 96, 128), 0)
+    attention_shared_bytes = dict.fromkeys(HEAD_DIMS, 0)
     utils = property(lambda self: self)
 
     def get_current_target(self) -> GPUTarget:

@@ -1,8 +1,8 @@
 """`python -m benchmarks.gpu.tune`: times a few configurations of every Triton kernel and keeps the winners.
 
 Winners go to `tuning.cache_file()`, where the library finds them, and to the results. Which kernels an op runs is not
-listed here: it is what the op asks `tuning.lookup` for. Kernels of one call are tuned in turn, the others
-at their best so far.
+listed here: it is what the op asks `tuning.lookup` for, as `tuning.override` notes. Kernels of one call are tuned in
+turn, the others at their best so far.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -32,42 +30,12 @@ from testing.cases import ADALN, OPS, Case
 KERNEL_LIMIT, CASE_LIMIT = 120.0, 300.0
 
 
-class Wanted(NamedTuple):
-    """Arguments of one `tuning.lookup`."""
-
-    kernel: str
-    device: torch.device
-    dtype: torch.dtype
-    width: int
-    length: int = 0
-
-    @property
-    def key(self) -> str:
-        return tuning.key(self.kernel, self.dtype, self.width, self.length)
-
-
-def configurations(wanted: Wanted, default: dict[str, int], dry: bool) -> list[dict[str, int]]:
+def configurations(key: str, default: dict[str, int], dry: bool) -> list[dict[str, int]]:
     """The default, then the listed ones with the same constants."""
-    listed = list(candidates(wanted.key))
+    listed = list(candidates(key))
     if dry:  # the interpreter has no table and no warps
         listed = [{name: 16 for name in default}]
     return [default, *(config for config in listed if config.keys() == default.keys() and config != default)]
-
-
-@contextmanager
-def looked_up(replace: Callable):
-    """`tuning.lookup` is `replace(wanted, default)` inside the block."""
-    original = tuning.lookup
-
-    def lookup(kernel, device, dtype, width, length=0):
-        wanted = Wanted(kernel, device, dtype, width, length)
-        return replace(wanted, original(*wanted))
-
-    tuning.lookup = lookup
-    try:
-        yield
-    finally:
-        tuning.lookup = original
 
 
 def tuned_cases(dry: bool) -> list[Case]:
@@ -102,45 +70,45 @@ def runs_of(case: Case, backend: str, device: torch.device) -> dict[str, Callabl
     return {"forward": forward, "forward+backward": both}
 
 
-def usable(run, wanted: Wanted, config: dict, best: dict, expected, limit: float) -> str:
+def usable(run, key: str, config: dict, best: dict, expected, limit: float) -> str:
     """Why a configuration cannot be used (it does not compile, or gives other results); empty when it can."""
     try:
-        with looked_up(lambda w, default: config if w.key == wanted.key else best.get(w.key, default)):
+        with tuning.override({**best, key: config}):
             off = max(relative(a, b) for a, b in zip(run(), expected, strict=True))
         return "" if off <= limit else f"differs from the default by {off:.2e} of the 2-norm"
     except Exception as error:  # OutOfResources, or the compiler gives up
         return describe(error)
 
 
-def tune_kernel(record: Record, case: Case, what: str, run, wanted: Wanted, default: dict, best: dict) -> None:
+def tune_kernel(record: Record, case: Case, what: str, run, key: str, default: dict, best: dict) -> None:
     """Time the usable candidates of one kernel and put the fastest into `best`."""
     expected = [x.clone() for x in run()]
     limit = 4 * torch.finfo(case.dtype).eps
     runs, refused, configs = {}, {}, {}
-    for config in configurations(wanted, default, record.dry):
+    for config in configurations(key, default, record.dry):
         if configs and record.seconds_left <= 0:
             break
         label = json.dumps(config, sort_keys=True)
-        reason = usable(run, wanted, config, best, expected, limit)
+        reason = usable(run, key, config, best, expected, limit)
         if reason:
             refused[label] = reason
             continue
 
         def timed(config=config):
-            with looked_up(lambda w, default: config if w.key == wanted.key else best.get(w.key, default)):
+            with tuning.override({**best, key: config}):
                 run()
 
         runs[label], configs[label] = timed, config
     if not runs:
-        raise RuntimeError(f"{wanted.key}: no candidate could be used: {refused}")
+        raise RuntimeError(f"{key}: no candidate could be used: {refused}")
     repeats = (2, 1) if record.dry else (20, 3)
     timings = interleaved(runs, *repeats, timer=make_timer(record.device), seconds=3.0)
     winner = min(timings, key=lambda label: timings[label].median)
-    best[wanted.key] = configs[winner]
+    best[key] = configs[winner]
     milliseconds = {label: timing.median for label, timing in timings.items()}
-    row = {"key": wanted.key, "case": f"{case.label} {what}", "default": default, "winner": configs[winner]}
+    row = {"key": key, "case": f"{case.label} {what}", "default": default, "winner": configs[winner]}
     row |= {"milliseconds": milliseconds, "refused": refused}
-    record.add(row, f"{wanted.key}: {configs[winner]}, default {default}")
+    record.add(row, f"{key}: {configs[winner]}, default {default}")
 
 
 def restore(log: Log, device: torch.device) -> None:
@@ -171,16 +139,15 @@ def tune(record: Record) -> str:
 
         def run_case(case=case):
             for what, run in runs_of(case, "triton", record.device).items():
-                asked = {}
-                with looked_up(lambda w, default, asked=asked: asked.setdefault(w, default)):
+                with tuning.override({}) as asked:
                     run()
-                for wanted, default in asked.items():
-                    if wanted.key in best:
+                for key, default in asked.items():
+                    if key in best:
                         continue
                     if record.over:
                         raise Unfinished
-                    work = partial(tune_kernel, record, case, what, run, wanted, default, best)
-                    record.attempt(wanted.key, work, KERNEL_LIMIT)
+                    work = partial(tune_kernel, record, case, what, run, key, default, best)
+                    record.attempt(key, work, KERNEL_LIMIT)
                     keep(best, record.device)
 
         record.attempt(f"{case.label} on triton", run_case, CASE_LIMIT)

@@ -12,11 +12,12 @@ from ard_kernels import block_causal_attention, block_causal_attention_packed
 from ard_kernels.block_causal_attention import cuda, tiles, torch_impl
 from ard_kernels.block_causal_attention.reference import block_causal_attention as reference
 from ard_kernels.block_causal_attention.spec import dense_mask
+from ard_kernels.block_causal_attention.triton_impl import KERNELS
 from ard_kernels.common import extension, tuning
 from testing.oracle import BACKWARD_FACTOR, assert_all_close, assert_close
 
 BACKENDS = ["torch", "triton"]  # triton: in its interpreter, so with fewer and smaller cases
-CUDA_HEAD_DIMS = [64, 72, 80, 96, 128]  # cuda: in the emulator, 16-bit dtypes only
+CUDA_HEAD_DIMS = cuda.HEAD_DIMS  # 16-bit dtypes only
 MASKS = {"M1": (1, 0), "M2": (2, 0), "M3": (1, 1), "M4": (None, 0), "window2_sink1": (2, 1)}
 
 
@@ -196,10 +197,10 @@ def test_unaligned_inputs_are_copied_cuda(chip):
 
 @pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (64, 32)], ids=str)
 @pytest.mark.parametrize("D", [136, 160, 176, 256])
-def test_tile_shapes_and_wide_heads_triton(blocks, D, monkeypatch):
+def test_tile_shapes_and_wide_heads_triton(blocks, D):
     config = dict(zip(("BLOCK_M", "BLOCK_N"), blocks, strict=True))
-    monkeypatch.setattr(tuning, "lookup", lambda *args, **kwargs: config)
-    check("triton", [50, 7, 33], (2, 1), 1, 2, D, torch.bfloat16)
+    with tuning.override(dict.fromkeys(KERNELS, config)):
+        check("triton", [50, 7, 33], (2, 1), 1, 2, D, torch.bfloat16)
 
 
 def test_many_heads_in_groups_triton(monkeypatch):

@@ -170,10 +170,11 @@ def test_half_precision_is_rounded_to_nearest_triton(dtype):
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
 @pytest.mark.parametrize("C", [3, 8, 384, 1000, 1152, 1536, 8192])
-def test_widths_and_rows_at_a_time_triton(C, rows, poisoned, monkeypatch):
-    monkeypatch.setitem(tuning.INTERPRETER["adaln"], "ROWS", rows)
-    for per_token in (False, True):
-        check("gate_residual_adaln", "triton", 1, [5, 3], C, torch.bfloat16, torch.float32, per_token)
+def test_widths_and_rows_at_a_time_triton(C, rows, poisoned):
+    config = {**tuning.INTERPRETER["adaln"], "ROWS": rows}
+    with tuning.override({"adaln_forward": config, "adaln_backward": config}):
+        for per_token in (False, True):
+            check("gate_residual_adaln", "triton", 1, [5, 3], C, torch.bfloat16, torch.float32, per_token)
 
 
 @settings(max_examples=1000)
