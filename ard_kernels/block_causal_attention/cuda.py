@@ -71,12 +71,13 @@ def forward(
 ) -> None:  # fmt: skip
     """See backend.py."""
     B, H, T, D = q.shape
-    gpu, q, k, v = extension.gpu(q.device), *map(aligned, (q, k, v))
+    device = q.device
+    gpu, q, k, v = extension.gpu(device), *map(aligned, (q, k, v))
     views = tuple(map(extension.heads_view, (q, k, v, out)))
     sizes = B, H, T, scale, extension.dtype_code(q.dtype), D
-    hopper, *block = gpu.attention_forward_kernel(*views, *sizes, architecture(q.device), multiprocessors(q.device))
-    made = tables(q, lengths, window, sink, tuple(block), by_key=False)
-    gpu.attention_forward(*views, lse.data_ptr(), made, *sizes, hopper, extension.stream(q.device))
+    hopper, rows, columns = gpu.attention_forward_kernel(*views, *sizes, architecture(device), multiprocessors(device))
+    made = tables(q, lengths, window, sink, (rows, columns), by_key=False)
+    gpu.attention_forward(*views, lse.data_ptr(), made, *sizes, hopper, extension.stream(device))
 
 
 @on_device
