@@ -19,10 +19,10 @@ from ard_kernels import (
     adaln_modulate,
     block_causal_attention,
     block_causal_attention_packed,
-    extension,
     gate_residual_adaln,
     history_attention,
 )
+from ard_kernels.common import extension
 from ard_kernels.common.backends import _refusals
 from testing.no_gpu import Nothing
 

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 from triton.backends.compiler import GPUTarget
 
+from ard_kernels.block_causal_attention.cuda import HEAD_DIMS
+
 
 class Nothing:
     """Stands in for Triton's driver, which names an H100, and for the CUDA module: what is called does nothing."""
 
-    attention_shared_bytes = dict.fromkeys((64, 72, 80, 96, 128), 0)
+    attention_shared_bytes = dict.fromkeys(HEAD_DIMS, 0)
     utils = property(lambda self: self)
 
     def get_current_target(self) -> GPUTarget:

@@ -13,7 +13,8 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from ard_kernels.common import tuning
-from ard_kernels.segment_adaln import triton_impl
+from ard_kernels.common.arguments import NORM_EPS
+from ard_kernels.segment_adaln import op as adaln
 
 
 @dataclass
@@ -62,17 +63,13 @@ def adaln_over_minimum(op: str, arch: int, B: int = 1, S: int = 1, L: int = 256,
     ours = (branch, gate) if gated else (None, None)
     rows = (shift, scale) if normed else (None, None)
     shipped = {k: tuning.shipped(arch)[tuning.key(k, dtype, C, L)] for k in ("adaln_forward", "adaln_backward")}
-    lookup, multiprocessors = tuning.lookup, triton_impl.multiprocessors
     # A GPU of one multiprocessor is full: the chunks are the shipped ones.
-    tuning.lookup, triton_impl.multiprocessors = lambda kernel, *args: shipped[kernel], lambda device: 1
-    try:
+    with tuning.override(shipped, multiprocessors=1):
         with counted() as forward:
-            h, y, mean, rstd = triton_impl.forward(x, *ours, *rows, [L], 1e-6, dtype)
+            h, y, mean, rstd = adaln.forward(x, *ours, *rows, [L], NORM_EPS, dtype, "triton")
         with counted() as backward:
             saved = (h if gated else x) if normed else None
-            grads = triton_impl.backward(h, y, saved, *ours, rows[1], mean, rstd, [L])
-    finally:
-        tuning.lookup, triton_impl.multiprocessors = lookup, multiprocessors
+            grads = adaln.backward(h, y, saved, *ours, rows[1], mean, rstd, [L], "triton")
     least_forward = sum(t.nbytes for t in (x, *ours, *rows, h, y, mean, rstd) if t is not None)
     least_backward = sum(t.nbytes for t in (h, y, saved, *ours, rows[1], mean, rstd, *grads) if t is not None)
     return {"forward": forward.total / least_forward, "backward": backward.total / least_backward}

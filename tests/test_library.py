@@ -77,17 +77,17 @@ def test_direct_and_dispatched_are_bit_equal(requires_grad, device):
 def test_public_ops_are_called_directly(monkeypatch):
     """The kernel's caller is `call` of library.py, and no op of the dispatcher."""
     frames = []
-    forward = op.IMPLEMENTATIONS["torch"].forward
+    forward = op.torch_impl.forward
 
     def noting(*args):
         frames.extend(frame.name for frame in traceback.extract_stack())
         return forward(*args)
 
-    monkeypatch.setattr(op.IMPLEMENTATIONS["torch"], "forward", noting)
+    monkeypatch.setattr(op.torch_impl, "forward", noting)
     with torch.no_grad():
         attention(*inputs())
     directly = frames[frames.index("attention") :]
-    assert directly == ["attention", "block_causal_attention", "call", "_forward", "noting"]
+    assert directly == ["attention", "block_causal_attention", "call", "forward", "noting"]
     frames.clear()
     with Seen(), torch.no_grad():
         attention(*inputs())

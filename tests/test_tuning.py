@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ard_kernels import __version__
+from ard_kernels import __version__, block_causal_attention
 from ard_kernels.common import gpu_support, tuning
 from ard_kernels.common.backends import automatic_order
+from ard_kernels.common.triton_support import Launch
 
 
 def test_every_chip_has_a_table():
@@ -18,7 +19,7 @@ def test_every_chip_has_a_table():
 
 
 def test_what_was_tuned_here_comes_first(tmp_path, monkeypatch):
-    device, key = torch.device("cuda", 0), "attention_forward/16bit/80/long"
+    device, key = torch.device("cuda", 0), "attention_forward/16bit/72/long"
     monkeypatch.setenv("ARD_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test 1")
     monkeypatch.setattr(tuning, "architecture", lambda device: 90)
@@ -38,6 +39,39 @@ def test_what_was_tuned_here_comes_first(tmp_path, monkeypatch):
     finally:
         tuning.lookup.cache_clear()
         tuning.tuned_here.cache_clear()
+
+
+def test_overrides_hold_inside_their_block():
+    """By key before kernel name, inner before outer; what is looked up is noted; nothing of it stays in a cache."""
+    cpu, key = torch.device("cpu"), "attention_forward/16bit/72/long"
+    arguments = ("attention_forward", cpu, torch.bfloat16, 72, 256)
+    default = tuning.lookup(*arguments)
+    with tuning.override({"attention_forward": {"BLOCK_M": 1}}, multiprocessors=7) as outer:
+        assert tuning.lookup(*arguments) == {"BLOCK_M": 1} == outer[key]
+        with tuning.override({key: {"BLOCK_M": 2}, "attention_forward": {"BLOCK_M": 3}}) as inner:
+            assert tuning.lookup(*arguments) == {"BLOCK_M": 2} == inner[key]
+            assert gpu_support.multiprocessors(cpu) == 7
+        assert tuning.lookup(*arguments) == {"BLOCK_M": 1}
+        with pytest.raises(KeyError), tuning.override({}, multiprocessors=1):
+            raise KeyError
+        assert gpu_support.multiprocessors(cpu) == 7
+    assert tuning.lookup(*arguments) == default and gpu_support.multiprocessors(cpu) == 4
+
+
+def test_an_override_changes_a_launch_that_was_prepared_before(monkeypatch):
+    """And a launch that was prepared inside does not outlive the block."""
+    programs, call = [], Launch.__call__
+
+    def counted(launch, *args):
+        programs.append(launch.grid[0])
+        return call(launch, *args)
+
+    monkeypatch.setattr(Launch, "__call__", counted)
+    q, k, v = torch.randn(3, 1, 1, 64, 16)
+    for rows in (None, 16, 64, None):
+        with tuning.override({} if rows is None else {"attention_forward": {"BLOCK_M": rows, "BLOCK_N": 16}}):
+            block_causal_attention(q, k, v, segment_length=64, backend="triton")
+    assert programs == [2, 4, 1, 2]  # 32 rows in the interpreter
 
 
 def test_launches_run_on_the_tensors_own_gpu(monkeypatch):
@@ -94,7 +128,7 @@ def test_cuda_is_automatic_only_where_it_was_measured(monkeypatch):
     """Without measurements Triton is first; a table entry speaks for its op, dtype bits and width class alone."""
     device, op = torch.device("cuda", 0), "block_causal_attention"
     monkeypatch.setattr(gpu_support, "_capability", lambda index: (9, 0))
-    monkeypatch.setattr(tuning, "FASTEST", {"sm90": {f"{op}/16bit/80": "cuda", "adaln_modulate/16bit/1152": "torch"}})
+    monkeypatch.setattr(tuning, "FASTEST", {"sm90": {f"{op}/16bit/72": "cuda", "adaln_modulate/16bit/1152": "torch"}})
     assert automatic_order(op, device, torch.bfloat16, 72) == ("cuda", "triton", "torch")
     assert automatic_order(op, device, torch.bfloat16, 64) == ("triton", "torch")
     assert automatic_order(op, device, torch.float32, 72) == ("triton", "torch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 
@@ -18,6 +19,18 @@ __all__ = ["block_causal_attention", "block_causal_attention_packed"]
 OP = "block_causal_attention"
 
 
+@overload
+def block_causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, segment_length: int | Sequence[int],
+    window: int | None = ..., sink: int = ..., scale: float | None = ..., layout: str = ...,
+    return_lse: Literal[False] = ..., backend: str | None = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def block_causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, segment_length: int | Sequence[int],
+    window: int | None = ..., sink: int = ..., scale: float | None = ..., layout: str = ...,
+    return_lse: Literal[True], backend: str | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 def block_causal_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -71,6 +84,16 @@ def block_causal_attention(
     return (out, lse) if return_lse else out
 
 
+@overload
+def block_causal_attention_packed(
+    qkv: torch.Tensor, *, segment_length: int | Sequence[int], window: int | None = ..., sink: int = ...,
+    scale: float | None = ..., return_lse: Literal[False] = ..., backend: str | None = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def block_causal_attention_packed(
+    qkv: torch.Tensor, *, segment_length: int | Sequence[int], window: int | None = ..., sink: int = ...,
+    scale: float | None = ..., return_lse: Literal[True], backend: str | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 def block_causal_attention_packed(
     qkv: torch.Tensor,
     *,

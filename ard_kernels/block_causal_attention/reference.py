@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ard_kernels.block_causal_attention.spec import dense_mask
+from ard_kernels.common.arguments import check_scale
 
 
 def block_causal_attention(
@@ -21,7 +22,7 @@ def block_causal_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale * Q K^T + mask) V and its log-sum-exp, all in fp64. Differentiable by autograd."""
     q, k, v = q_BHTD.double(), k_BHTD.double(), v_BHTD.double()
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = check_scale("reference", scale, q.shape[-1])
     mask_TT = dense_mask(lengths, q.shape[2], window, sink, q.device)
     scores_BHTT = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask_TT, -math.inf)
     return scores_BHTT.softmax(-1) @ v, scores_BHTT.logsumexp(-1)

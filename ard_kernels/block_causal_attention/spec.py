@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 
 from ard_kernels.common.arguments import check_int, check_tensor, described, is_int
+from ard_kernels.common.dtypes import DTYPES, EXPECTED, accumulation_dtype
 from ard_kernels.common.segments import segment_offsets
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
 MOST_SEGMENTS = 1 << 31  # a window or sink beyond is no other mask, but would not fit into the ops' int64
 
@@ -77,6 +77,12 @@ def dense_mask(
     return sees(segment_T, segment_T, window, sink)
 
 
+def empty_output(q_BHTD: torch.Tensor) -> torch.Tensor:
+    """Empty (B, H, T, D) with (B, T, H, D) memory, the layout of every output: reshaping to (B, T, C) is free."""
+    B, H, T, D = q_BHTD.shape
+    return q_BHTD.new_empty_strided((B, H, T, D), (T * H * D, D, H * D, 1))
+
+
 def check_window(op: str, window: int | None, sink: int) -> tuple[int | None, int]:
     """window and sink as ints, or a ValueError unless window is None or >= 1 and sink >= 0 (both in segments)."""
     if window is not None and (not is_int(window) or window < 1):
@@ -119,7 +125,7 @@ def check_packed(op: str, qkv: torch.Tensor) -> None:
 def check_dtype_and_head_dim(op: str, name: str, dtype: torch.dtype, head_dim: int) -> None:
     """ValueError unless attention takes the dtype and the head dim."""
     if dtype not in DTYPES:
-        raise ValueError(f"{op}: {name} has dtype {described(dtype)}; expected float32, bfloat16, float16 or float64")
+        raise ValueError(f"{op}: {name} has dtype {described(dtype)}; expected {EXPECTED}")
     if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{op}: {name} has head dim {head_dim}; expected a multiple of 8 from 8 to {MAX_HEAD_DIM}")
 
@@ -149,6 +155,6 @@ def check_rows_apart(op: str, tensors: dict[str, torch.Tensor], token_dim: int =
 def check_lse(op: str, lse: torch.Tensor, q: torch.Tensor) -> None:
     """ValueError unless lse is what the forward returns for q (B, H, T, D)."""
     check_tensor(op, "lse", lse)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(q.dtype)
     if lse.shape != q.shape[:3] or lse.dtype != dtype or lse.device != q.device or not lse.is_contiguous():
         raise ValueError(f"{op}: lse is {described(lse)}; expected contiguous {dtype} of shape {tuple(q.shape[:3])}")

@@ -88,7 +88,8 @@ def _runs(ranges: list[list[tuple[int, int]]]) -> list[tuple[int, int, bool]]:
 
 def tile_runs(runs: list[tuple[int, int, bool]], block: int) -> tuple[list[int], list[tuple[int, int]]]:
     """Full runs as [start, tiles] x 2 flat, and the masked tiles; what is left of a full run joins the run after it."""
-    full, partial = [], []
+    full: list[int] = []
+    partial: list[tuple[int, int]] = []
     for start, stop, whole in runs:
         if whole:
             tiles = (stop - start) // block
@@ -103,9 +104,12 @@ def tile_runs(runs: list[tuple[int, int, bool]], block: int) -> tuple[list[int],
     return full + [0] * (4 - len(full)), masked
 
 
-def _tables(offsets, ranges, cuts: list[tuple[int, int]], block: int) -> tuple[np.ndarray, np.ndarray]:
+def _tables(
+    offsets: Sequence[int], ranges: list[list[tuple[int, int]]], cuts: list[tuple[int, int]], block: int
+) -> tuple[np.ndarray, np.ndarray]:
     """items and masked for the row tiles `cuts`, longest first."""
-    items, masked = [], []
+    rows: list[tuple[int, ...]] = []
+    masked: list[tuple[int, int]] = []
     known: dict[tuple[int, int], tuple] = {}
     for start, stop in cuts:
         segments = bisect_right(offsets, start) - 1, bisect_right(offsets, stop - 1)
@@ -113,8 +117,8 @@ def _tables(offsets, ranges, cuts: list[tuple[int, int]], block: int) -> tuple[n
             full, partial = tile_runs(_runs(ranges[slice(*segments)]), block)
             known[segments] = (*full, len(masked), len(masked) + len(partial))
             masked += partial
-        items.append((start, stop, *known[segments]))
-    items = np.array(items, np.int32).reshape(-1, 8)
+        rows.append((start, stop, *known[segments]))
+    items = np.array(rows, np.int32).reshape(-1, 8)
     longest_first = np.argsort(-column_tiles(items), kind="stable")
     return items[longest_first], np.array(masked, np.int32).reshape(-1, 2)
 

@@ -15,9 +15,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from ard_kernels.block_causal_attention.spec import key_ranges, query_range, sees, segment_ids
+from ard_kernels.block_causal_attention.spec import empty_output, key_ranges, query_range, sees, segment_ids
 from ard_kernels.common.autocast import without_autocast
+from ard_kernels.common.dtypes import accumulation_dtype
 from ard_kernels.common.library import private
 from ard_kernels.common.segments import segment_offsets
 
@@ -33,7 +35,8 @@ ALONE, GROUP = 32, 64
 FEWEST_KEYS = 16
 MOST_KEPT_PAIRS = 1 << 20  # masks of 4 MiB in fp32 are kept for the next call of their shape; larger ones are made anew
 
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor]
+TokenRanges = list[tuple[int, int]]  # [start, stop)
 
 # What scaled_dot_product_attention calls on the CPU; called directly for its log-sum-exp and its backward. None in a
 # version of torch that has them under other names: matmuls serve there too.
@@ -41,30 +44,11 @@ _FLASH_FORWARD = private("ops.aten._scaled_dot_product_flash_attention_for_cpu.d
 _FLASH_BACKWARD = private("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default")
 
 
-def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
-    return None
-
-
-def out_like(q_BHTD: torch.Tensor) -> torch.Tensor:
-    """Empty (B, H, T, D) with (B, T, H, D) memory, the layout every backend returns: reshaping to (B, T, C) is free."""
-    B, H, T, D = q_BHTD.shape
-    return q_BHTD.new_empty_strided((B, H, T, D), (T * H * D, D, H * D, 1))
-
-
-def gradients_like(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Gradients:
-    """Memory for dq, dk, dv."""
-    return out_like(q), out_like(k), out_like(v)
-
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _fused(device: torch.device) -> bool:
     return device.type == "cpu" and _FLASH_FORWARD is not None
 
 
-def attend(q, k, v, scale: float, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v and lse (B, H, T). The CPU has a fused kernel; elsewhere fp32 matmuls."""
     if _fused(q.device):
         if mask is None and k.shape[2] < FEWEST_KEYS:
@@ -74,9 +58,9 @@ def attend(q, k, v, scale: float, mask=None) -> tuple[torch.Tensor, torch.Tensor
 
 
 @without_autocast
-def _attend(q, k, v, scale: float, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`attend` by matmuls."""
-    acc = lse_dtype(q.dtype)
+    acc = accumulation_dtype(q.dtype)
     scores = q.to(acc) @ k.to(acc).transpose(-1, -2) * scale
     if mask is not None:
         scores = scores + mask
@@ -84,7 +68,9 @@ def _attend(q, k, v, scale: float, mask=None) -> tuple[torch.Tensor, torch.Tenso
     return ((scores - lse[..., None]).exp() @ v.to(acc)).to(q.dtype), lse
 
 
-def attend_backward(grad_out, q, k, v, out, lse, scale: float, mask=None) -> tuple[torch.Tensor, ...]:
+def attend_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, mask: Tensor | None
+) -> Gradients:
     """(dq, dk, dv) of `attend` restricted to these queries and keys, given the *global* out and lse of the queries."""
     if _fused(q.device):
         return _FLASH_BACKWARD(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
@@ -92,9 +78,11 @@ def attend_backward(grad_out, q, k, v, out, lse, scale: float, mask=None) -> tup
 
 
 @without_autocast
-def _attend_backward(grad_out, q, k, v, out, lse, scale: float, mask) -> tuple[torch.Tensor, ...]:
+def _attend_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, mask: Tensor | None
+) -> Gradients:
     """`attend_backward` by matmuls."""
-    acc = lse_dtype(q.dtype)
+    acc = accumulation_dtype(q.dtype)
     q_, k_, v_, grad_out_ = q.to(acc), k.to(acc), v.to(acc), grad_out.to(acc)
     scores = q_ @ k_.transpose(-1, -2) * scale
     if mask is not None:
@@ -109,10 +97,10 @@ class Block(NamedTuple):
     """One attention call: the queries of one or several segments (backward: the keys), and what any of them sees."""
 
     rows: tuple[int, int]
-    columns: list[tuple[int, int]]
-    make_mask: Callable[[], torch.Tensor] | None  # None: all rows see all columns
+    columns: TokenRanges
+    make_mask: Callable[[], Tensor] | None  # None: all rows see all columns
 
-    def mask(self) -> torch.Tensor | None:
+    def mask(self) -> Tensor | None:
         """(queries, keys) of 0 and -inf."""
         return None if self.make_mask is None else self.make_mask()
 
@@ -127,7 +115,8 @@ class Plan(NamedTuple):
 
 def _groups(offsets: Sequence[int], grouped: bool) -> list[tuple[int, int]]:
     """(first, stop) segments that share a call."""
-    groups, first = [], 0
+    groups: list[tuple[int, int]] = []
+    first = 0
     for stop in range(1, len(offsets)):
         long = offsets[stop] - offsets[stop - 1] >= ALONE
         if long and first < stop - 1:
@@ -139,9 +128,9 @@ def _groups(offsets: Sequence[int], grouped: bool) -> list[tuple[int, int]]:
     return groups
 
 
-def _union(ranges: Sequence[list[tuple[int, int]]]) -> list[tuple[int, int]]:
+def _union(ranges: Sequence[TokenRanges]) -> TokenRanges:
     """Token ranges that any of the segments' ranges hold, in order; touching ones are merged."""
-    merged: list[tuple[int, int]] = []
+    merged: TokenRanges = []
     for start, stop in sorted({pair for own in ranges for pair in own}):
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
@@ -150,16 +139,21 @@ def _union(ranges: Sequence[list[tuple[int, int]]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _additive_mask(segment_T, window, sink, queries, keys, dtype) -> torch.Tensor:
+def _additive_mask(
+    segment_T: Tensor, window: int | None, sink: int, queries: TokenRanges, keys: TokenRanges, dtype: torch.dtype
+) -> Tensor:
     """(queries, keys) of 0 and -inf for token ranges of both."""
     query_Q, key_K = (torch.cat([segment_T[slice(*each)] for each in ranges]) for ranges in (queries, keys))
     seen = sees(query_Q, key_K, window, sink)
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
 
 
-def _blocks(offsets: Sequence[int], ranges: list[list[tuple[int, int]]], grouped: bool, make: Callable) -> list[Block]:
+def _blocks(
+    offsets: Sequence[int], ranges: list[TokenRanges], grouped: bool, make: Callable[[TokenRanges, TokenRanges], Tensor]
+) -> list[Block]:
     """The calls for what each segment sees; `make` makes the mask of (rows, columns)."""
-    blocks, pairs = [], 0
+    blocks: list[Block] = []
+    pairs = 0
     for first, stop in _groups(offsets, grouped):
         rows, columns = (offsets[first], offsets[stop]), _union(ranges[first:stop])
         alike = all(own == ranges[first] for own in ranges[first:stop])
@@ -167,7 +161,7 @@ def _blocks(offsets: Sequence[int], ranges: list[list[tuple[int, int]]], grouped
         blocks.append(Block(rows, columns, None if alike else partial(make, [rows], columns)))
     if pairs > MOST_KEPT_PAIRS:
         return blocks
-    return [block._replace(make_mask=block.make_mask and cache(block.make_mask)) for block in blocks]
+    return [block if block.make_mask is None else block._replace(make_mask=cache(block.make_mask)) for block in blocks]
 
 
 @lru_cache(maxsize=64)
@@ -182,7 +176,7 @@ def _make_plan(
         return Plan(offsets[1], [], [])
     segment_T = segment_ids(lengths, T, device)
 
-    def mask(queries, keys):
+    def mask(queries: TokenRanges, keys: TokenRanges) -> Tensor:
         return _additive_mask(segment_T, window, sink, queries, keys, dtype)
 
     keys = [key_ranges(offsets, segment, window, sink) for segment in segments]
@@ -194,63 +188,62 @@ def _make_plan(
     )
 
 
-def _fold(x_BHTD: torch.Tensor, length: int) -> torch.Tensor:
+def _fold(x_BHTD: Tensor, length: int) -> Tensor:
     """(B, H, S*L, D) as (B*S, H, L, D): a view for packed qkv, (B, T, H, D) memory and B = 1; else a copy."""
     return x_BHTD.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
 
 
-def _unfold(x: torch.Tensor, batch: int) -> torch.Tensor:
+def _unfold(x: Tensor, batch: int) -> Tensor:
     """Inverse of `_fold`."""
     return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def gather(x_BHTD: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
+def gather(x_BHTD: Tensor, ranges: TokenRanges) -> Tensor:
     parts = [x_BHTD[:, :, start:stop] for start, stop in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def as_output(x_BHTD: torch.Tensor) -> torch.Tensor:
+def as_output(x_BHTD: Tensor) -> Tensor:
     """x itself when its memory is (B, T, H, D), as the CPU kernel makes it; else a copy that is."""
     x_BTHD = x_BHTD.transpose(1, 2)
     return x_BHTD if x_BTHD.is_contiguous() else x_BTHD.contiguous().transpose(1, 2)
 
 
-def _cat_tokens(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _cat_tokens(parts: Sequence[Tensor]) -> Tensor:
     """Segments (B, H, L_s, D) -> (B, H, T, D) with (B, T, H, D) memory, in one pass."""
     return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
 
 
-def _finished(grads: Sequence[torch.Tensor], into: Gradients | None) -> Gradients:
+def _finished(grads: Sequence[Tensor], into: Gradients | None) -> Gradients:
     """Gradients that one call made: copied to `into`, or with the memory order of an output, mostly as they are."""
     if into is None:
-        return tuple(map(as_output, grads))
+        dq, dk, dv = map(as_output, grads)
+        return dq, dk, dv
     for grad, whole in zip(grads, into, strict=True):
         whole.copy_(grad)
     return into
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     lengths: Sequence[int],
     window: int | None,
     sink: int,
     scale: float,
     grouped: bool | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k, v (B, H, T, D) -> out (B, H, T, D) with (B, T, H, D) memory, lse (B, H, T) contiguous.
+) -> tuple[Tensor, Tensor]:
+    """q, k, v (B, H, T, D), not empty -> out (B, H, T, D) with (B, T, H, D) memory, lse (B, H, T) contiguous.
 
     grouped: see `_make_plan`; None: where PyTorch's kernel is fused.
     """
-    B, H, T, _ = q.shape
-    if q.numel() == 0:
-        return out_like(q), q.new_empty(B, H, T, dtype=lse_dtype(q.dtype))
     grouped = _fused(q.device) if grouped is None else grouped
     plan = _make_plan(q.shape[2], q.dtype, q.device, tuple(lengths), window, sink, grouped)
     if plan.folded:
-        out, lse = attend(*(_fold(x, plan.folded) for x in (q, k, v)), scale)
-        return as_output(_unfold(out, B)), _unfold(lse[..., None], B)[..., 0].contiguous()
+        q_folded, k_folded, v_folded = (_fold(x, plan.folded) for x in (q, k, v))
+        out, lse = attend(q_folded, k_folded, v_folded, scale)
+        return as_output(_unfold(out, q.shape[0])), _unfold(lse[..., None], q.shape[0])[..., 0].contiguous()
     parts = []
     for block in plan.forward:
         keys, values = gather(k, block.columns), gather(v, block.columns)
@@ -264,12 +257,12 @@ def forward(
 
 
 def backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     lengths: Sequence[int],
     window: int | None,
     sink: int,
@@ -278,59 +271,59 @@ def backward(
     grouped: bool | None = None,
 ) -> Gradients:
     """dq, dk, dv, written to `into` where given: (B, H, T, D) tensors of any strides. grouped: as in `forward`."""
-    if q.numel() == 0:
-        return into or gradients_like(q, k, v)
     grouped = _fused(q.device) if grouped is None else grouped
     plan = _make_plan(q.shape[2], q.dtype, q.device, tuple(lengths), window, sink, grouped)
     if plan.folded:
-        folded = (_fold(x, plan.folded) for x in (grad_out, q, k, v, out))
-        grads = attend_backward(*folded, _fold(lse[..., None], plan.folded)[..., 0], scale)
-        return _finished([_unfold(grad, q.shape[0]) for grad in grads], into)
+        grad_f, q_f, k_f, v_f, out_f, lse_f = (_fold(x, plan.folded) for x in (grad_out, q, k, v, out, lse[..., None]))
+        shares = attend_backward(grad_f, q_f, k_f, v_f, out_f, lse_f[..., 0], scale, None)
+        return _finished([_unfold(grad, q.shape[0]) for grad in shares], into)
     if len(plan.backward) == 1:
         grads = _finished(attend_backward(grad_out, q, k, v, out, lse, scale, plan.backward[0].mask()), into)
     else:
-        grads = into or gradients_like(q, k, v)
+        grads = into or (empty_output(q), empty_output(k), empty_output(v))
         _accumulate(plan.backward, grad_out, q, k, v, out, lse, scale, grads)
     if any(block.make_mask for block in plan.backward) and not _finite(*grads):
         return backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, grads, grouped=False)
     return grads
 
 
-def _accumulate(blocks: list[Block], grad_out, q, k, v, out, lse, scale: float, into: Gradients) -> None:
+def _accumulate(
+    blocks: list[Block], grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    into: Gradients,
+) -> None:  # fmt: skip
     """dk and dv block by block, and dq as the sum of the blocks' shares, in fp32 also for half precision."""
     dq, dk, dv = into
-    dq_sum = None
+    dq_sum: Tensor | None = None
     for block in blocks:
         keys, ((start, stop),) = slice(*block.rows), block.columns
-        queries = (x[:, :, start:stop] for x in (grad_out, q))
-        statistics = (x[:, :, start:stop] for x in (out, lse))
+        grad_here, q_here, out_here, lse_here = (x[:, :, start:stop] for x in (grad_out, q, out, lse))
         part, dk[:, :, keys], dv[:, :, keys] = attend_backward(
-            *queries, k[:, :, keys], v[:, :, keys], *statistics, scale, block.mask()
+            grad_here, q_here, k[:, :, keys], v[:, :, keys], out_here, lse_here, scale, block.mask()
         )
         if dq_sum is None and (start, stop) == (0, q.shape[2]):
-            dq_sum = part.to(lse_dtype(q.dtype))
+            dq_sum = part.to(accumulation_dtype(q.dtype))
             continue
-        dq_sum = torch.zeros_like(q, dtype=lse_dtype(q.dtype)) if dq_sum is None else dq_sum
+        dq_sum = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype)) if dq_sum is None else dq_sum
         dq_sum[:, :, start:stop].add_(part)
-    dq.copy_(dq_sum)
+    dq.copy_(dq_sum)  # type: ignore[arg-type]  # there is a block
 
 
-def _finite(*tensors: torch.Tensor) -> bool:
+def _finite(*tensors: Tensor) -> bool:
     """Whether no element is NaN or infinite. False may be an overflow of the sum.
 
     Under a mask a weight of 0 makes NaN of an infinity that its query may not see: then each segment gets its own call.
     """
-    return all(x.sum(dtype=lse_dtype(x.dtype)).isfinite() for x in tensors)
+    return all(x.sum(dtype=accumulation_dtype(x.dtype)).isfinite() for x in tensors)
 
 
-def composite(q, k, v, lengths, window, sink, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def composite(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None, sink: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """`forward` of PyTorch ops that can be differentiated in any mode and order: per segment, scores in memory."""
     offsets = segment_offsets(lengths, q.shape[2])
     parts = []
     for segment, (start, stop) in enumerate(pairwise(offsets)):
         ranges = key_ranges(offsets, segment, window, sink)
         parts.append(_attend(q[:, :, start:stop], gather(k, ranges), gather(v, ranges), scale))
-    if not parts:
-        return forward(q, k, v, lengths, window, sink, scale)
     outs, lses = zip(*parts, strict=True)
     return _cat_tokens(outs), torch.cat(lses, 2).detach()

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Block-causal attention in Triton: forward, dQ, and dK with dV; one launch each for all segments and masks.
 
 A program takes one row tile of one (batch, head): queries for the forward and dQ, keys for dK and dV. Which column
@@ -22,9 +23,9 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ard_kernels.block_causal_attention.tiles import heads_per_group, schedule
-from ard_kernels.block_causal_attention.torch_impl import gradients_like, out_like
+from ard_kernels.block_causal_attention.tiles import Schedule, heads_per_group, schedule
 from ard_kernels.common import tuning
 from ard_kernels.common.gpu_support import keep_if_captured, on_device
 from ard_kernels.common.triton_parts import (
@@ -282,24 +283,30 @@ KERNELS = {
 
 
 @lru_cache(maxsize=1024)
-def _prepare(name, shape_BHTD, strides_of, dtype, device, mask, by_key: bool, scale, constants, config):
+def _prepare(
+    name: str, shape_BHTD: torch.Size, strides_of: tuple[tuple[int, ...], ...], dtype: torch.dtype,
+    device: torch.device, mask: tuple[tuple[int, ...], int | None, int], by_key: bool, scale: float,
+    extra: tuple[tuple[str, object], ...], config: tuple[tuple[str, int], ...],
+) -> tuple[Launch, Schedule]:  # fmt: skip
     """The launch of kernel `name` for tensors of one shape and these strides; `mask`: lengths, window, sink.
 
     (By name: the hash of a Triton kernel takes 2 us.)
     """
     B, H, T, D = shape_BHTD
-    constants = dict(config + constants)
-    lengths, window, sink = mask
-    tables = schedule(lengths, T, window, sink, constants["BLOCK_M"], constants["BLOCK_N"], by_key, device)
+    blocks = dict(config)
+    tables = schedule(mask[0], T, *mask[1:], blocks["BLOCK_M"], blocks["BLOCK_N"], by_key, device)
     unit, each = strides(*((shape_BHTD, own) for own in strides_of))
-    constants |= {"D": D, "PARTS": parts_of(D), "UNIT": unit}
+    constants = dict(config + extra) | {"D": D, "PARTS": parts_of(D), "UNIT": unit}
     constants |= {"HAS_MASKED": tables.has_masked, "PRECISION": precision_of(dtype)}
     tiles = len(tables.items)
     sizes = H, T, B * H, heads_per_group(B * H, 2 * T * D * dtype.itemsize), tiles
     return Launch(KERNELS[name], (tiles * B * H,), (*tables, *each, *sizes, scale), constants), tables
 
 
-def _launch(name: str, tensors, strided, lengths, window, sink: int, scale: float, by_key=False, constants=()):
+def _launch(
+    name: str, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...], lengths: Sequence[int], window: int | None,
+    sink: int, scale: float, by_key: bool = False, constants: tuple[tuple[str, object], ...] = (),
+) -> None:  # fmt: skip
     """Launch kernel `name`; it takes the strides of `strided`, of which the first is like q."""
     like = strided[0]
     shape, device, dtype = like.shape, like.device, like.dtype
@@ -314,36 +321,24 @@ def _launch(name: str, tensors, strided, lengths, window, sink: int, scale: floa
 
 @on_device
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lengths: Sequence[int],
-    window: int | None,
-    sink: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See torch_impl.forward."""
-    out = out_like(q)
-    lse = q.new_empty(*q.shape[:3], dtype=torch.float32)
-    if q.numel() == 0:
-        return out, lse
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    lengths: Sequence[int], window: int | None, sink: int, scale: float,
+) -> None:  # fmt: skip
+    """See backend.py."""
     tensors, mask = (q, k, v, out, lse), (lengths, window, sink)
     size, sign = abs(scale) * LOG2_E.value, -1.0 if scale < 0 else 1.0
     _launch("attention_forward", tensors, tensors[:4], *mask, size, constants=(("SIGN", sign),))
-    return out, lse
 
 
 @on_device
-def backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, into=None):
-    """See torch_impl.backward."""
-    into = into or gradients_like(q, k, v)
-    if q.numel() == 0:
-        return into
-    dq, dk, dv = into
+def backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, lengths: Sequence[int], window: int | None, sink: int, scale: float,
+) -> None:  # fmt: skip
+    """See backend.py."""
     delta, mask = torch.empty_like(lse), (lengths, window, sink)
     tensors = grad_out, q, k, v, out, lse, delta, dq
     _launch("attention_backward_dq", tensors, (grad_out, q, k, v, out, dq), *mask, scale)
     tensors = grad_out, q, k, v, lse, delta, dk, dv
     strided = grad_out, q, k, v, dk, dv
     _launch("attention_backward_dkv", tensors, strided, *mask, scale, by_key=True)
-    return into

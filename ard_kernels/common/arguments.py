@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 
 LARGEST = torch.finfo(torch.float64).max
+NORM_EPS = 1e-6  # default of every norm, added to the variance: DiT's (arXiv 2212.09748)
 
 
 def described(value: object) -> str:
@@ -32,15 +34,15 @@ def is_int(value: object) -> bool:
     return isinstance(value, (int, torch.SymInt, numbers.Integral)) and not isinstance(value, bool)
 
 
-def check_int(op: str, name: str, value: object, least: int, unit: str = "") -> int:
+def check_int(op: str, name: str, value: Any, least: int, unit: str = "") -> int:
     """`value` as an int, or a ValueError unless it is an integer >= least."""
     if not is_int(value) or value < least:
         suffix = f" ({unit})" if unit else ""
         raise ValueError(f"{op}: {name} is {described(value)}; expected an int >= {least}{suffix}")
-    return value if isinstance(value, (int, torch.SymInt)) else int(value)
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)  # type: ignore[return-value]  # acts as one
 
 
-def check_number(op: str, name: str, value: object, expected: str = "a finite number") -> float:
+def check_number(op: str, name: str, value: Any, expected: str = "a finite number") -> float:
     """`value` as a float, or a ValueError unless it is a finite number; a tensor of one element counts as one."""
     if isinstance(value, torch.Tensor) and value.requires_grad:
         raise ValueError(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -22,15 +26,15 @@ def cast_to_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(dtype) for x in tensors)
 
 
-def without_autocast(run: Callable) -> Callable:
+def without_autocast(run: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """`run` with autocast off for the device of its first tensor: ops have cast already, and fp32 inside means fp32."""
 
     @wraps(run)
-    def wrapped(*inputs):
+    def wrapped(*inputs: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
         kind = next(x for x in inputs if isinstance(x, torch.Tensor)).device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):
-            return run(*inputs)
+            return run(*inputs, **kwargs)
         with torch.autocast(kind, enabled=False):
-            return run(*inputs)
+            return run(*inputs, **kwargs)
 
     return wrapped

@@ -44,6 +44,10 @@ _override: str | None = None
 _environment: str | None = os.environ.get("ARD_BACKEND") or None
 
 
+def serves_everything(device: torch.device, dtype: torch.dtype, width: int | None = None) -> None:
+    """The refusal of a backend that has none: compositions of PyTorch ops."""
+
+
 def register_backend(op: str, backend: str, refuses: Refusal) -> None:
     """Declare that `op` has an implementation named `backend`; `refuses(device, dtype, width)` says why not."""
     _refusals.setdefault(op, {})[backend] = refuses

@@ -7,21 +7,23 @@ testing/emulator runs the kernels' source thread by thread; it serves CPU tensor
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from ard_kernels.common.dtypes import FLOAT64_REFUSED
 from ard_kernels.common.gpu_support import CPU, refuses_device
 from ard_kernels.common.library import private
 
-module: ModuleType | None
+module: Any  # None where it is missing
 missing: str | None
 try:
     module, missing = import_module("ard_kernels._C"), None
 except ImportError as error:
     module, missing = None, f"the compiled extension ard_kernels._C did not load: {error}"
 
-emulated: ModuleType | None = None
+emulated: Any = None
 
 _raw_stream = private("_C._cuda_getCurrentRawStream")  # what Triton asks: no Python object is made
 
@@ -33,14 +35,14 @@ def refuses_cpu(device: torch.device, dtype: torch.dtype, width: int | None = No
     if device != CPU:
         return f"tensors are on {device.type}; the cpu backend reads host memory"
     if dtype == torch.float64:
-        return "float64 is served by the torch backend only"
+        return FLOAT64_REFUSED
     return missing
 
 
 def refuses_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the CUDA C++ kernels cannot serve this device and dtype; None when some can."""
     if dtype == torch.float64:
-        return "float64 is served by the torch backend only"
+        return FLOAT64_REFUSED
     if device == CPU:
         return None if emulated else "on the CPU it runs in the emulator of testing/emulator only"
     if module is None:
@@ -50,7 +52,7 @@ def refuses_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     return refuses_device(device)
 
 
-def gpu(device: torch.device) -> ModuleType:
+def gpu(device: torch.device) -> Any:
     """The module of CUDA kernels that serves tensors on `device`, which `refuses_cuda` did not refuse."""
     return emulated if device == CPU else module.gpu
 
@@ -62,12 +64,17 @@ def stream(device: torch.device) -> int:
     return _raw_stream(device.index) if _raw_stream else torch.cuda.current_stream(device).cuda_stream
 
 
-def view(x_BRC: torch.Tensor | None) -> tuple[int, int, int, int] | None:
+def pointer(x: Tensor | None) -> int:
+    """Address of x's memory; 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def view(x_BRC: Tensor | None) -> tuple[int, ...] | None:
     """What the extension takes as a (B, rows, C) tensor with a contiguous last dim; None stays None."""
     return None if x_BRC is None else (x_BRC.data_ptr(), *x_BRC.stride()[:2], _DTYPE_CODES[x_BRC.dtype])
 
 
-def heads_view(x_BHTD: torch.Tensor) -> tuple[int, int, int, int]:
+def heads_view(x_BHTD: Tensor) -> tuple[int, ...]:
     """What the extension takes as a (B, H, T, D) tensor with a contiguous last dim."""
     return x_BHTD.data_ptr(), *x_BHTD.stride()[:3]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 
 CPU = torch.device("cpu")  # comparing with it takes a third of what asking for device.type takes
@@ -38,30 +40,48 @@ def shared_limit(device: torch.device) -> int:
     return kilobytes << 10
 
 
-def on_device(launch: Callable) -> Callable:
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+_Tables = TypeVar("_Tables", bound="tuple[torch.Tensor, ...]")
+
+
+def on_device(launch: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """Run `launch` with its tensors' GPU as the current one: kernels are launched on the current one.
 
     Its first argument is a tensor, or None and the second is one.
     """
 
     @wraps(launch)
-    def guarded(*args):
-        x = args[0] if args[0] is not None else args[1]
+    def guarded(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        x: Any = args[0] if args[0] is not None else args[1]
         if x.is_cuda and x.device.index != torch.cuda.current_device():
             with torch.cuda.device(x.device):
-                return launch(*args)
-        return launch(*args)
+                return launch(*args, **kwargs)
+        return launch(*args, **kwargs)
 
     return guarded
+
+
+_assumed_multiprocessors: int | None = None
+
+
+def assume_multiprocessors(count: int | None) -> int | None:
+    """Let `multiprocessors` answer `count` (None: the truth); returns what was assumed before. For tuning.override."""
+    global _assumed_multiprocessors
+    before, _assumed_multiprocessors = _assumed_multiprocessors, count
+    multiprocessors.cache_clear()
+    return before
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU; 4 on the CPU, so that small tests take the paths of a GPU that is not full."""
+    if _assumed_multiprocessors is not None:
+        return _assumed_multiprocessors
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def upload(array, device: torch.device) -> torch.Tensor:
+def upload(array: np.ndarray | list[int], device: torch.device) -> torch.Tensor:
     """An int32 table on `device`, for the caller to cache.
 
     On a GPU another thread makes it, on a stream of its own: so it lives outside the memory pool of a CUDA graph that
@@ -102,7 +122,7 @@ def _uploader() -> ThreadPoolExecutor:
 _captured: dict[int, tuple[torch.Tensor, ...]] = {}
 
 
-def keep_if_captured(tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def keep_if_captured(tables: _Tables) -> _Tables:
     """The tables; kept for good once a CUDA graph has their addresses, whatever the cache they come from does."""
     if tables[0].is_cuda and torch.cuda.is_current_stream_capturing():
         _captured[id(tables)] = tables

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +28,12 @@ _library = torch.library.Library("ard", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def private(name: str) -> Callable | None:
+def private(name: str) -> Any:
     """torch.<name>; None in a version of torch that lacks it."""
-    return reduce(lambda holder, part: getattr(holder, part, None), name.split("."), torch)
+    found: Any = torch
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 # Who may watch, trace or transform an op: non-zero, not None or True while somebody does.
@@ -72,12 +75,12 @@ def define_op(
     """
     name = schema.split("(", 1)[0]
 
-    def checked(*inputs):
+    def checked(*inputs: Any) -> Any:
         if check is not None:
             check(*inputs)
         return kernel(*inputs)
 
-    def checked_fake(*inputs):
+    def checked_fake(*inputs: Any) -> Any:
         """Also what meta tensors reach outside of any mode, and beside them may be tensors that are not."""
         if check is not None and all(type(x) in _PLAIN for x in inputs if isinstance(x, Tensor)):
             check(*inputs)
@@ -93,13 +96,13 @@ def define_op(
     if flops is not None:
         register_flop_formula(packet, get_raw=True)(lambda *inputs, out_val=None, **kwargs: flops(*inputs, **kwargs))
     op = packet.default
-    if backward is None:
+    if backward is None or setup_context is None:
         setup_context, backward = _refuse_gradient(name)
     _library.impl(name, _autograd_kernel(name, op, backward, setup_context, composite), "Autograd")
     _library.impl(name, lambda *inputs: op(*map(_materialized, inputs)), "ZeroTensor")
     gradient = _gradient_function(kernel, backward, setup_context)
     # Function.apply looks for what torch.func does and has left in the inputs, as the call itself does: 5 us.
-    with_gradient = super(torch.autograd.Function, gradient).apply
+    with_gradient = super(torch.autograd.Function, gradient).apply  # type: ignore[misc]
     places = [i for i, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
     return _directly(op, kernel, with_gradient, places)
 
@@ -117,7 +120,7 @@ def _directly(op: Callable, kernel: Callable, with_gradient: Callable, places: S
     # torch.func brings autocast back for the levels below, whatever the op switches off inside.
     transformed = without_autocast(op)
 
-    def call(*inputs):
+    def call(*inputs: Any) -> Any:
         if is_compiling() or _dispatch_modes() or _function_modes() or _jit_trace() is not None or _profiler_enabled():
             return op(*inputs)
         if forward_ad._current_level >= 0 or _transforms() is not None:
@@ -149,7 +152,7 @@ def _materialized(x: object) -> object:
 def _refuse_gradient(name: str) -> tuple[Callable, Callable]:
     """setup_context and backward of an op without a gradient: one that is asked for raises instead of getting lost."""
 
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Any) -> None:
         raise NotImplementedError(f"ard_kernels: {name} has no gradient; gradients of gradients are not supported")
 
     return lambda ctx, inputs, output: None, backward
@@ -160,14 +163,14 @@ def _gradient_function(run: Callable, run_backward: Callable, setup_context: Cal
 
     class Gradient(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *inputs):
+        def forward(ctx: Any, *inputs: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 output = run(*inputs)
             setup_context(ctx, inputs, output)
             return output
 
         @staticmethod
-        def backward(ctx, *grads):
+        def backward(ctx: Any, *grads: Any) -> Any:
             return run_backward(ctx, *grads)
 
     return Gradient
@@ -183,9 +186,9 @@ def _autograd_kernel(
     gradient = _gradient_function(op, run_backward, setup_context)
     # Under torch.func this kernel is called once per level, for that level alone; Function.apply would do all levels.
     level_gradient = _gradient_function(_on_lower_levels(op), run_backward, setup_context)
-    of_this_level = super(torch.autograd.Function, level_gradient).apply
+    of_this_level = super(torch.autograd.Function, level_gradient).apply  # type: ignore[misc]
 
-    def kernel(*inputs):
+    def kernel(*inputs: Any) -> Any:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         in_transform = _transforms is not None and _transforms() is not None
         may_be_dual = in_transform or getattr(forward_ad, "_current_level", 0) >= 0
@@ -205,14 +208,14 @@ def _autograd_kernel(
 def _on_lower_levels(op: Callable) -> Callable:
     """`op` inside an autograd.Function of one level, which has switched off what the levels below record."""
 
-    def run(*inputs):
+    def run(*inputs: Any) -> Any:
         with torch.enable_grad(), _functorch("_set_fwd_grad_enabled")(True):
             return op(*inputs)
 
     return run
 
 
-def _with_tangents(name: str, composite: Callable | None, inputs: tuple):
+def _with_tangents(name: str, composite: Callable | None, inputs: tuple) -> Any:
     """The op on inputs of which some carry a tangent. Its last argument is the backend."""
     if composite is None:
         raise NotImplementedError(f"ard_kernels: {name} has no forward-mode derivative")

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, disable-error-code=assignment
 """Rows whose width is not a power of two, as a tuple of power-of-two parts: 72 = 64 + 8 (16 lanes), 1152 = 1024 + 128.
 
 Triton's blocks have power-of-two sides; padding 72 to 128 would waste 44 % of every matmul and every load. A row is
@@ -17,7 +18,7 @@ _INTERPRETING = tl.constexpr(INTERPRETING)
 
 def split_width(width: int, least: int, most: int) -> tuple[int, ...]:
     """At most `most` powers of two, falling, each >= `least`, that cover `width` with the least padding."""
-    parts = []
+    parts: list[int] = []
     rest = -(-width // least) * least
     while rest > 0:
         power = 1 << (rest.bit_length() - 1)

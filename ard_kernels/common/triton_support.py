@@ -10,9 +10,11 @@ import importlib.util
 import os
 import types
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+from ard_kernels.common.dtypes import FLOAT64_REFUSED
 from ard_kernels.common.gpu_support import CPU, refuses_device
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -23,7 +25,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 class LazyModule(types.ModuleType):
     """A module that is imported when an attribute of it is first read."""
 
-    def __getattr__(self, attribute: str):
+    def __getattr__(self, attribute: str) -> Any:
         module = importlib.import_module(self.__name__)
         self.__dict__.update(vars(module))  # the next one is found at once: that takes 4 us less
         return getattr(module, attribute)
@@ -34,7 +36,7 @@ def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) 
     if not INSTALLED:
         return "triton is not installed"
     if dtype == torch.float64:
-        return "float64 is served by the torch backend only"
+        return FLOAT64_REFUSED
     if device == CPU:
         return None if INTERPRETING else "on the CPU it runs in Triton's interpreter only (TRITON_INTERPRET=1)"
     return refuses_device(device)
@@ -67,7 +69,7 @@ class Launch:
         constants: constexpr parameters and options (num_warps, ...) by name.
     """
 
-    def __init__(self, kernel, grid: tuple[int, ...], bound: tuple, constants: dict[str, object]):
+    def __init__(self, kernel: Any, grid: tuple[int, ...], bound: tuple, constants: dict[str, Any]):
         self.kernel, self.grid, self.bound, self.constants = kernel, (*grid, 1, 1)[:3], bound, constants
         self.runs: dict[tuple[bool, ...], Callable] = {}  # by which tensors start on 16 bytes
         self.rest = () if INTERPRETING else tuple(constants[n] for n in kernel.arg_names if n in constants)

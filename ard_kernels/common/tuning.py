@@ -1,6 +1,6 @@
 """Tile sizes of the Triton kernels: what was tuned on this machine, else the table shipped for the architecture.
 
-A table maps `kernel/dtype bits/width class/length class` to the kernel's compile-time constants. `make gpu-check` times
+A table maps `kernel/dtype bits/width/length class` to the kernel's compile-time constants. `make gpu-check` times
 candidates on the GPU at hand and writes the winners to `cache_file()`, whose name holds the device, the library and the
 Triton version; nothing is ever tuned during a call.
 """
@@ -10,34 +10,52 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 
-from ard_kernels.common.gpu_support import architecture
+from ard_kernels.common.gpu_support import architecture, assume_multiprocessors
+from ard_kernels.version import __version__
 
 SHIPPED = Path(__file__).parents[1] / "tuned"
 ARCHITECTURES = (80, 86, 90, 100)
-# Upper ends of the width classes: head dim as padded for the tensor cores, or channels of a row.
-WIDTHS = {"attention": (32, 64, 80, 96, 128, 192, 256), "adaln": (512, 1152, 2048, 4096, 8192)}
+# Widths that tables have entries for: head dims, or channels of a row.
+WIDTHS = {"attention": (32, 64, 72, 96, 128, 192, 256), "adaln": (512, 1152, 2048, 4096, 8192)}
+# Tensor cores take head dims in steps of 16: 72 and 80 are the same tiles, so one entry serves both.
+STEPS = {"attention": 16, "adaln": 1}
+
+Config = Mapping[str, int]  # block sizes, num_warps, num_stages
 # Small blocks, so that a test of 50 tokens has several tiles, full and masked ones.
-INTERPRETER = {"attention": {"BLOCK_M": 32, "BLOCK_N": 16}, "adaln": {"TOKENS": 16, "ROWS": 8, "STAGES": 1}}
+INTERPRETER: dict[str, Config] = {
+    "attention": {"BLOCK_M": 32, "BLOCK_N": 16},
+    "adaln": {"TOKENS": 16, "ROWS": 8, "STAGES": 1},
+}
+
+
+def _family(name: str) -> str:
+    """Of a kernel or an op."""
+    return "attention" if "attention" in name else "adaln"
+
+
+def _entry(family: str, width: int) -> int:
+    """The width whose entry serves `width`: the least that is no smaller once padded, else the largest."""
+    widths, step = WIDTHS[family], STEPS[family]
+    return next((entry for entry in widths if width <= -(-entry // step) * step), widths[-1])
 
 
 def key(kernel: str, dtype: torch.dtype, width: int, length: int) -> str:
     """Name of a table entry; `length` in tokens per segment, 0 for ragged. Only 16-bit attention tells short ones."""
-    family = kernel.split("_")[0]
-    upper = next((end for end in WIDTHS[family] if width <= end), WIDTHS[family][-1])
+    family = _family(kernel)
     short = family == "attention" and dtype.itemsize == 2 and 0 < length < 128
-    return f"{kernel}/{8 * dtype.itemsize}bit/{upper}/{'short' if short else 'long'}"
+    return f"{kernel}/{8 * dtype.itemsize}bit/{_entry(family, width)}/{'short' if short else 'long'}"
 
 
 def shape_class(op: str, dtype: torch.dtype, width: int) -> str:
-    """Name of the shapes that one measurement of `fastest.json` speaks for: op, bits of the dtype, width class."""
-    family = "adaln" if op in ("adaln_modulate", "gate_residual_adaln", "gate_residual") else "attention"
-    upper = next((end for end in WIDTHS[family] if width <= end), WIDTHS[family][-1])
-    return f"{op}/{8 * dtype.itemsize}bit/{upper}"
+    """Name of the shapes that one measurement of `fastest.json` speaks for: op, bits of the dtype, width's entry."""
+    return f"{op}/{8 * dtype.itemsize}bit/{_entry(_family(op), width)}"
 
 
 # What `python -m benchmarks.gpu.fastest` wrote from the committed results of a GPU: {"sources": {"sm90": folder},
@@ -51,12 +69,45 @@ def fastest(op: str, arch: int, dtype: torch.dtype, width: int | None) -> str:
     return "triton" if known is None or width is None else known.get(shape_class(op, dtype, width), "triton")
 
 
+# (configurations, what was looked up) of the open `override` blocks.
+_overrides: list[tuple[Mapping[str, Config], dict[str, Config]]] = []
+
+
+@contextmanager
+def override(configs: Mapping[str, Config], multiprocessors: int | None = None) -> Iterator[dict[str, Config]]:
+    """Inside the block a kernel has the constants that `configs` has for its `key`, or its name, whatever tables say.
+
+    For tuners and tests: process-wide, restored on exit, blocks nest. `multiprocessors`: as if the device had so many.
+    Yields what is looked up inside, by key: the constants of each kernel that was launched.
+    """
+    looked_up: dict[str, Config] = {}
+    _overrides.append((configs, looked_up))
+    lookup.cache_clear()
+    before = None if multiprocessors is None else assume_multiprocessors(multiprocessors)
+    try:
+        yield looked_up
+    finally:
+        _overrides.pop()
+        lookup.cache_clear()
+        if multiprocessors is not None:
+            assume_multiprocessors(before)
+
+
 @lru_cache(maxsize=4096)
-def lookup(kernel: str, device: torch.device, dtype: torch.dtype, width: int, length: int = 0) -> dict[str, int]:
-    """Constants (block sizes, num_warps, num_stages) for a kernel; `kernel` starts with its family's name."""
-    if device.type == "cpu":
-        return INTERPRETER[kernel.split("_")[0]]
+def lookup(kernel: str, device: torch.device, dtype: torch.dtype, width: int, length: int = 0) -> Config:
+    """Constants (block sizes, num_warps, num_stages) for a kernel."""
     name = key(kernel, dtype, width, length)
+    given = (configs[n] for configs, _ in reversed(_overrides) for n in (name, kernel) if n in configs)
+    config = next(given, None) or _tabled(name, device)
+    for _, looked_up in _overrides:
+        looked_up[name] = config
+    return config
+
+
+def _tabled(name: str, device: torch.device) -> Config:
+    """The constants for a key that nobody overrides."""
+    if device.type == "cpu":
+        return INTERPRETER[_family(name)]
     return tuned_here(device).get(name) or shipped(architecture(device))[name]
 
 
@@ -68,13 +119,13 @@ def table_architecture(arch: int) -> int:
 
 
 @cache
-def shipped(arch: int) -> dict[str, dict[str, int]]:
+def shipped(arch: int) -> dict[str, Config]:
     """The table that serves compute capability `arch`."""
     return json.loads((SHIPPED / f"sm{table_architecture(arch)}.json").read_text())["configs"]
 
 
 @cache
-def tuned_here(device: torch.device) -> dict[str, dict[str, int]]:
+def tuned_here(device: torch.device) -> dict[str, Config]:
     """What the tuner found on this machine; empty when it never ran with these versions."""
     path = cache_file(device)
     return json.loads(path.read_text())["configs"] if path.is_file() else {}
@@ -84,8 +135,6 @@ def cache_file(device: torch.device) -> Path:
     """$ARD_CACHE_DIR (default ~/.cache/ard_kernels) / <device>-<library version>-triton<version>.json"""
     import triton
 
-    import ard_kernels
-
     folder = Path(os.environ.get("ARD_CACHE_DIR") or Path.home() / ".cache" / "ard_kernels")
     device_name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-    return folder / f"{device_name}-{ard_kernels.__version__}-triton{triton.__version__}.json"
+    return folder / f"{device_name}-{__version__}-triton{triton.__version__}.json"

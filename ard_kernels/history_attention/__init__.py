@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.compiler import is_compiling
@@ -89,7 +90,7 @@ def history_attention(
     return out.transpose(1, 2) if layout == "bthd" else out
 
 
-def _requires_grad(q, k, v, *norms: HeadNorm | None) -> bool:
+def _requires_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *norms: HeadNorm | None) -> bool:
     if q.requires_grad or k.requires_grad or v.requires_grad:
         return True
     return any(x is not None and x.requires_grad for norm in norms if norm for x in (norm.weight, norm.bias))
@@ -132,7 +133,7 @@ class HistoryRouting:
         Without a cache q, k, v hold all segments (teacher-forced training). With one they hold a single new segment
         (sampling): history layers append it and attend to the past, the others attend within it and keep nothing.
         """
-        shared = {"layout": layout, "scale": scale, "backend": backend}
+        shared: dict[str, Any] = {"layout": layout, "scale": scale, "backend": backend}
         if cache is not None and self.reads_history(layer):
             return history_attention(q, k, v, cache, layer=layer, window=self.window, sink=self.sink, **shared)
         return block_causal_attention(q, k, v, segment_length=segment_length, **self.mask(layer), **shared)
@@ -148,10 +149,11 @@ class HistoryRouting:
         backend: str | None = None,
     ) -> torch.Tensor:
         """`attention` of qkv (B, T, 3, H, D); returns (B, T, H, D). See `block_causal_attention_packed`."""
-        shared = {"scale": scale, "backend": backend}
+        shared: dict[str, Any] = {"scale": scale, "backend": backend}
         if cache is not None and self.reads_history(layer):
-            mask = {"window": self.window, "sink": self.sink}
-            return history_attention(*qkv.unbind(2), cache, layer=layer, layout="bthd", **mask, **shared)
+            q, k, v = qkv.unbind(2)
+            mask: dict[str, Any] = {"window": self.window, "sink": self.sink}
+            return history_attention(q, k, v, cache, layer=layer, layout="bthd", **mask, **shared)
         return block_causal_attention_packed(qkv, segment_length=segment_length, **self.mask(layer), **shared)
 
     def reads_history(self, layer: int) -> bool:
@@ -159,7 +161,7 @@ class HistoryRouting:
         check_layer("HistoryRouting", layer, self.depth)
         return layer < self.history_layers
 
-    def mask(self, layer: int) -> dict[str, int | None]:
+    def mask(self, layer: int) -> dict[str, Any]:
         """`window` and `sink` of `layer`; block-diagonal above the history layers."""
         return {"window": self.window, "sink": self.sink} if self.reads_history(layer) else {"window": 1, "sink": 0}
 

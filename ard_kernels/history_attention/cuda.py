@@ -7,10 +7,10 @@ Two launches: the append, with the norms of q and k; attention over the cache, t
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ard_kernels.block_causal_attention.cuda import aligned, refuses
 from ard_kernels.block_causal_attention.tiles import heads_per_group
-from ard_kernels.block_causal_attention.torch_impl import out_like
 from ard_kernels.common import extension
 from ard_kernels.common.gpu_support import keep_if_captured, multiprocessors, on_device
 from ard_kernels.history_attention.norm import KINDS, HeadNorm
@@ -20,7 +20,7 @@ from ard_kernels.history_attention.tiles import schedule
 __all__ = ["append", "forward", "refuses"]
 
 
-def _aligned_parameter(parameter: torch.Tensor | None) -> torch.Tensor | None:
+def _aligned_parameter(parameter: Tensor | None) -> Tensor | None:
     if parameter is None or (parameter.is_contiguous() and parameter.data_ptr() % 16 == 0):
         return parameter
     return parameter.clone(memory_format=torch.contiguous_format)
@@ -37,13 +37,16 @@ def _fields(norm: HeadNorm | None) -> tuple | None:
     return KINDS.index(norm.kind) + 1, *parameters[0], *parameters[1], norm.eps
 
 
-def _from_token(cache: torch.Tensor, start: int) -> tuple[int, int, int, int]:
+def _from_token(cache: Tensor, start: int) -> tuple[int, int, int, int]:
     """heads_view of cache[:, :, start:]."""
     pointer, batch, head, token = extension.heads_view(cache)
     return pointer + start * token * cache.element_size(), batch, head, token
 
 
-def append(q, k, v, cache_k, cache_v, start: int, q_norm: HeadNorm | None = None, k_norm: HeadNorm | None = None):
+def append(
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, start: int,
+    q_norm: HeadNorm | None, k_norm: HeadNorm | None,
+) -> Tensor:  # fmt: skip
     """cache[:, :, start : start + L] = (k_norm(k), v); returns q_norm(q), rows on 16 bytes (q itself where it can)."""
     B, H, L, D = q.shape
     q, k, v = map(aligned, (q, k, v))
@@ -61,9 +64,10 @@ def append(q, k, v, cache_k, cache_v, start: int, q_norm: HeadNorm | None = None
 
 @on_device
 def forward(
-    q, k, v, cache_k, cache_v, workspace, start, sink_stop, window_start, scale, q_norm=None, k_norm=None
-) -> torch.Tensor:
-    """See torch_impl.forward; q and k are normalised on the way. Rows of the cache start on 16 bytes."""
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, out: Tensor, workspace: Tensor,
+    start: int, sink_stop: int, window_start: int, scale: float, q_norm: HeadNorm | None, k_norm: HeadNorm | None,
+) -> None:  # fmt: skip
+    """See backend.py; q and k are normalised by the append. Rows of the cache start on 16 bytes."""
     B, H, L, D = q.shape
     stop, device = start + L, q.device
     gpu, dtype, stream = extension.gpu(device), extension.dtype_code(q.dtype), extension.stream(device)
@@ -73,7 +77,6 @@ def forward(
     tiles = len(tables.items)
     group = heads_per_group(B * H, 2 * (sink_stop + stop - window_start) * D * q.element_size())
     splits, tiles_per_split = share_tiles(tiles * B * H, columns, multiprocessors(device))
-    out = out_like(q)
     gpu.attention_history(
         *map(extension.heads_view, (q, cache_k, cache_v, out)),
         workspace.data_ptr(),
@@ -82,4 +85,3 @@ def forward(
     )  # fmt: skip
     if splits > 1:
         gpu.history_add_splits(workspace.data_ptr(), extension.heads_view(out), B, H, L, D, splits, dtype, stream)
-    return out

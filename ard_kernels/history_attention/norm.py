@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ard_kernels.common.arguments import check_number, check_tensor, described
+from ard_kernels.common.arguments import NORM_EPS, check_number, check_tensor, described
+from ard_kernels.common.dtypes import accumulation_dtype
 
 KINDS = ("rms", "layer")
 
@@ -32,9 +33,9 @@ class HeadNorm:
     kind: str = "rms"
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
-    eps: float = 1e-6
+    eps: float = NORM_EPS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise ValueError(f"HeadNorm: kind is {described(self.kind)}; expected 'rms' or 'layer'")
         if not check_number("HeadNorm", "eps", self.eps, "a number >= 0") >= 0:
@@ -66,7 +67,7 @@ def normalise(x: torch.Tensor, norm: HeadNorm | None) -> torch.Tensor:
     """x (..., D) by `norm`, composed of PyTorch ops."""
     if norm is None:
         return x
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(x.dtype)
     weight, bias = (None if p is None else p.to(wide) for p in (norm.weight, norm.bias))
     if norm.kind == "rms":
         return F.rms_norm(x.to(wide), x.shape[-1:], weight, norm.eps).to(x.dtype)

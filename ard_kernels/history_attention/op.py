@@ -6,47 +6,55 @@ a compiled graph, so one graph takes every step.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Any
 
-from ard_kernels.block_causal_attention.spec import check_qkv, check_rows_apart, check_window
-from ard_kernels.block_causal_attention.torch_impl import out_like
+import torch
+from torch import Tensor
+
+from ard_kernels.block_causal_attention.spec import check_qkv, check_rows_apart, check_window, empty_output
 from ard_kernels.common import triton_support
-from ard_kernels.common.backends import check_backend, register_backend
+from ard_kernels.common.backends import check_backend, register_backend, serves_everything
 from ard_kernels.common.library import define_op
 from ard_kernels.history_attention import cpu, cuda, spec, torch_impl
-from ard_kernels.history_attention.norm import HeadNorm, check_norm, normalise
+from ard_kernels.history_attention.backend import Append, Kernels
+from ard_kernels.history_attention.norm import HeadNorm, check_norm
 from ard_kernels.history_attention.splits import workspace_elements
+
+if TYPE_CHECKING:
+    from ard_kernels.history_attention import triton_impl
+else:
+    triton_impl = triton_support.LazyModule("ard_kernels.history_attention.triton_impl")
 
 OP = "history_attention"
 
-IMPLEMENTATIONS = {
-    "cuda": cuda,
-    "triton": triton_support.LazyModule("ard_kernels.history_attention.triton_impl"),
-    "cpu": cpu,
-    "torch": torch_impl,
-}
+KERNELS: dict[str, Kernels] = {"cuda": cuda, "triton": triton_impl}
+# The backends whose attention is PyTorch's, which makes its own output: see block_causal_attention/op.py.
+APPENDS: dict[str, Append] = {"cpu": cpu.append, "torch": torch_impl.append}
 
 register_backend(OP, "cuda", cuda.refuses)
 register_backend(OP, "triton", triton_support.refuses)
 register_backend(OP, "cpu", cpu.refuses)
-register_backend(OP, "torch", torch_impl.refuses)
+register_backend(OP, "torch", serves_everything)
 
 
-def norm_fields(norm: HeadNorm | None) -> tuple:
+def norm_fields(norm: HeadNorm | None) -> tuple[str | None, Tensor | None, Tensor | None, float]:
     """`norm` as the op takes it: kind (None: no norm), weight, bias, eps."""
     return (None, None, None, 0.0) if norm is None else (norm.kind, norm.weight, norm.bias, norm.eps)
 
 
-def _norm_of(kind, weight, bias, eps) -> HeadNorm | None:
+def _norm_of(kind: str | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> HeadNorm | None:
     return None if kind is None else HeadNorm(kind, weight, bias, eps)
 
 
-def check_memory(keys, values, workspace, positions) -> None:
+def check_memory(keys: Tensor, values: Tensor, workspace: Tensor, positions: Tensor) -> None:
     """ValueError unless these are the tensors of a HistoryCache."""
     spec.check_memory(OP, keys, values, workspace, positions, workspace_elements(keys.shape[-1], keys.device))
 
 
-def _check(q, k, v, keys, values, workspace, positions, layer, window, sink, scale, *norms_and_backend):
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, workspace: Tensor, positions: Tensor,
+    layer: int, window: int | None, sink: int, scale: float, *norms_and_backend: Any,
+) -> None:  # fmt: skip
     *norms, backend = norms_and_backend
     check_qkv(OP, q, k, v, "bhtd")
     check_rows_apart(OP, {"q": q, "k": k, "v": v})
@@ -59,36 +67,44 @@ def _check(q, k, v, keys, values, workspace, positions, layer, window, sink, sca
     check_backend(OP, backend, q.device, q.dtype, q.shape[-1])
 
 
-def _history(q, k, v, keys, values, workspace, positions, layer, window, sink, scale, *norms_and_backend):
+def _history(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, workspace: Tensor, positions: Tensor,
+    layer: int, window: int | None, sink: int, scale: float, *norms_and_backend: Any,
+) -> Tensor:  # fmt: skip
     *norms, backend = norms_and_backend
     layers, _, _, capacity, _ = keys.shape
     places = positions.numpy()
     offsets = spec.next_offsets(OP, places, layers, capacity, layer, k.shape[2])
-    if q.numel() == 0:
-        out = out_like(q)
+    segment, cache = (q, k, v), (keys[layer], values[layer])
+    seen = offsets[-2], *spec.visible_tokens(offsets, window, sink)
+    q_norm, k_norm = _norm_of(*norms[:4]), _norm_of(*norms[4:])
+    if backend in APPENDS and q.numel():
+        out = torch_impl.forward(*segment, *cache, *seen, scale, q_norm, k_norm, APPENDS[backend])
     else:
-        q_norm, k_norm = _norm_of(*norms[:4]), _norm_of(*norms[4:])
-        run = IMPLEMENTATIONS[backend].forward
-        where = (keys[layer], values[layer], workspace, offsets[-2], *spec.visible_tokens(offsets, window, sink), scale)
-        if backend == "cuda":  # its append normalises
-            out = run(q, k, v, *where, q_norm, k_norm)
-        else:
-            out = run(normalise(q, q_norm), normalise(k, k_norm), v, *where)
+        out = empty_output(q)
+        if q.numel():
+            KERNELS[backend].forward(*segment, *cache, out, workspace, *seen, scale, q_norm, k_norm)
     if not keys.is_inference():  # kernels write behind autograd's back: what has saved the keys shall notice
         torch.autograd.graph.increment_version((keys, values))
     spec.advance(places, layers, layer, offsets)
     return out
 
 
-def _history_fake(q, k, v, keys, values, workspace, positions, layer, *_):
+def _history_fake(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, workspace: Tensor, positions: Tensor, layer: int,
+    *_: Any,
+) -> Tensor:  # fmt: skip
     if type(positions) is torch.Tensor and q.is_meta:  # meta tensors have shapes only; the positions are there
         layers, capacity = keys.shape[0], keys.shape[3]
         offsets = spec.next_offsets(OP, positions.numpy(), layers, capacity, layer, k.shape[2])
         spec.advance(positions.numpy(), layers, layer, offsets)
-    return out_like(q)
+    return empty_output(q)
 
 
-def _history_flops(q, k, v, keys, values, workspace, positions, layer, window, sink, *args) -> int:
+def _history_flops(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, workspace: Tensor, positions: Tensor,
+    layer: int, window: int | None, sink: int, *_: Any,
+) -> int:  # fmt: skip
     if type(positions) is not torch.Tensor:
         raise NotImplementedError(f"{OP}: FLOPs depend on the cache's positions; expected no fake tensors in a count")
     B, H, L, D = q.shape

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """History attention in Triton: append a segment to the cache and attend to what it may see, in one launch.
 
 A program takes one query tile of one (batch, head). It reads earlier tokens from the cache and its own segment from k
@@ -12,8 +13,8 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ard_kernels.block_causal_attention.torch_impl import out_like
 from ard_kernels.block_causal_attention.triton_impl import (
     LOG2_E,
     base_of,
@@ -34,6 +35,7 @@ from ard_kernels.common.triton_parts import (
     zero_rows,
 )
 from ard_kernels.common.triton_support import Launch, strides
+from ard_kernels.history_attention.norm import HeadNorm, normalise
 from ard_kernels.history_attention.splits import share_tiles
 
 # See there: `start` must not compile anything anew. (SPLIT and EVEN do, once each: warm up with all S steps.)
@@ -147,7 +149,10 @@ def _add_splits(
 
 
 @lru_cache(maxsize=1024)
-def _prepare(shape, cache_shape, strides_of, dtype, grid: tuple[int, int], sign: float, even: bool, config):
+def _prepare(
+    shape: torch.Size, cache_shape: torch.Size, strides_of: tuple[tuple[int, ...], ...], dtype: torch.dtype,
+    grid: tuple[int, int], sign: float, even: bool, config: tuple[tuple[str, int], ...],
+) -> tuple[Launch, Launch]:  # fmt: skip
     """The launches for these strides of q, k, v, out, cache_k, cache_v: attend, and add the splits up."""
     B, H, L, D = shape
     unit, (q, k, v, out, *cache) = strides(*zip((shape,) * 4 + (cache_shape,) * 2, strides_of, strict=True))
@@ -159,10 +164,13 @@ def _prepare(shape, cache_shape, strides_of, dtype, grid: tuple[int, int], sign:
 
 
 @on_device
-def forward(q, k, v, cache_k, cache_v, workspace, start, sink_stop, window_start, scale) -> torch.Tensor:
-    """See torch_impl.forward; allocates the output only."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, out: Tensor, workspace: Tensor,
+    start: int, sink_stop: int, window_start: int, scale: float, q_norm: HeadNorm | None, k_norm: HeadNorm | None,
+) -> None:  # fmt: skip
+    """See backend.py; q and k are normalised by PyTorch ops first."""
+    q, k = normalise(q, q_norm), normalise(k, k_norm)
     B, H, L, D = q.shape
-    out = out_like(q)
     config = tuning.lookup("attention_history", q.device, q.dtype, D, L)
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
     row_tiles = -(-L // block_m) * B * H  # triton.cdiv takes 3 us
@@ -178,4 +186,3 @@ def forward(q, k, v, cache_k, cache_v, workspace, start, sink_stop, window_start
     attend((q, k, v, cache_k, cache_v, out, workspace), ints)
     if splits > 1:
         add_splits((workspace, out))
-    return out

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ard_kernels.common.arguments import NORM_EPS
 from ard_kernels.common.autocast import autocast_dtype
 from ard_kernels.common.backends import resolve
 from ard_kernels.segment_adaln import spec
@@ -24,7 +25,7 @@ def adaln_modulate(
     scale: torch.Tensor,
     *,
     segment_length: int | Sequence[int],
-    eps: float = 1e-6,
+    eps: float = NORM_EPS,
     backend: str | None = None,
 ) -> torch.Tensor:
     """y = LN(x) * (1 + scale) + shift, LayerNorm over C without affine parameters.
@@ -64,7 +65,7 @@ def gate_residual_adaln(
     scale: torch.Tensor,
     *,
     segment_length: int | Sequence[int],
-    eps: float = 1e-6,
+    eps: float = NORM_EPS,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """h = x + gate * branch and y = LN(h) * (1 + scale) + shift in one pass: the seam between two DiT sub-blocks.

@@ -27,7 +27,8 @@ class Chunks(NamedTuple):
 
 def make_chunks(lengths: Sequence[int], tokens: int, most: int) -> tuple[np.ndarray, np.ndarray]:
     """(chunks, spans) with chunks of at most `most` tokens, of near equal size within a segment."""
-    chunks, spans = [], []
+    chunks: list[tuple[int, ...]] = []
+    spans: list[tuple[int, int]] = []
     for segment, (start, stop) in enumerate(pairwise(segment_offsets(lengths, tokens))):
         count = -(-(stop - start) // most)
         cuts = [start + (stop - start) * i // count for i in range(count + 1)]

@@ -1,4 +1,6 @@
-"""The adaLN family in CUDA C++ (csrc/segment_adaln/forward.cu, backward.cu): tables, outputs and launches.
+# mypy: no-strict-optional
+# (Inputs that an op lacks are None, in groups that their types do not know.)
+"""The adaLN family in CUDA C++ (csrc/segment_adaln/forward.cu, backward.cu): tables and launches.
 
 Blocks take chunks as in triton_impl.py. Inputs may have any strides with a contiguous last dim: where rows do not start
 on 16-byte boundaries the kernels are variants that read element by element, because a copy of an activation would cost
@@ -7,16 +9,17 @@ more than the op.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from ard_kernels.common import extension
 from ard_kernels.common.gpu_support import keep_if_captured, multiprocessors, on_device, shared_limit
 from ard_kernels.common.segments import segment_offsets
 from ard_kernels.segment_adaln.chunks import Chunks, chunks
-from ard_kernels.segment_adaln.torch_impl import gradients, of_no_tokens, outputs
 
 MOST_CHANNELS = 8192
 # Of a multiprocessor, by the compiler's report: registers per thread of the kernels of 8 elements per thread.
@@ -55,58 +58,57 @@ def chunk_tokens(lengths: tuple[int, ...], batch: int, most: int, slots: int) ->
 
 
 @lru_cache(maxsize=1024)
-def _plan(lengths: tuple[int, ...], tokens: int, batch: int, channels: int, kernel: str, device: torch.device):
-    """The tables for this shape; made once."""
+def _plan(
+    lengths: tuple[int, ...], tokens: int, batch: int, channels: int, kernel: str, device: torch.device, few: int
+) -> Chunks:
+    """The tables for this shape; made once. few: multiprocessors."""
     each = tuple(stop - start for start, stop in pairwise(segment_offsets(lengths, tokens)))
     _, threads, rows = extension.gpu(device).adaln_geometry(channels, kernel == "backward")
     blocks = max(1, 65536 // (REGISTERS[kernel] * threads * rows))
-    most = chunk_tokens(each, batch, TOKENS[kernel], blocks * multiprocessors(device))
+    most = chunk_tokens(each, batch, TOKENS[kernel], blocks * few)
     return chunks(lengths, tokens, most, device)
 
 
-def _work(kernel: str, like: torch.Tensor, rows: torch.Tensor, lengths) -> tuple[Chunks, tuple]:
+def _work(kernel: str, like: Tensor, rows: Tensor, lengths: Sequence[int]) -> tuple[Chunks, tuple]:
     """The tables, and what the extension takes of them. `like` (B, T, C) is any token tensor."""
     B, T, C = like.shape
-    per_token = rows.shape[1] == T
-    tables = keep_if_captured(_plan((T,) if per_token else tuple(lengths), T, B, C, kernel, like.device))
+    per_token, device = rows.shape[1] == T, like.device
+    segments = (T,) if per_token else tuple(lengths)
+    tables = keep_if_captured(_plan(segments, T, B, C, kernel, device, multiprocessors(device)))
     counts = (B, len(tables.chunks), len(tables.spans), per_token)
     return tables, (tables.chunks.data_ptr(), tables.spans.data_ptr(), *counts)
 
 
-def _pointer(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 @on_device
-def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.dtype | None):
-    """See torch_impl.forward."""
-    h, y, mean, rstd = outputs(x, branch, shift, y_dtype)
-    if x.numel() == 0:
-        return h, y, mean, rstd
+def forward(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    h: Tensor | None, y: Tensor | None, mean: Tensor | None, rstd: Tensor | None, lengths: Sequence[int], eps: float,
+) -> None:  # fmt: skip
+    """See backend.py."""
     _, work = _work("forward", x, gate if gate is not None else shift, lengths)
     views = map(extension.view, (x, branch, gate, shift, scale, h, y))
     extension.gpu(x.device).adaln_forward(
-        *views, _pointer(mean), _pointer(rstd), eps, *x.shape[1:], work, shared_limit(x.device),
+        *views, extension.pointer(mean), extension.pointer(rstd), eps, *x.shape[1:], work, shared_limit(x.device),
         extension.stream(x.device),
     )  # fmt: skip
-    return h, y, mean, rstd
 
 
 @on_device
-def backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths):
-    """See torch_impl.backward."""
+def backward(
+    grad_h: Tensor | None, grad_y: Tensor | None, h: Tensor | None, branch: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, mean: Tensor | None, rstd: Tensor | None, dx: Tensor | None, dbranch: Tensor | None,
+    dgate: Tensor | None, dshift: Tensor | None, dscale: Tensor | None, lengths: Sequence[int],
+) -> None:  # fmt: skip
+    """See backend.py."""
     like = h if h is not None else grad_h
-    grads = gradients(h, branch, gate, scale)
-    if like.numel() == 0:
-        return of_no_tokens(grads)
     tables, work = _work("backward", like, gate if gate is not None else scale, lengths)
     B, T, C = like.shape
     per_token = work[-1]
     sums = 0 if per_token else (gate is not None) + 2 * (scale is not None)
     workspace = like.new_empty(B * len(tables.chunks) * sums * C, dtype=torch.float32)
     inputs = map(extension.view, (grad_h, grad_y, h, branch, gate, scale))
+    grads = map(extension.view, (dx, dbranch, dgate, dshift, dscale))
     extension.gpu(like.device).adaln_backward(
-        *inputs, _pointer(mean), _pointer(rstd), *map(extension.view, grads), workspace.data_ptr(), T, C, work,
+        *inputs, extension.pointer(mean), extension.pointer(rstd), *grads, workspace.data_ptr(), T, C, work,
         shared_limit(like.device), extension.stream(like.device),
     )  # fmt: skip
-    return grads

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 import torch
 
 from ard_kernels.common.arguments import check_number, check_tensor, described
+from ard_kernels.common.dtypes import DTYPES, EXPECTED, accumulation_dtype
 from ard_kernels.common.segments import check_lengths, check_segment_length, segment_offsets
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_activation(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> None:
@@ -26,7 +25,7 @@ def check_activation(op: str, name: str, x: torch.Tensor, like: torch.Tensor | N
     if x.dim() != 3:
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected 3 dims (B, T, C)")
     if x.dtype not in DTYPES:
-        raise ValueError(f"{op}: {name} has dtype {x.dtype}; expected float32, bfloat16, float16 or float64")
+        raise ValueError(f"{op}: {name} has dtype {x.dtype}; expected {EXPECTED}")
     if like is not None and x.shape != like.shape:
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected x's {tuple(like.shape)}")
     if like is not None and x.device != like.device:
@@ -76,23 +75,22 @@ def check_raw(
 
     tokens: (B, T, C) tensors, the first present; rows: those per segment of `lengths`; None: absent.
     """
-    names = [name for name, x in tokens.items() if x is not None]
-    first = tokens[names[0]]
-    for name in names:
-        check_activation(op, name, tokens[name], like=first)
+    given = {name: x for name, x in tokens.items() if x is not None}
+    first = next(iter(given.values()))
+    for name, x in given.items():
+        check_activation(op, name, x, like=first)
     check_lengths(op, lengths, first.shape[1])
     present = {name: row for name, row in rows.items() if row is not None}
     if check_rows(op, first, present, lengths[0] if len(lengths) == 1 else lengths) != list(lengths):
         raise ValueError(f"{op}: lengths is {list(lengths)}; expected [1] for rows per token")
-    for name in (*names, *present):
-        x = tokens[name] if name in tokens else rows[name]
+    for name, x in (given | present).items():
         if x.stride(-1) != 1 and x.numel():
             raise ValueError(f"{op}: {name} has strides {x.stride()}; expected a contiguous last dim")
 
 
 def check_statistics(op: str, x_BTC: torch.Tensor, **statistics: torch.Tensor) -> None:
     """ValueError unless the statistics are (B, T), contiguous, of the accumulation dtype."""
-    dtype = torch.float64 if x_BTC.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x_BTC.dtype)
     for name, x in statistics.items():
         if x.shape != x_BTC.shape[:2] or x.dtype != dtype or x.device != x_BTC.device or not x.is_contiguous():
             raise ValueError(f"{op}: {name} is {described(x)}; expected contiguous {dtype} {tuple(x_BTC.shape[:2])}")

@@ -1,3 +1,5 @@
+# mypy: no-strict-optional
+# (Inputs that an op lacks are None, in groups that their types do not know.)
 """The adaLN family as a composition of PyTorch ops: runs on every device; rows are broadcast, not copied per token.
 
 All arithmetic is fp32 (fp64 for fp64 inputs). x (B, T, C) is viewed (B, S, L, C) against rows (B, S, 1, C); ragged
@@ -6,60 +8,34 @@ segments spread their rows over tokens first and sum their gradients per segment
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
+from ard_kernels.common.dtypes import accumulation_dtype
 from ard_kernels.common.segments import segment_offsets
 from ard_kernels.segment_adaln.spec import row_of_token
 
-
-def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
-    return None
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+Outputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # h, y, mean, rstd
+# dx, dbranch, dgate, dshift, dscale
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _empty_like(x: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
-    """Contiguous. (new_empty(x.shape) takes three times as long on the host.)"""
-    return None if x is None else torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def outputs(x, branch, shift, y_dtype: torch.dtype | None):
-    """Memory for what `forward` returns."""
-    h = _empty_like(branch, x.dtype)
-    if shift is None:
-        return h, None, None, None
-    mean = x.new_empty(*x.shape[:2], dtype=statistics_dtype(x.dtype))
-    return h, _empty_like(x, y_dtype), mean, torch.empty_like(mean)
-
-
-def gradients(h, branch, gate, scale):
-    """Memory for what `backward` returns."""
-    return *map(_empty_like, (h, branch, gate)), _empty_like(scale), _empty_like(scale)
-
-
-def of_no_tokens(grads):
-    """`gradients` where there are no tokens to sum over."""
-    return tuple(None if grad is None else grad.zero_() for grad in grads)
-
-
-def _tile(x_BTC: torch.Tensor, lengths: Sequence[int], acc: torch.dtype) -> torch.Tensor:
+def _tile(x_BTC: Tensor, lengths: Sequence[int], acc: torch.dtype) -> Tensor:
     """(B, S, L, C) in the accumulation dtype; (B, T, 1, C) for ragged segments."""
     return x_BTC.to(acc).unflatten(1, (-1, lengths[0] if len(lengths) == 1 else 1))
 
 
-def _rows(rows_BSC: torch.Tensor, lengths: Sequence[int], tokens: int, acc: torch.dtype) -> torch.Tensor:
+def _rows(rows_BSC: Tensor, lengths: Sequence[int], tokens: int, acc: torch.dtype) -> Tensor:
     """(B, S, 1, C) against `_tile`; (B, T, 1, C) for ragged segments."""
     if len(lengths) > 1:
         rows_BSC = rows_BSC[:, row_of_token(lengths, tokens, rows_BSC.device)]
     return rows_BSC.to(acc).unsqueeze(2)
 
 
-def _row_sum(terms_BSLC: torch.Tensor, lengths: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def _row_sum(terms_BSLC: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
     """(B, S, C): sum over the tokens of each segment."""
     if len(lengths) == 1:
         return terms_BSLC.sum(2).to(dtype)
@@ -67,28 +43,34 @@ def _row_sum(terms_BSLC: torch.Tensor, lengths: Sequence[int], dtype: torch.dtyp
     return torch.stack([terms_BTC[:, a:b].sum(1) for a, b in pairwise(offsets)], 1).to(dtype)
 
 
-def _layer_norm(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _layer_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(normalised, mean, rstd) over the last dim."""
     return torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
 
 
-def _composed_layer_norm(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _composed_layer_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """`_layer_norm` for derivatives of any order: gradients of native_layer_norm's tangent are wrong (torch 2.13)."""
     mean = x.mean(-1, keepdim=True)
     rstd = torch.rsqrt((x - mean).square().mean(-1, keepdim=True) + eps)
     return (x - mean) * rstd, mean, rstd
 
 
-def composite(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.dtype | None):
+def composite(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    lengths: Sequence[int], eps: float, y_dtype: torch.dtype | None,
+) -> Outputs:  # fmt: skip
     """`forward` that can be differentiated in any mode and order, but for mean and rstd."""
-    h, y, *statistics = forward(x, branch, gate, shift, scale, lengths, eps, y_dtype, _composed_layer_norm)
-    return h, y, *(None if x is None else x.detach() for x in statistics)
+    h, y, mean, rstd = forward(x, branch, gate, shift, scale, lengths, eps, y_dtype, _composed_layer_norm)
+    return h, y, None if mean is None else mean.detach(), None if rstd is None else rstd.detach()
 
 
-def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.dtype | None, layer_norm=_layer_norm):
+def forward(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    lengths: Sequence[int], eps: float, y_dtype: torch.dtype | None, layer_norm: Callable = _layer_norm,
+) -> Outputs:  # fmt: skip
     """(h, y, mean (B, T), rstd (B, T)); branch and gate, or shift and scale, may be None, then so is their output."""
     B, T, C = x.shape
-    acc = statistics_dtype(x.dtype)
+    acc = accumulation_dtype(x.dtype)
     h = y = mean = rstd = None
     if branch is not None:
         h = torch.addcmul(_tile(x, lengths, acc), _rows(gate, lengths, T, acc), _tile(branch, lengths, acc))
@@ -100,7 +82,10 @@ def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.d
     return h, y, mean, rstd
 
 
-def backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths):
+def backward(
+    grad_h: Tensor | None, grad_y: Tensor | None, h: Tensor | None, branch: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, mean: Tensor | None, rstd: Tensor | None, lengths: Sequence[int],
+) -> Gradients:  # fmt: skip
     """(dx, dbranch, dgate, dshift, dscale), None where the forward had no such input (no norm: dx is grad_h, not made).
 
     With n = LN(h), g = dy * (1 + scale):  dx = rstd * (g - mean(g) - n * mean(g * n)) + dh,  dshift = sum dy,
@@ -108,7 +93,7 @@ def backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths):
     """
     like = h if h is not None else grad_h
     B, T, C = like.shape
-    acc = statistics_dtype(like.dtype)
+    acc = accumulation_dtype(like.dtype)
     dx = None if grad_h is None else _tile(grad_h, lengths, acc)
     dbranch = dgate = dshift = dscale = None
     if grad_y is not None:

@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, disable-error-code=assignment, no-strict-optional
+# (Inputs that an op lacks are None, in groups that their types do not know.)
 """The adaLN family in Triton: one pass over the tokens forward, one backward and a small sum of row gradients.
 
 A program takes a chunk of tokens of one segment of one sample: the segment's gate, shift and scale are read once and
@@ -12,11 +14,13 @@ Rows per token are read, and their gradients written, with the token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ard_kernels.common import tuning
 from ard_kernels.common.gpu_support import keep_if_captured, multiprocessors, on_device
@@ -35,8 +39,7 @@ from ard_kernels.common.triton_parts import (
     zero_rows,
 )
 from ard_kernels.common.triton_support import Launch, strides
-from ard_kernels.segment_adaln.chunks import chunk_tokens, chunks
-from ard_kernels.segment_adaln.torch_impl import gradients, of_no_tokens, outputs
+from ard_kernels.segment_adaln.chunks import Chunks, chunk_tokens, chunks
 
 # Arguments of which Triton shall not compile one variant that are multiples of 16 and one that are not.
 SIZES = ["T", "chunk_count", "S"]
@@ -235,23 +238,30 @@ def _add_chunks(
 
 
 KERNELS = {"adaln_forward": _forward, "adaln_backward": _backward}
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides, dtype
 
 
 @lru_cache(maxsize=1024)
-def _prepare(name, shape_BTC, inputs, y_dtype, device, lengths, per_token: bool, few: int, eps, constants, config):
+def _prepare(
+    name: str, shape_BTC: torch.Size, inputs: tuple[Layout | None, ...], y_dtype: torch.dtype | None,
+    device: torch.device, lengths: tuple[int, ...], per_token: bool, few: int, eps: tuple[float, ...],
+    flags: tuple[tuple[str, bool], ...], config: tuple[tuple[str, int], ...],
+) -> tuple[Launch, Chunks]:  # fmt: skip
     """The launch of kernel `name` for inputs of these layouts (shape, strides, dtype; None: absent); its tables.
 
     few: multiprocessors. `eps`: (eps,) of the forward, () of the backward.
     """
     B, T, C = shape_BTC
-    constants = dict(config + constants)
-    tables = chunks((T,) if per_token else lengths, T, chunk_tokens(T, B, constants.pop("TOKENS"), few), device)
+    sizes = dict(config)
+    tables = chunks((T,) if per_token else lengths, T, chunk_tokens(T, B, sizes.pop("TOKENS"), few), device)
     S = T if per_token else len(tables.spans)
     plain, rows = (shape_BTC, (T * C, C, 1)), ((B, S, C), (S * C, C, 1))
     outputs = (plain, plain) if name == "adaln_forward" else (plain, plain, rows, rows, rows)
     # The strides of an absent tensor are never used.
     unit, each = strides(*(plain if layout is None else layout[:2] for layout in inputs), *outputs)
-    constants |= {"C": C, "PARTS": split_width(C, least=8, most=3), "UNIT": unit, "PER_TOKEN": per_token}
+    constants = (
+        sizes | dict(flags) | {"C": C, "PARTS": split_width(C, least=8, most=3), "UNIT": unit, "PER_TOKEN": per_token}
+    )
     if name == "adaln_backward":  # see KEPT_WIDTH
         constants["KEEP_ROWS"] = not per_token and C <= KEPT_WIDTH
     count = len(tables.chunks)
@@ -259,60 +269,62 @@ def _prepare(name, shape_BTC, inputs, y_dtype, device, lengths, per_token: bool,
 
 
 @lru_cache(maxsize=1024)
-def _prepare_sum(shape_BSC, dtype, device, chunk_count: int, has_gate: bool, has_norm: bool) -> Launch:
+def _prepare_sum(
+    shape_BSC: torch.Size, dtype: torch.dtype, device: torch.device, chunk_count: int, has_gate: bool, has_norm: bool
+) -> Launch:
     """The launch that adds the chunks' partial row gradients up."""
     B, S, C = shape_BSC
     constants = {"C": C, "HAS_GATE": has_gate, "HAS_NORM": has_norm, "BLOCK": 256, "num_warps": 2}
     return Launch(_add_chunks, (B * S, triton.cdiv(C, 256)), (chunk_count, S), constants)
 
 
-def _prepared(name: str, like, inputs, per_token: bool, lengths, y_dtype=None, eps=(), **constants):
+def _prepared(
+    name: str, like: Tensor, inputs: tuple[Tensor | None, ...], per_token: bool, lengths: Sequence[int],
+    flags: dict[str, bool], y_dtype: torch.dtype | None = None, eps: tuple[float, ...] = (),
+) -> tuple[Launch, Chunks]:  # fmt: skip
     """`_prepare` of kernel `name` for these inputs; `like` is (B, T, C)."""
     shape, device = like.shape, like.device
     config = tuning.lookup(name, device, like.dtype, shape[2])
     layouts = tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in inputs])
     run, tables = _prepare(
         name, shape, layouts, y_dtype, device, tuple(lengths), per_token, multiprocessors(device), eps,
-        tuple(constants.items()), tuple(config.items()),
+        tuple(flags.items()), tuple(config.items()),
     )  # fmt: skip
     return run, keep_if_captured(tables)
 
 
 @on_device
-def forward(x, branch, gate, shift, scale, lengths, eps: float, y_dtype: torch.dtype | None):
-    """See torch_impl.forward."""
-    h, y, mean, rstd = outputs(x, branch, shift, y_dtype)
-    if x.numel() == 0:
-        return h, y, mean, rstd
+def forward(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    h: Tensor | None, y: Tensor | None, mean: Tensor | None, rstd: Tensor | None, lengths: Sequence[int], eps: float,
+) -> None:  # fmt: skip
+    """See backend.py."""
     has_gate, has_norm = gate is not None, y is not None
     per_token = (gate if has_gate else shift).shape[1] == x.shape[1]
-    inputs = (x, branch, gate, shift, scale)
-    run, _ = _prepared(
-        "adaln_forward", x, inputs, per_token, lengths, y_dtype, (eps,), HAS_GATE=has_gate, HAS_NORM=has_norm
-    )
+    inputs, y_dtype = (x, branch, gate, shift, scale), y.dtype if has_norm else None
+    flags = {"HAS_GATE": has_gate, "HAS_NORM": has_norm}
+    run, _ = _prepared("adaln_forward", x, inputs, per_token, lengths, flags, y_dtype, (eps,))
     run((*inputs, h, y, mean, rstd))
-    return h, y, mean, rstd
 
 
 @on_device
-def backward(grad_h, grad_y, h, branch, gate, scale, mean, rstd, lengths):
-    """See torch_impl.backward."""
+def backward(
+    grad_h: Tensor | None, grad_y: Tensor | None, h: Tensor | None, branch: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, mean: Tensor | None, rstd: Tensor | None, dx: Tensor | None, dbranch: Tensor | None,
+    dgate: Tensor | None, dshift: Tensor | None, dscale: Tensor | None, lengths: Sequence[int],
+) -> None:  # fmt: skip
+    """See backend.py."""
     like = h if h is not None else grad_h
-    grads = gradients(h, branch, gate, scale)
-    if like.numel() == 0:
-        return of_no_tokens(grads)
     has_gate, has_norm = gate is not None, grad_y is not None
     B, T, C = like.shape
     per_token = (gate if has_gate else scale).shape[1] == T
     inputs = (grad_h, grad_y, h, branch, gate, scale)
     flags = {"HAS_GRAD_H": grad_h is not None, "HAS_GATE": has_gate, "HAS_NORM": has_norm}
-    run, tables = _prepared("adaln_backward", like, inputs, per_token, lengths, **flags)
+    run, tables = _prepared("adaln_backward", like, inputs, per_token, lengths, flags)
     sums, count = 0 if per_token else has_gate + 2 * has_norm, len(tables.chunks)
     workspace = like.new_empty(B * count * sums * C, dtype=torch.float32)
-    run((*inputs, mean, rstd, *grads, workspace))
+    run((*inputs, mean, rstd, dx, dbranch, dgate, dshift, dscale, workspace))
     if sums:
-        _, _, dgate, dshift, dscale = grads
         rows = dgate if has_gate else dshift
         add = _prepare_sum(rows.shape, rows.dtype, rows.device, count, has_gate, has_norm)
         add((workspace, dgate, dshift, dscale, tables.spans))
-    return grads

@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu.tune FOLDER`: times a few configurations of every Triton kernel and keeps the winners.
 
 They go to `tuning.cache_file()`, where the library finds them, and to FOLDER/tune.jsonl, behind which it goes on. Which
-kernels an op runs is not listed here: it is what the op asks `tuning.lookup` for. Kernels of one call are tuned in
+kernels an op runs is not listed here: it is what `tuning.override` saw asked for. Kernels of one call are tuned in
 turn, the others at their best so far.
 """
 
@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from ard_kernels.common import tuning
 from ard_kernels.common.backends import refusal
+from ard_kernels.common.tuning import Config
 from benchmarks.candidates import candidates
 from benchmarks.files import write_json
 from benchmarks.gpu.journal import Journal
@@ -31,39 +30,9 @@ from testing.cases import ADALN, OPS, Case
 KERNEL_SECONDS = 120.0  # for a kernel's candidates, each compiled and timed
 
 
-class Wanted(NamedTuple):
-    """Arguments of one `tuning.lookup`."""
-
-    kernel: str
-    device: torch.device
-    dtype: torch.dtype
-    width: int
-    length: int = 0
-
-    @property
-    def key(self) -> str:
-        return tuning.key(self.kernel, self.dtype, self.width, self.length)
-
-
-@contextmanager
-def looked_up(replace: Callable[[Wanted, dict[str, int]], dict[str, int]]):
-    """`tuning.lookup` is `replace(wanted, default)` inside the block."""
-    original = tuning.lookup
-
-    def lookup(kernel, device, dtype, width, length=0):
-        wanted = Wanted(kernel, device, dtype, width, length)
-        return replace(wanted, original(*wanted))
-
-    tuning.lookup = lookup
-    try:
-        yield
-    finally:
-        tuning.lookup = original
-
-
-def configurations(wanted: Wanted, default: dict[str, int]) -> list[dict[str, int]]:
+def configurations(key: str, default: Config) -> list[Config]:
     """The default, then the listed ones with the same constants."""
-    listed = [dict.fromkeys(default, 16)] if TINY else candidates(wanted.key)  # the interpreter has no warps
+    listed = [dict.fromkeys(default, 16)] if TINY else candidates(key)  # the interpreter has no warps
     return [default, *(config for config in listed if config.keys() == default.keys() and config != default)]
 
 
@@ -99,15 +68,15 @@ def runs_of(case: Case) -> dict[str, Callable[[], list[torch.Tensor]]]:
     return {"forward": forward, "forward+backward": both}
 
 
-def tune_kernel(run, wanted: Wanted, default: dict, best: dict, limit: float) -> dict:
+def tune_kernel(run: Callable, key: str, default: Config, best: dict[str, Config], limit: float) -> dict:
     """Time the candidates of one kernel that compile and give the default's results; the fastest is put into `best`."""
     expected = [x.clone() for x in run()]
     runs, refused, configs = {}, {}, {}
-    for config in configurations(wanted, default):
+    for config in configurations(key, default):
         label = json.dumps(config, sort_keys=True)
 
         def timed(config=config):
-            with looked_up(lambda w, other: config if w.key == wanted.key else best.get(w.key, other)):
+            with tuning.override({**best, key: config}):
                 return run()
 
         try:
@@ -124,12 +93,12 @@ def tune_kernel(run, wanted: Wanted, default: dict, best: dict, limit: float) ->
     rounds, warmup = (2, 1) if TINY else (20, 3)
     timings = interleaved(runs, rounds, warmup, timer=make_timer(DEVICE), seconds=3.0)
     winner = min(timings, key=lambda label: timings[label].median)
-    best[wanted.key] = configs[winner]
+    best[key] = configs[winner]
     milliseconds = {label: timing.median for label, timing in timings.items()}
     return {"default": default, "winner": configs[winner], "milliseconds": milliseconds, "refused": refused}
 
 
-def keep(best: dict[str, dict[str, int]]) -> None:
+def keep(best: dict[str, Config]) -> None:
     """Not of a dry run: the CPU has no table."""
     if DEVICE.type == "cuda":
         write_json(tuning.cache_file(DEVICE), {"device": torch.cuda.get_device_name(DEVICE), "configs": best})
@@ -147,14 +116,13 @@ def main(folder: Path) -> int:
             print(f"not tuned: {case.label}: {reason}", flush=True)
             continue
         for way, run in runs_of(case).items():
-            asked: dict[Wanted, dict] = {}
-            with looked_up(lambda w, default, asked=asked: asked.setdefault(w, default)):
+            with tuning.override({}) as asked:
                 run()
-            for wanted, default in asked.items():
-                if wanted.key not in done | best.keys():
-                    with journal.piece(wanted.key, KERNEL_SECONDS) as entry:
+            for key, default in asked.items():
+                if key not in done | best.keys():
+                    with journal.piece(key, KERNEL_SECONDS) as entry:
                         entry["case"] = f"{case.label} {way}"
-                        entry |= tune_kernel(run, wanted, default, best, 4 * torch.finfo(case.dtype).eps)
+                        entry |= tune_kernel(run, key, default, best, 4 * torch.finfo(case.dtype).eps)
                     keep(best)
     return FAILED if journal.failures() else 0
 

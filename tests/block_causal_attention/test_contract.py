@@ -11,7 +11,7 @@ import ard_kernels
 from ard_kernels import block_causal_attention, block_causal_attention_packed
 from ard_kernels.block_causal_attention import cuda
 from ard_kernels.block_causal_attention.spec import useful_pairs
-from ard_kernels.common import gpu_support
+from ard_kernels.common import extension, gpu_support
 from testing.devices import on_devices
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -232,16 +232,14 @@ def test_the_interpreter_is_never_the_automatic_choice(monkeypatch):
         block_causal_attention(q, k, v, segment_length=16, backend="triton")
 
 
-ALL_HEAD_DIMS = [64, 72, 80, 96, 128]
-
-
-@pytest.mark.parametrize(("arch", "served"), [(80, ALL_HEAD_DIMS), (86, [64, 72, 80]), (90, ALL_HEAD_DIMS)])
+@pytest.mark.parametrize(("arch", "served"), [(80, cuda.HEAD_DIMS), (86, (64, 72, 80)), (90, cuda.HEAD_DIMS)])
 @pytest.mark.parametrize(("backend", "device"), on_devices("cuda"))
 def test_what_the_cuda_kernels_refuse(backend, device, arch, served, monkeypatch):
     """float32, head dims that are not compiled, and those whose tiles do not fit a block's shared memory."""
     device = torch.device(device)
     monkeypatch.setattr(gpu_support, "architecture", lambda device: arch)
-    assert [D for D in range(8, 257, 8) if cuda.refuses(device, torch.bfloat16, D) is None] == served
+    assert tuple(extension.gpu(device).attention_shared_bytes) == cuda.HEAD_DIMS
+    assert tuple(D for D in range(8, 257, 8) if cuda.refuses(device, torch.bfloat16, D) is None) == served
     assert "tensor-core" in cuda.refuses(device, torch.float32, 72)
     assert "not compiled; expected one of 64, 72" in cuda.refuses(device, torch.float16, 40)
     if arch == 86:

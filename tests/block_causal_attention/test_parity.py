@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ard_kernels import block_causal_attention, block_causal_attention_packed
 from ard_kernels.block_causal_attention import cuda, tiles, torch_impl
 from ard_kernels.block_causal_attention.reference import block_causal_attention as reference
+from ard_kernels.block_causal_attention.triton_impl import KERNELS
 from ard_kernels.common import extension, tuning
 from testing import plain
 from testing.devices import SIMULATED, on_devices
@@ -19,7 +20,7 @@ from testing.oracle import BACKWARD_FACTOR, assert_all_close, assert_close
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES, HALVES = (FP32, BF16, FP16), (BF16, FP16)
-CUDA_HEAD_DIMS = [64, 72, 80, 96, 128]  # 16-bit dtypes only
+CUDA_HEAD_DIMS = cuda.HEAD_DIMS  # 16-bit dtypes only
 MASKS = {"M1": (1, 0), "M2": (2, 0), "M3": (1, 1), "M4": (None, 0), "window2_sink1": (2, 1)}
 KINDS = ["packed", "contiguous", "offset", "transposed_last"]
 each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -205,10 +206,10 @@ def test_unaligned_inputs_are_copied(backend, device, chip):
 @pytest.mark.parametrize(
     ("D", "blocks"), [(136, (16, 16)), (160, (16, 64)), (176, (64, 32)), (256, (16, 16)), (256, (64, 32))], ids=str
 )
-def test_tile_shapes_and_wide_heads(backend, device, blocks, D, monkeypatch):
+def test_tile_shapes_and_wide_heads(backend, device, blocks, D):
     config = dict(zip(("BLOCK_M", "BLOCK_N"), blocks, strict=True))
-    monkeypatch.setattr(tuning, "lookup", lambda *args, **kwargs: config)
-    check(backend, device, [50, 7, 33], (2, 1), 1, 2, D, BF16)
+    with tuning.override(dict.fromkeys(KERNELS, config)):
+        check(backend, device, [50, 7, 33], (2, 1), 1, 2, D, BF16)
 
 
 @pytest.mark.parametrize(("backend", "device"), on_devices("triton"))

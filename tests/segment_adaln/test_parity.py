@@ -13,6 +13,7 @@ from ard_kernels.common import extension, tuning
 from ard_kernels.common.segments import segment_offsets
 from ard_kernels.segment_adaln import reference
 from ard_kernels.segment_adaln.chunks import chunk_tokens, make_chunks
+from ard_kernels.segment_adaln.triton_impl import KERNELS
 from testing import plain
 from testing.devices import on_devices
 from testing.drawing import FEW_AND_MANY
@@ -186,10 +187,10 @@ def test_half_precision_is_rounded_to_nearest(backend, device, dtype):
         (8192, 2, False),
     ],
 )
-def test_widths_and_rows_at_a_time(backend, device, C, rows, per_token, poisoned, monkeypatch):
-    lookup = tuning.lookup
-    monkeypatch.setattr(tuning, "lookup", lambda *kernel: lookup(*kernel) | {"ROWS": rows})
-    check("gate_residual_adaln", backend, device, 1, [5, 3], C, BF16, FP32, per_token)
+def test_widths_and_rows_at_a_time(backend, device, C, rows, per_token, poisoned):
+    own = {name: {**tuning.lookup(name, torch.device(device), BF16, C), "ROWS": rows} for name in KERNELS}
+    with tuning.override(own):
+        check("gate_residual_adaln", backend, device, 1, [5, 3], C, BF16, FP32, per_token)
 
 
 @FEW_AND_MANY
