@@ -85,6 +85,8 @@ class Row:
 
 def compared(timings: dict[str, Timing], ours: str, peers: list[str], target: float, **others) -> Row:
     """The row of `ours` against the fastest of `peers`; others: fields of Row, and facts."""
+    if ours not in timings:
+        raise RuntimeError(f"{ours} was not timed: {others.get('refused', {}).get(ours)}")
     best = min(peers, key=lambda name: timings[name].median, default=None)
     ratio = timings[best].median / timings[ours].median if best else None
     measured = {
