@@ -52,6 +52,8 @@ class Case:
         self.random, self.drawn = random.Random(seed), {"seed": seed}
         self.device = torch.device(device)
         self.backend = None if backend == "automatic" else backend
+        # They promise nothing beside a NaN; automatic choice takes them on a GPU.
+        self.tiles = backend in ("triton", "cuda") or (backend == "automatic" and device != "cpu")
         torch.manual_seed(seed)
 
     def __call__(self, kind: str, allowed=lambda value: True):

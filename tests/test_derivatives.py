@@ -210,7 +210,7 @@ def test_compiled_jvp(device):
     for backend, fullgraph in (("torch", True), (None, False)):
         compiled = torch.compile(tangent, backend="aot_eager", fullgraph=fullgraph)
         close(compiled(inputs, tangents, backend), expected)
-    x, row = torch.randn(1, 8, 16), torch.randn(1, 2, 16)
+    x, row = torch.randn(1, 8, 16), torch.randn(1, 2, 16)  # backend "cpu"
 
     def on_cpu(x):
         return torch.func.jvp(lambda x: adaln_modulate(x, row, row, segment_length=4, backend="cpu"), (x,), (x,))

@@ -45,7 +45,6 @@ CASES = 20_000  # 10 minutes on a core shared with others
 # What each backend and each room gets of them. Triton's interpreter and the emulator of CUDA are slow.
 SHARES = {"automatic": 0.4, "torch": 0.4, "cpu": 0.19, "triton": 0.005, "cuda": 0.005}
 ROOMS = {"attention": 0.45, "adaln": 0.35, "history": 0.2}
-GPU = ("triton", "cuda")
 EPS = 1e-5
 OPS = {"adaln_modulate": adaln_modulate, "gate_residual": gate_residual, "gate_residual_adaln": gate_residual_adaln}
 
@@ -160,7 +159,7 @@ def check_op(case: Case, problem: Problem) -> None:
     ours, plains, exact, inputs, differentiable, alone, _ = problem
     values = [*(plain(*inputs) for plain in plains), exact(*(x.double() for x in inputs))]
     cotangents = [case.tensor(y.shape, y.dtype, case("cotangent")) for y in values[0][:differentiable]]
-    poison = case("poison") if case.backend not in GPU and values[0][0].numel() else None
+    poison = case("poison") if not case.tiles and values[0][0].numel() else None
     if poison is not None:
         return check_poison(case, problem, poison, values, cotangents)
     outputs = ours(*inputs)
@@ -207,7 +206,7 @@ def check_history(case: Case) -> None:
     dtype, B, H, D, layers = case.dtype(*half), case("batch"), case("heads"), case.head_dim(), case("layers")
     lengths, _, arguments, segment_T, sees = case.mask()
     scale, layout = case.scale(D), case("layout")
-    poison = None if case.backend in GPU else case("poison")
+    poison = None if case.tiles else case("poison")
     norms = [draw_norm(case, dtype, D), draw_norm(case, dtype, D)]
     cache = HistoryCache(layers, B, H, D, len(segment_T) + case("spare"), dtype, case.device)
     cache.keys.fill_(NAN), cache.values.fill_(NAN)
