@@ -40,6 +40,7 @@ FSDP = execution(strategy="fsdp")
 QUICK = {
     "ddp": {},
     "fsdp double": DOUBLE | FSDP,
+    "fsdp recomputing": DOUBLE | execution(strategy="fsdp", activation_checkpointing=True),
     "gan fsdp": DOUBLE | {"gan": True} | FSDP,
     "poisoned fsdp": POISON | execution(strategy="fsdp", save_every=1),
     "one terminated": {"hold": HELD},
@@ -48,7 +49,6 @@ LONG = {
     "ddp double": DOUBLE,
     "ddp accumulating": DOUBLE | execution(accumulation=2),
     "fsdp accumulating": DOUBLE | execution(strategy="fsdp", accumulation=2),
-    "fsdp recomputing": DOUBLE | execution(strategy="fsdp", activation_checkpointing=True),
     "ddp bf16": execution(precision="bf16"),
     "fsdp bf16": execution(strategy="fsdp", precision="bf16"),
     "gan ddp": DOUBLE | {"gan": True},
@@ -149,7 +149,6 @@ def test_steps_clip_the_gradient(runs):
     assert all(line["grad_norm"] > distributed_worker.TRAIN["grad_clip"] for line in read_log(runs.path("alone")))
 
 
-@pytest.mark.slow
 def test_activation_checkpointing_of_shards_changes_no_bit(runs):
     runs.assert_same("fsdp recomputing", "fsdp double")
 
@@ -165,11 +164,11 @@ def test_fsdp_shards_weights_averages_gradients_and_moments(runs, name, share):
 def test_bf16_keeps_float32_state_and_strategies_agree(runs):
     bound = torch.finfo(torch.bfloat16).eps
     runs.assert_same("fsdp bf16", "ddp bf16", bound)
-    runs.assert_same("ddp bf16", "ddp", 8 * bound, groups=())
+    runs.assert_same("ddp bf16", "alone", 8 * bound, groups=())
     for name in ("ddp bf16", "fsdp bf16"):
         for group in GROUPS:
             assert {value.dtype for value in runs.checkpoint(name).read(group).values()} == {torch.float32}
-        assert read_log(runs.path(name))[0]["loss"] != read_log(runs.path("ddp"))[0]["loss"]
+        assert read_log(runs.path(name))[0]["loss"] != read_log(runs.path("alone"))[0]["loss"]
 
 
 @pytest.mark.slow
@@ -185,7 +184,8 @@ def test_checkpoints_hold_the_generators_of_all_ranks(runs):
     before, after = runs.seen("ddp fsdp one"), runs.seen("ddp fsdp one", step=2)
     saved = [seen["generator"] for seen in after]
     assert saved == [seen["last_generator"] for seen in before] and saved[0] != saved[1]
-    assert runs.checkpoint("ddp").read("rng")["cpu"].tolist() == [s["last_generator"] for s in runs.seen("ddp")]
+    finished = [seen["last_generator"] for seen in runs.seen("ddp double")]
+    assert runs.checkpoint("ddp double").read("rng")["cpu"].tolist() == finished
 
 
 @pytest.mark.parametrize(
