@@ -13,15 +13,18 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from ard_kernels.common.arguments import described
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 LARGEST_FILE = 64 * 1024  # bytes of YAML
 DEEPEST = 20  # mappings and lists inside each other
@@ -40,7 +43,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self._depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event, problem = self.peek_event(), None
         if isinstance(event, yaml.AliasEvent):
             problem = f"the alias *{event.anchor}; expected the value itself"
@@ -55,7 +58,7 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
             problem = None
@@ -113,10 +116,10 @@ def require_ranges(where: str, values: Mapping[str, Any], ranges: Mapping[str, s
     """Raises ValueError naming the first number, or entry of a list, outside its interval; None is in all of them."""
     for name, interval in ranges.items():
         value = values.get(name)
-        listed = isinstance(value, (list, tuple))
-        for i, number in enumerate(value if listed else () if value is None else (value,)):
+        entries = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+        for i, number in enumerate(entries):
             if not _within(number, interval):
-                place = f"{name}[{i}]" if listed else name
+                place = f"{name}[{i}]" if entries is value else name
                 raise ValueError(f"{_join(where, place)} is {described(number)}; expected within {interval}")
 
 
@@ -125,13 +128,14 @@ class Ranged:
 
     RANGES: typing.ClassVar[dict[str, str]]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_ranges(type(self).__name__, vars(self), self.RANGES)
 
 
 def _within(number: Any, interval: str) -> bool:
     """Whether a number is in an interval such as "[0, 1)"; NaN is in none, infinity in "(0, inf]" only."""
-    if not isinstance(number, numbers.Real) or isinstance(number, bool):
+    real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not real:
         return False
     least, most = (float(end) if end == "inf" else int(end) for end in interval[1:-1].split(", "))
     above = number >= least if interval[0] == "[" else number > least
@@ -160,7 +164,7 @@ def parse_override(cls: type, text: str) -> dict[str, Any]:
     names = key.split(".")
     kind: Any = cls
     for depth, name in enumerate(names):
-        section = next((each for each in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(each)), None)
+        section: Any = next((each for each in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(each)), None)
         if section is None:
             above = ".".join(names[:depth])
             raise ValueError(f"config: unknown key {described(key)}; {above!r} is no section; expected {above}=value")
@@ -193,7 +197,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def build(cls: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
+def build(cls: type[Config], values: object, where: str = "") -> Config:
     """An instance of dataclass ``cls`` from a mapping; dataclass fields are built from nested mappings.
 
     where: dotted place of ``values``, for messages. Raises ValueError on unknown or missing keys and on values of
@@ -220,7 +224,7 @@ def _join(where: str, key: Any) -> str:
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return build(kind, value, where)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -234,8 +238,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"config: {where} is {described(value)}; expected a list")
         if arguments[-1] is not Ellipsis and len(arguments) != len(value):
             raise ValueError(f"config: {where} has {len(value)} entries; expected {len(arguments)}")
-        kinds = arguments if arguments[-1] is not Ellipsis else (arguments[0],) * len(value)
-        entries = zip(kinds, value, strict=True)
+        entry_kinds = arguments if arguments[-1] is not Ellipsis else (arguments[0],) * len(value)
+        entries = zip(entry_kinds, value, strict=True)
         return tuple(_convert(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(entries))
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
