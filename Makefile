@@ -50,26 +50,36 @@ test-other-python:
 	@echo 'SKIPPED test-other-python: no Python 3.12 in ~/.pyenv/versions or on PATH; OTHER_PYTHON=... names one' >&2
 else
 test-other-python: $(OTHER)/.installed
-	$(OTHER)/bin/pytest -m 'not slow' -k '$(QUICK)' tests/test_library.py tests/test_package.py \
+	$(OTHER)/bin/pytest -n 2 -m 'not slow and not exhaustive' -k '$(QUICK)' tests/test_library.py tests/test_package.py \
 	  tests/block_causal_attention tests/history_attention tests/segment_adaln
 endif
 
+# The other torch, 5 GB of it, stands once and alone in its environment; that of the tests and that in which dist tries
+# its wheel see it by a .pth file.
+TORCH := build/other-torch
+$(TORCH)/.installed: export PIP_CONSTRAINT := $(CURDIR)/$(TORCH)/constraints.txt
+$(TORCH)/.installed: constraints.txt
+	$(OTHER_PYTHON) -m venv $(TORCH)
+	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(TORCH)/constraints.txt
+	$(TORCH)/bin/pip install --quiet --no-compile torch==$(OTHER_TORCH)
+	touch $@
+
 $(OTHER)/.installed: export ARD_BUILD_CUDA := 0
-$(OTHER)/.installed: export PIP_CONSTRAINT := $(CURDIR)/$(OTHER)/constraints.txt
-$(OTHER)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
+$(OTHER)/.installed: export PIP_CONSTRAINT := $(CURDIR)/$(TORCH)/constraints.txt
+$(OTHER)/.installed: $(TORCH)/.installed pyproject.toml setup.py CMakeLists.txt $(CPP)
 	$(OTHER_PYTHON) -m venv $(OTHER)
-	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(OTHER)/constraints.txt
-	$(OTHER)/bin/pip install --quiet --no-compile torch==$(OTHER_TORCH) --editable '.[test]'
+	ls -d $(CURDIR)/$(TORCH)/lib/python3.*/site-packages > $$(echo $(OTHER)/lib/python3.*/site-packages)/torch.pth
+	$(OTHER)/bin/pip install --quiet --no-compile --editable '.[test]'
 	touch $@
 
 # dist/: the sdist, and made from it a manylinux wheel for PYTHON and for OTHER_PYTHON; both are tried in environments with
 # nothing but torch. ARD_BUILD_CUDA=1 puts the CUDA kernels into the wheels. Its tools are pinned, and apart from .venv.
 TOOLS := build/dist/tools
-dist: $(TOOLS)/.installed
+dist: $(TOOLS)/.installed $(if $(OTHER_PYTHON),$(TORCH)/.installed)
 	rm -rf dist
 	$(TOOLS)/bin/python -m build --sdist --outdir dist > build/dist/sdist.log || { cat build/dist/sdist.log; exit 1; }
 	$(if $(OTHER_PYTHON),,@echo 'SKIPPED wheel for Python 3.12: no other Python found; OTHER_PYTHON=... names one' >&2)
-	printf '%s\n' $(PYTHON) $(OTHER_PYTHON) | xargs -n 1 -P 2 tests/dist.sh
+	printf '%s\n' $(PYTHON) $(if $(OTHER_PYTHON),'$(OTHER_PYTHON) $(TORCH)') | xargs -L 1 -P 2 tests/dist.sh
 	$(TOOLS)/bin/twine check --strict dist/*
 	ls -l dist
 
@@ -92,6 +102,7 @@ test-sanitize: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: install

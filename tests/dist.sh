@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# dist.sh PYTHON: dist/ gets the manylinux wheel of this Python, made from the sdist that is there; both are tried.
+# dist.sh PYTHON [TORCH]: dist/ gets the manylinux wheel of this Python, made from the sdist that is there; both are tried,
+# with torch 2.13 or with that of the environment TORCH, under the constraints that it has.
 # Called by `make dist`, for two Pythons at once. Everything else is made in build/dist and removed again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -7,9 +8,13 @@ tools=$PWD/build/dist/tools/bin
 work=$(mktemp -d "$PWD/build/dist/XXXXXX")
 trap 'rm -rf "$work"' EXIT
 
-# A dependency of the package: pinned, because a range would bring another build.
 "$1" -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet --no-compile torch==2.13.0
+if [ $# = 2 ]; then
+  export PIP_CONSTRAINT=$PWD/$2/constraints.txt
+  ls -d "$PWD/$2"/lib/python3.*/site-packages > "$(echo "$work"/venv/lib/python3.*/site-packages)/torch.pth"
+else # a dependency of the package: pinned, because a range would bring another build
+  "$work/venv/bin/pip" install --quiet --no-compile torch==2.13.0
+fi
 
 # What pip makes of the sdist, and installs when it is given one.
 "$work/venv/bin/pip" wheel --quiet --no-deps --wheel-dir "$work" dist/*.tar.gz

@@ -138,6 +138,7 @@ PRIVATE = [
     "autograd.forward_ad._current_level",
     "ops.aten._scaled_dot_product_flash_attention_for_cpu",
 ]
+TORCH_NEEDS = ["_C._AutoDispatchBelowAutograd", "_is_zerotensor", "_foreach_lerp_"]  # to differentiate and to optimise
 # Removes a name of torch before ard_kernels is imported, then trains and samples a step.
 WITHOUT = """
 import functools, sys, torch
@@ -172,6 +173,60 @@ def test_a_private_name_that_torch_drops_breaks_nothing(name):
     done = subprocess.run([sys.executable, "-c", WITHOUT, name], capture_output=True, text=True, check=False)
     direct = name.startswith("ops.")
     assert done.stdout.strip() == f"{direct} True torch.Size([1, 8, 16])", done.stderr[-2000:]
+
+
+# Hides every private name while ard_kernels is imported: PyTorch itself needs them to differentiate and to compile.
+WITHOUT_ALL = """
+import functools, sys, torch, torch._functorch.autograd_function
+hidden = []
+for path in sys.argv[1:]:
+    *holders, name = path.split(".")
+    place = functools.reduce(getattr, holders, torch)
+    hidden.append((place, name, getattr(place, name)))
+    delattr(place, name)
+import ard_kernels
+from ard.ema import _lerp_all
+from ard_kernels.common import library
+for place, name, value in hidden:
+    setattr(place, name, value)
+assert not library.DIRECT and library._below_autograd is None and library._is_zero is None and _lerp_all is None
+
+torch.manual_seed(0)
+q, k, v = torch.randn(3, 1, 2, 8, 8)
+x, branch = torch.randn(2, 1, 8, 16)
+shift, scale, gate = torch.randn(3, 1, 2, 16)
+L = {"segment_length": 4}
+ops = {
+    ard_kernels.block_causal_attention: (q, k, v),
+    ard_kernels.block_causal_attention_packed: (torch.randn(1, 8, 3, 2, 8),),
+    ard_kernels.adaln_modulate: (x, shift, scale),
+    ard_kernels.gate_residual: (x, branch, gate),
+    ard_kernels.gate_residual_adaln: (x, branch, gate, shift, scale),
+}
+def results(op, inputs, **arguments):
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    out = op(*leaves, **L, **arguments)
+    out = out if isinstance(out, tuple) else (out,)
+    return *out, *torch.autograd.grad(sum(part.square().sum() for part in out), leaves)
+for op, inputs in ops.items():
+    plain = results(op, inputs, backend="torch")
+    for run in (op, torch.compile(op, backend="aot_eager", fullgraph=True)):
+        torch.testing.assert_close(results(run, inputs), plain)
+def sampled(backend):
+    cache = ard_kernels.HistoryCache(1, 1, 2, 8, 8)
+    return ard_kernels.history_attention(q[:, :, :4], k[:, :, :4], v[:, :, :4], cache, layer=0, backend=backend)
+with torch.no_grad():
+    torch.testing.assert_close(sampled("cpu"), sampled("torch"))
+    torch.testing.assert_close(torch.compile(sampled, backend="aot_eager")("cpu"), sampled("torch"))
+print("done", len(hidden))
+"""
+
+
+def test_all_private_names_may_be_gone_at_once():
+    """Forward, backward and compile of each op are then those of the public API."""
+    names = [name for name in PRIVATE if not name.startswith("ops.")] + TORCH_NEEDS
+    done = subprocess.run([sys.executable, "-c", WITHOUT_ALL, *names], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == f"done {len(names)}", done.stderr[-3000:]
 
 
 def test_a_users_kernel_is_seen_with_ARD_DISPATCH():

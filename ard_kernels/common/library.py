@@ -42,7 +42,10 @@ _dispatch_modes = private("_C._len_torch_dispatch_stack")
 _function_modes = private("_C._len_torch_function_stack")
 _profiler_enabled = private("autograd._profiler_enabled")
 _transforms = private("_C._functorch.peek_interpreter_stack")
-_KNOWN = all((_jit_trace, _dispatch_modes, _function_modes, _profiler_enabled, _transforms))
+# What calls an op below its autograd kernel. Without it PyTorch's `register_autograd` is used: slower, no torch.func.
+_below_autograd = private("_C._AutoDispatchBelowAutograd")
+_is_zero = private("_is_zerotensor")
+_KNOWN = all((_jit_trace, _dispatch_modes, _function_modes, _profiler_enabled, _transforms, _below_autograd))
 _KNOWN = _KNOWN and hasattr(forward_ad, "_current_level")
 # Where one of them cannot be asked, every call takes the dispatcher; so it does for who sets ARD_DISPATCH=1.
 DIRECT = _KNOWN and os.environ.get("ARD_DISPATCH", "0") != "1"
@@ -98,12 +101,17 @@ def define_op(
     op = packet.default
     if backward is None or setup_context is None:
         setup_context, backward = _refuse_gradient(name)
-    _library.impl(name, _autograd_kernel(name, op, backward, setup_context, composite), "Autograd")
-    _library.impl(name, lambda *inputs: op(*map(_materialized, inputs)), "ZeroTensor")
+    if _below_autograd:
+        _library.impl(name, _autograd_kernel(name, op, backward, setup_context, composite), "Autograd")
+    elif "!" not in schema:  # the op that writes into its inputs has no gradient, and its public function refuses one
+        torch.library.register_autograd(f"ard::{name}", backward, setup_context=setup_context, lib=_library)
+    if _is_zero:
+        _library.impl(name, lambda *inputs: op(*map(_materialized, inputs)), "ZeroTensor")
     gradient = _gradient_function(kernel, backward, setup_context)
     # Function.apply looks for what torch.func does and has left in the inputs, as the call itself does: 5 us.
     with_gradient = super(torch.autograd.Function, gradient).apply  # type: ignore[misc]
-    places = [i for i, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
+    arguments = schema.partition("(")[2].rpartition(") -> ")[0].split(", ")
+    places = [i for i, argument in enumerate(arguments) if argument.startswith("Tensor")]
     return _directly(op, kernel, with_gradient, places)
 
 
@@ -130,7 +138,7 @@ def _directly(op: Callable, kernel: Callable, with_gradient: Callable, places: S
             return op(*inputs)
         if torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
             return with_gradient(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below_autograd():
             return kernel(*inputs)
 
     return call
@@ -146,7 +154,7 @@ def _plain(x: Tensor) -> bool:
 
 def _materialized(x: object) -> object:
     """PyTorch's zero tensors of autograd have no memory to point to."""
-    return torch.zeros_like(x) if isinstance(x, Tensor) and torch._is_zerotensor(x) else x
+    return torch.zeros_like(x) if isinstance(x, Tensor) and _is_zero(x) else x
 
 
 def _refuse_gradient(name: str) -> tuple[Callable, Callable]:
@@ -164,7 +172,7 @@ def _gradient_function(run: Callable, run_backward: Callable, setup_context: Cal
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
+            with _below_autograd():
                 output = run(*inputs)
             setup_context(ctx, inputs, output)
             return output
@@ -199,7 +207,7 @@ def _autograd_kernel(
                 return gradient.apply(*inputs)
             with _functorch("enable_single_level_autograd_function")():
                 return of_this_level(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below_autograd():
             return op(*inputs)
 
     return kernel
@@ -229,7 +237,7 @@ def _with_tangents(name: str, composite: Callable | None, inputs: tuple) -> Any:
 
 def _functorch(name: str) -> Callable:
     """What PyTorch's own autograd.Function uses under torch.func."""
-    found = getattr(importlib.import_module("torch._functorch.autograd_function"), name, None)
-    if found is None:
-        raise NotImplementedError("ard_kernels: torch.func.grad is not supported with this version of torch")
-    return found
+    try:
+        return getattr(importlib.import_module("torch._functorch.autograd_function"), name)
+    except (ImportError, AttributeError) as error:
+        raise NotImplementedError("ard_kernels: torch.func.grad is not supported with this version of torch") from error

@@ -198,7 +198,7 @@ def _is_plain(name: object, tensor: Tensor) -> bool:
     return isinstance(name, str) and tensor.layout == torch.strided and not tensor.is_meta
 
 
-def _numbers(pattern: str, names: Iterable[str], default: int | None = None) -> list[int]:
+def _numbers(pattern: str, names: Iterable[str], default: int = 0) -> list[int]:
     """Numbers in the names, ``default`` where there is none. Raises ValueError for one that no model has."""
     matches = [match for name in names if (match := re.match(pattern, name))]
     for match in matches:

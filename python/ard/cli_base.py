@@ -33,7 +33,9 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there
 def _say_versions(asked: bool) -> None:
     """Versions, without the second or two that importing torch takes."""
     if asked:
-        own = runpy.run_path(str(Path(find_spec("ard_kernels").origin).with_name("version.py")))["__version__"]
+        package = find_spec("ard_kernels")
+        assert package is not None and package.origin is not None  # ard comes with it
+        own = runpy.run_path(str(Path(package.origin).with_name("version.py")))["__version__"]
         typer.echo(f"ard-kernels {own}, torch {metadata.version('torch')}, Python {platform.python_version()}")
         raise typer.Exit
 

@@ -172,8 +172,10 @@ def export(
         if segment is not None and to == "public":
             raise ValueError(f"--segment is {segment}; expected none for --to public, which takes all of a student")
         recipe = read_recipe(config) if config is not None else None
-        settings = {"weights": weights, "unfinished": unfinished, "recipe": recipe, "segment": segment}
-        typer.echo(export_weights(source, out, to=to, **settings))
+        written = export_weights(
+            source, out, to=to, weights=weights, unfinished=unfinished, recipe=recipe, segment=segment
+        )
+        typer.echo(written)
 
 
 @contextmanager

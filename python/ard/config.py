@@ -13,11 +13,14 @@ import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ard_kernels.common.arguments import described
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 SEED = f"[0, {2**63 - 1}]"  # what NumPy's and PyTorch's generators both take
 COUNT = "[1, 1000000000]"
@@ -27,10 +30,10 @@ def require_ranges(where: str, values: Mapping[str, Any], ranges: Mapping[str, s
     """Raises ValueError naming the first number, or entry of a list, outside its interval; None is in all of them."""
     for name, interval in ranges.items():
         value = values.get(name)
-        listed = isinstance(value, (list, tuple))
-        for i, number in enumerate(value if listed else () if value is None else (value,)):
+        entries = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+        for i, number in enumerate(entries):
             if not _within(number, interval):
-                place = f"{name}[{i}]" if listed else name
+                place = f"{name}[{i}]" if entries is value else name
                 raise ValueError(f"{_join(where, place)} is {described(number)}; expected within {interval}")
 
 
@@ -39,13 +42,14 @@ class Ranged:
 
     RANGES: typing.ClassVar[dict[str, str]]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_ranges(type(self).__name__, vars(self), self.RANGES)
 
 
 def _within(number: Any, interval: str) -> bool:
     """Whether a number is in an interval such as "[0, 1)"; NaN is in none, infinity in "(0, inf]" only."""
-    if not isinstance(number, numbers.Real) or isinstance(number, bool):
+    real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not real:
         return False
     least, most = (float(end) if end == "inf" else int(end) for end in interval[1:-1].split(", "))
     above = number >= least if interval[0] == "[" else number > least
@@ -74,7 +78,7 @@ def parse_override(cls: type, text: str) -> dict[str, Any]:
     names = key.split(".")
     kind: Any = cls
     for depth, name in enumerate(names):
-        section = next((each for each in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(each)), None)
+        section: Any = next((each for each in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(each)), None)
         if section is None:
             above = ".".join(names[:depth])
             raise ValueError(f"config: unknown key {described(key)}; {above!r} is no section; expected {above}=value")
@@ -109,7 +113,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def build(cls: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
+def build(cls: type[Config], values: object, where: str = "") -> Config:
     """An instance of dataclass ``cls`` from a mapping; dataclass fields are built from nested mappings.
 
     where: dotted place of ``values``, for messages. Raises ValueError on unknown or missing keys and on values of
@@ -136,7 +140,7 @@ def _join(where: str, key: Any) -> str:
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return build(kind, value, where)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -150,8 +154,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"config: {where} is {described(value)}; expected a list")
         if arguments[-1] is not Ellipsis and len(arguments) != len(value):
             raise ValueError(f"config: {where} has {len(value)} entries; expected {len(arguments)}")
-        kinds = arguments if arguments[-1] is not Ellipsis else (arguments[0],) * len(value)
-        entries = zip(kinds, value, strict=True)
+        entry_kinds = arguments if arguments[-1] is not Ellipsis else (arguments[0],) * len(value)
+        entries = zip(entry_kinds, value, strict=True)
         return tuple(_convert(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(entries))
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:

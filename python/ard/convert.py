@@ -49,7 +49,7 @@ def export_weights(
         raise ValueError(
             f"segment: got {segment}; expected " + ("a segment of the student" if student else "none for a teacher")
         )
-    state = segment_teacher_state(opened.state, segment) if student else dict(opened.state)
+    state = dict(opened.state) if segment is None else segment_teacher_state(opened.state, segment)
     if opened.facts:
         said = model_config(opened)
         config = infer_config(state, num_heads=said.num_heads, input_size=said.input_size)

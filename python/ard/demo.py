@@ -12,11 +12,11 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -35,6 +35,8 @@ from ard.streams import noise_at
 from ard.student import ARDStudent
 from ard.train import Fitted
 from ard_kernels import flops
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class ComparisonConfig(Ranged):
 
     RANGES: ClassVar = {"history_layers": "[0, 1024]", "seeds": SEED}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.history_layers) < 2 or self.history_layers[0] != 0:
             raise ValueError(f"demo.history_layers is {list(self.history_layers)}; expected 0 first, then others")
@@ -76,11 +78,13 @@ class DemoConfig:
     recipe: Recipe
     demo: ComparisonConfig
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.demo.evaluation.seed == self.recipe.trajectories.seed:
             raise ValueError(
                 f"demo.evaluation.seed is {self.demo.evaluation.seed}, as trajectories.seed; expected another one"
             )
+        if self.recipe.teacher.train is None:
+            raise ValueError("teacher.train is missing; expected the settings of the teacher's training")
         if self.recipe.gan is None:
             raise ValueError("gan is missing; expected the settings of the fine-tune")
 
@@ -101,7 +105,7 @@ class Stopwatch:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def stage(self, name: str, total: int):
+    def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
         """Yields advance(n=1)."""
         start = time.perf_counter()
         with progress_bar(name, total) as advance:
@@ -109,7 +113,7 @@ class Stopwatch:
         self.seconds[name] = time.perf_counter() - start
 
     @contextmanager
-    def training(self, name: str, total: int):
+    def training(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """Yields a function of the updates done."""
         with self.stage(name, total) as advance:
             yield counted(advance)
@@ -167,6 +171,7 @@ def run_demo(out: Path, quick: bool = False, config: DemoConfig | None = None) -
 
 def make_teacher(data: digits.Digits, recipe: Recipe, out: Path, watch: Stopwatch) -> tuple[DiT, str, list[dict]]:
     """The averaged teacher in eval mode, the sha256 of its weights' file, and its log."""
+    assert recipe.teacher.train is not None  # of a DemoConfig
     with watch.training("teacher", recipe.teacher.train.steps) as on_step:
         teacher, fitted = stages.train_teacher(
             recipe, data.train_images, data.train_labels, out / "teacher", data="digits", resume=False, on_step=on_step
@@ -174,7 +179,7 @@ def make_teacher(data: digits.Digits, recipe: Recipe, out: Path, watch: Stopwatc
     return averaged(teacher, fitted), open_source(out / "teacher").sha256, fitted.log
 
 
-def averaged(model: torch.nn.Module, fitted: Fitted) -> torch.nn.Module:
+def averaged(model: Model, fitted: Fitted) -> Model:
     return fitted.ema.copy_to(model).eval().requires_grad_(False)
 
 
@@ -202,7 +207,9 @@ def make_students(
     """The averaged students of one seed, in eval mode: one per history_layers, and the last one fine-tuned."""
     recipe, samplers = config.recipe, []
     recipe = replace(recipe, distill=replace(recipe.distill, seed=seed))
-    recipe = replace(recipe, gan=replace(recipe.gan, train=replace(recipe.gan.train, seed=seed)))
+    assert recipe.gan is not None  # of a DemoConfig
+    gan = replace(recipe.gan, train=replace(recipe.gan.train, seed=seed))
+    recipe = replace(recipe, gan=gan)
     for layers in config.demo.history_layers:
         recipe = replace(recipe, student=replace(recipe.student, history_layers=layers))
         name, folder = f"N={layers}", out / f"student-n{layers}-seed{seed}"
@@ -212,7 +219,7 @@ def make_students(
             )
         samplers.append(Sampler(name, layers, seed, averaged(student, fitted), fitted.log))
     name, real = f"{name} + GAN", LatentsInMemory("digits", data.train_images, data.train_labels)
-    with watch.training(f"student {name} seed {seed}", recipe.gan.train.steps) as on_step:
+    with watch.training(f"student {name} seed {seed}", gan.train.steps) as on_step:
         tuned, fitted = stages.finetune(
             recipe,
             copy.deepcopy(student),
@@ -312,12 +319,14 @@ def measure_costs(teacher: DiT, samplers: list[Sampler], config: DemoConfig, wat
     labels = torch.arange(settings.timing_batch_size) % digits.NUM_CLASSES
     forwards = trajectories.sampling_steps * (1 if trajectories.cfg_scale == 1.0 else 2)
     sample = stages.sampler(teacher, trajectories, (0,), torch.device("cpu"))
+    # name, history layers, (noise, labels) -> samples, FLOPs of an image
+    runs: list[tuple[str, int | None, Callable[[torch.Tensor, torch.Tensor], object], int]]
     runs = [("teacher", None, sample, forwards * flops.teacher_forward(teacher.config))]
     for sampler in samplers[: len(config.demo.history_layers)]:  # a fine-tune changes no cost
         n = sampler.history_layers
         cost = flops.student_sampling(teacher.config, config.recipe.steps, n)
         runs.append((f"student N={n}", n, sampler.student.sample, cost))
-    times = {name: [] for name, *_ in runs}
+    times: dict[str, list[float]] = {name: [] for name, *_ in runs}
     with watch.stage("timing", settings.timing_repeats) as advance:
         for _ in range(settings.timing_repeats):
             for name, _, run, _ in runs:

@@ -51,7 +51,7 @@ class DigitClassifier(nn.Module):
 
     FEATURES = 64
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(1, 32, kernel_size=3, padding=1),

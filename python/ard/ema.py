@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ard.parallel import assign, local
+from ard_kernels.common.library import private
+
+_lerp_all = private("_foreach_lerp_")
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Ema:
@@ -28,12 +34,17 @@ class Ema:
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         averages = [local(self.state[name]) for name in self._parameters]
-        torch._foreach_lerp_(averages, [local(value) for value in model.parameters()], 1.0 - decay)
+        values = [local(value) for value in model.parameters()]
+        if _lerp_all:  # in one kernel
+            _lerp_all(averages, values, 1.0 - decay)
+        else:
+            for average, value in zip(averages, values, strict=True):
+                average.lerp_(value, 1.0 - decay)
         for name, value in model.named_buffers():
             if name in self.state:
                 self.state[name].copy_(value)
 
-    def copy_to(self, model: nn.Module) -> nn.Module:
+    def copy_to(self, model: Model) -> Model:
         """Loads the average into ``model`` and returns it."""
         model.load_state_dict(self.state)
         return model

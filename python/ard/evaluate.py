@@ -82,7 +82,9 @@ def evaluate(
     width = None if statistics is None else statistics.mean_F.numel()
     sample = _measure(sample_file, features, batch_size, kept_count, width)
     real = None if reference_file is None else _measure(reference_file, features, batch_size, kept_count, width)
-    statistics = statistics or real.statistics
+    if statistics is None:
+        assert real is not None  # a reference is images, statistics, or both
+        statistics = real.statistics
     return {
         "metrics": _scores(sample, real, statistics, sample_file, features.name, neighbours),
         "features": features.name,
@@ -110,12 +112,13 @@ def _scores(
     features: str,
     neighbours: int,
 ) -> dict[str, float | None]:
-    metrics = distance_names(features, sample_file.count, frechet_distance(sample.statistics, statistics))
+    distance = frechet_distance(sample.statistics, statistics)
+    metrics: dict[str, float | None] = {**distance_names(features, sample_file.count, distance)}
     precision = recall = None
     if real is not None:
         precision, recall = precision_recall(sample.kept_PF, real.kept_PF, neighbours)
     metrics |= {"precision": precision, "recall": recall}
-    if sample.logits_NK is not None:
+    if sample.logits_NK is not None and sample_file.labels_N is not None:
         metrics["class_consistency"] = class_consistency(sample.logits_NK, sample_file.labels_N)
     return metrics
 
@@ -145,7 +148,7 @@ def write_statistics(path: Path, images: Path, *, features: Features, batch_size
             output,
             mu=statistics.mean_F.numpy(),
             sigma=statistics.covariance_FF.numpy(),
-            count=np.int64(statistics.count),
+            count=np.int64(file.count),
             features=np.str_(features.name),
         )
     return statistics

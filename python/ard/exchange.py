@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +193,8 @@ def use_release_arithmetic(model: nn.Module) -> None:
     Raises ValueError for a model without such blocks.
     """
     try:
-        places = [(block.norm1.emb.time_proj, block.norm3) for block in model.transformer_blocks]
+        blocks: Any = model.transformer_blocks
+        places = [(block.norm1.emb.time_proj, block.norm3) for block in blocks]
         if any(not hasattr(projection, "downscale_freq_shift") for projection, _ in places):
             raise AttributeError("time_proj has no downscale_freq_shift")
     except AttributeError as error:

@@ -50,7 +50,11 @@ def load_features(name: str, *, device: torch.device | str = "cpu", weights: Pat
     Raises ValueError for an unknown name (the valid ones are listed, nearest first), a weights file that is absent or
     of no use; ImportError where torch-fidelity or the user's module does not import.
     """
-    loaders = {"pooled": _pooled, "digits": _digits, INCEPTION: _inception}
+    loaders: dict[str, Callable[[torch.device, Path | None], Features]] = {
+        "pooled": _pooled,
+        "digits": _digits,
+        INCEPTION: _inception,
+    }
     if weights is not None and name != INCEPTION:
         raise ValueError(
             f"load_features: weights is {str(weights)!r}; expected None for {name!r}, whose file it is not"
@@ -64,7 +68,7 @@ def load_features(name: str, *, device: torch.device | str = "cpu", weights: Pat
     raise ValueError(f"load_features: name is {name!r}; expected one of {', '.join(nearest)}")
 
 
-def _pooled(device: torch.device, weights: None) -> Features:
+def _pooled(device: torch.device, weights: Path | None) -> Features:
     def extract(images_Nchw: Tensor) -> Tensor:
         height, width = images_Nchw.shape[-2:]
         grid = (min(height, POOLED_SIDE), min(width, POOLED_SIDE))
@@ -78,7 +82,7 @@ def _pooled(device: torch.device, weights: None) -> Features:
     return Features("pooled", _on_device("pooled", extract, device))
 
 
-def _digits(device: torch.device, weights: None) -> Features:
+def _digits(device: torch.device, weights: Path | None) -> Features:
     classifier, _ = digits.train_classifier(digits.load(), digits.ClassifierConfig())
     classifier.to(device)
     extract = _on_device("digits", classifier.features, device, digits.IMAGE_SHAPE)

@@ -26,15 +26,16 @@ def flop_table(
 
     baseline_sampling is `steps` forwards without history; overhead = student_sampling / baseline_sampling - 1.
     """
-    mask = {"window": window, "sink": sink}
-    columns = {
+    columns: FlopTable = {
         "analytic": {
             "teacher_forward": analytic.teacher_forward(config),
             "baseline_sampling": analytic.baseline_sampling(config, steps),
-            "student_sampling": analytic.student_sampling(config, steps, history_layers, **mask),
-            "student_training_forward": analytic.student_forward(config, steps, history_layers, **mask),
+            "student_sampling": analytic.student_sampling(config, steps, history_layers, window, sink),
+            "student_training_forward": analytic.student_forward(config, steps, history_layers, window, sink),
         },
-        "counted": counted_flops(config, steps=steps, history_layers=history_layers, **mask),
+        "counted": {
+            **counted_flops(config, steps=steps, history_layers=history_layers, window=window, sink=sink),
+        },
     }
     for column in columns.values():
         column["overhead"] = column["student_sampling"] / column["baseline_sampling"] - 1.0

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -253,7 +253,8 @@ class GanObjective(StudentObjective):
         return outputs
 
     def reduce(self) -> dict[str, float]:
-        gradients = [parameter.grad for parameter in self.discriminator.parameters()]
+        # The step's backward has reached every head.
+        gradients = cast("list[Tensor]", [parameter.grad for parameter in self.discriminator.parameters()])
         if self.process.world_size > 1:
             for gradient in gradients:
                 dist.all_reduce(gradient)

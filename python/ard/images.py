@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from ard.files import atomic_path, shown
 GRID_GAP = 2  # pixels
 LARGEST_BATCH = 1 << 25  # values; 170 images of 256 x 256 in colour
 _LARGEST_INFLATED, _MOST_INFLATION = 1 << 28, 100  # bytes; of an array beyond them, over its bytes in the .npz
+
+Shape = tuple[int, int, int, int]  # (N, h, w, c)
 
 
 def quantize(images_Nchw: Tensor) -> Tensor:
@@ -58,7 +61,7 @@ def from_uint8(images_Nhwc: np.ndarray) -> Tensor:
 class NpzHeader:
     """What a .npz says of itself, without reading its images."""
 
-    shape: tuple[int, int, int, int]  # of arr_0: (N, h, w, c)
+    shape: Shape  # of arr_0
     names: tuple[str, ...]  # of its arrays
 
 
@@ -84,7 +87,7 @@ def write_npz(path: Path, batches: Iterable[np.ndarray], count: int, labels: np.
                 npy.write_array(file, np.ascontiguousarray(labels, dtype=np.int64), allow_pickle=False)
 
 
-def _write_batches(file, batches: Iterable[np.ndarray], count: int) -> None:
+def _write_batches(file: IO[bytes], batches: Iterable[np.ndarray], count: int) -> None:
     written, image_shape = 0, None
     for batch in batches:
         _require_images("write_npz", batch)
@@ -170,7 +173,7 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 @contextmanager
-def _open_npz(path: Path):
+def _open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file; expected an .npz")
     try:
@@ -187,7 +190,9 @@ def _array_names(archive: zipfile.ZipFile) -> tuple[str, ...]:
 
 
 @contextmanager
-def _open_array(archive: zipfile.ZipFile, path: Path, name: str):
+def _open_array(
+    archive: zipfile.ZipFile, path: Path, name: str
+) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype]]:
     """Yields (file, shape, fortran_order, dtype): an array that the archive has, open at its first byte of data.
 
     Raises ValueError where the header and the size in the archive disagree, and for bombs.
@@ -217,7 +222,7 @@ def _open_array(archive: zipfile.ZipFile, path: Path, name: str):
 
 
 @contextmanager
-def _open_images(archive: zipfile.ZipFile, path: Path):
+def _open_images(archive: zipfile.ZipFile, path: Path) -> Iterator[tuple[IO[bytes], Shape]]:
     """Yields (file, shape): arr_0, open at its first byte of data."""
     names = _array_names(archive)
     if "arr_0" not in names:
@@ -233,7 +238,8 @@ def _open_images(archive: zipfile.ZipFile, path: Path):
             )
         if math.prod(shape[1:]) > LARGEST_BATCH:
             raise ValueError(f"{Path(path).name}: arr_0 is {shape}; expected at most {LARGEST_BATCH} values an image")
-        yield file, shape
+        count, height, width, channels = shape
+        yield file, (count, height, width, channels)
 
 
 def write_grid(path: Path, images_Nhwc: np.ndarray, columns: int) -> None:

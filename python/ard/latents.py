@@ -101,7 +101,7 @@ def open_real(source: str, config: DiTConfig) -> RealLatents:
     """Real latents by name: "digits", or the folder of a store of latents of the model's shape."""
     if source == DIGITS:
         data = digits.load()
-        real = LatentsInMemory(DIGITS, data.train_images, data.train_labels)
+        real: RealLatents = LatentsInMemory(DIGITS, data.train_images, data.train_labels)
         shape, num_classes = digits.IMAGE_SHAPE, digits.NUM_CLASSES
     else:
         store = LatentStore(Path(source))

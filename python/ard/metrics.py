@@ -44,10 +44,9 @@ class FeatureAccumulator:
         d = m_B - m_A,   m = m_A + d n_B / n,   M = M_A + M_B + d d^T n_A n_B / n
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 0
-        self.mean_F: torch.Tensor | None = None
-        self.scatter_FF: torch.Tensor | None = None
+        self.mean_F, self.scatter_FF = torch.empty(0), torch.empty(0, 0)  # until there is a row
 
     def update(self, features_NF: torch.Tensor) -> None:
         """Adds features (N, F) of any float dtype, N >= 1, all finite."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,13 @@ def sincos_position_embedding(channels: int, grid_hw: tuple[int, int]) -> Tensor
     column_L = torch.arange(columns, dtype=torch.float64, device="cpu").repeat(rows)
     angles = [position_L[:, None] * omega for position_L in (column_L, row_L)]
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+
+
+def linear(layers: nn.Sequential, index: int) -> nn.Linear:
+    """A layer of a sequence that is known to be linear."""
+    layer = layers[index]
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
 class PatchEmbed(nn.Module):
@@ -74,7 +82,7 @@ class TimestepEmbedder(nn.Module):
         half = self.frequency_size // 2
         index = torch.arange(half, dtype=torch.float32, device=t.device)
         angles = t.float()[..., None] * torch.exp(-math.log(10000.0) * index / half)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(linear(self.mlp, 0).weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -187,7 +195,8 @@ class DiTTrunk(nn.Module):
         self.t_embedder = TimestepEmbedder(config)
         self.y_embedder = LabelEmbedder(config)
         self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.blocks = cast("Sequence[DiTBlock]", blocks)  # nn.ModuleList does not say of what
 
     def embed(self, states_BSchw: Tensor) -> Tensor:
         """States (B, S, c, h, w) -> tokens (B, T, C) with positions, the same in every segment."""
@@ -215,11 +224,14 @@ class DiTTrunk(nn.Module):
         values share one compiled graph. Modulation comes from `c_BSC`, or from the rows that `adaLN_modulation` and
         `final_rows` have computed beforehand.
         """
-        L, pending = self.config.tokens, None
+        L = self.config.tokens
+        pending: Pending | None = None
         for layer, block in enumerate(self.blocks):
             rows_BSR = None if block_rows is None else block_rows[layer]
             x_BTC, pending = block(x_BTC, pending, attend(layer), segment_length=L, c_BSC=c_BSC, rows_BSR=rows_BSR)
+        assert pending is not None  # depth >= 1
         if final_rows_BSR is None:
+            assert c_BSC is not None
             final_rows_BSR = self.final_rows(c_BSC, final_layers)
         shift_BSC, scale_BSC = final_rows_BSR.chunk(2, dim=-1)
         _, y_BTC = gate_residual_adaln(x_BTC, *pending, shift_BSC, scale_BSC, segment_length=L)
@@ -259,16 +271,17 @@ class DiTTrunk(nn.Module):
                 nn.init.zeros_(module.bias)
         self.pos_embed.copy_(sincos_position_embedding(self.config.hidden_size, self.config.grid_hw)[None])
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        assert self.x_embedder.proj.bias is not None
         nn.init.zeros_(self.x_embedder.proj.bias)
         for weight in (
             self.y_embedder.embedding_table.weight,
-            self.t_embedder.mlp[0].weight,
-            self.t_embedder.mlp[2].weight,
+            linear(self.t_embedder.mlp, 0).weight,
+            linear(self.t_embedder.mlp, 2).weight,
         ):
             nn.init.normal_(weight, std=0.02)
         for module in self.modules():
             if isinstance(module, (DiTBlock, FinalLayer)):
-                nn.init.zeros_(module.adaLN_modulation[1].weight)
+                nn.init.zeros_(linear(module.adaLN_modulation, 1).weight)
             if isinstance(module, FinalLayer):
                 nn.init.zeros_(module.linear.weight)
 

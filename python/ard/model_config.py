@@ -83,7 +83,8 @@ class DiTConfig(Ranged):
     @property
     def input_hw(self) -> tuple[int, int]:
         """Latent (height, width)."""
-        return (self.input_size, self.input_size) if isinstance(self.input_size, int) else self.input_size
+        height, width = (self.input_size,) * 2 if isinstance(self.input_size, int) else self.input_size
+        return height, width
 
     @property
     def grid_hw(self) -> tuple[int, int]:

@@ -107,7 +107,8 @@ def spread(model: nn.Module, process: Process, strategy: str) -> nn.Module:
     mesh = init_device_mesh(process.device.type, (process.world_size,))
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # private: without it there is no --dry-run
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from ard.flops import flop_table
@@ -28,9 +29,10 @@ def plan(recipe: Recipe, *, stage: str = "distill", world_size: int = 1) -> dict
     that the student's forward keeps for its backward, found by running it on shapes alone; not the workspace of
     libraries, nor fragmentation, nor what the GAN stage keeps of the teacher and the discriminator.
     """
-    if stage not in STAGES or (stage == "gan" and recipe.gan is None):
+    gan = recipe.gan if stage == "gan" else None
+    if stage not in STAGES or (stage == "gan" and gan is None):
         raise ValueError(f"plan: stage is {stage!r}; expected one of {STAGES}, and a gan section for 'gan'")
-    config = recipe.distill if stage == "distill" else recipe.gan.train
+    config = recipe.distill if gan is None else gan.train
     local = micro_batch_size(config.batch_size, world_size, recipe.execution.accumulation)
     counts, trajectories = parameters(recipe, stage), store_spec(recipe, "")
     model, S, trainable = recipe.model, recipe.steps, counts["student, trainable"]
@@ -80,7 +82,7 @@ def parameters(recipe: Recipe, stage: str) -> dict[str, int]:
             "student": _count(student),
             "student, trainable": sum(p.numel() for p in student.parameters() if p.requires_grad),
         }
-        if stage == "gan":
+        if stage == "gan" and recipe.gan is not None:
             counts["discriminator"] = _count(Discriminator(recipe.model.hidden_size, recipe.model.depth, recipe.gan))
     return counts
 
@@ -100,19 +102,20 @@ def step_flops(recipe: Recipe) -> int:
 
 def saved_bytes(recipe: Recipe, batch: int) -> int:
     """Bytes of the distinct tensors that the student's forward saves for backward, weights excluded."""
-    saved: dict[int, Tensor] = {}
+    saved: dict[StorageWeakRef, int] = {}
 
     def remember(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage()._cdata] = tensor  # kept alive: a freed storage's address would come again
+        storage = tensor.untyped_storage()
+        saved[StorageWeakRef(storage)] = storage.nbytes()
         return tensor
 
     context = autocast(recipe.execution.precision, torch.device("cpu"))
     with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor), context():
         student = _student(recipe)
         predictions = student(*_inputs(recipe, batch))
-        weights = {parameter.untyped_storage()._cdata for parameter in student.parameters()}
+        weights = {StorageWeakRef(parameter.untyped_storage()) for parameter in student.parameters()}
         del predictions
-    return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in weights)
+    return sum(size for storage, size in saved.items() if storage not in weights)
 
 
 def _student(recipe: Recipe) -> ARDStudent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -78,6 +79,6 @@ class Preview:
                 rows.append(self.features.extract(self.decode(batch) if self.decode else batch))
         return feature_statistics(self.process.gather(torch.cat(rows)))
 
-    def _batches(self, *tensors: Tensor):
+    def _batches(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         for parts in zip(*(tensor.split(self.settings.batch_size) for tensor in tensors), strict=True):
             yield tuple(part.to(self.process.device) for part in parts)

@@ -71,7 +71,7 @@ class Lines:
     done: int
     stream: TextIO
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.start = self.said = time.monotonic()
         self.since: tuple[float, int] | None = None  # time, and what was done then: the rate is measured from it
         self._say(f"{self._count()}, started")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -41,7 +41,7 @@ def autocast(precision: str, device: torch.device) -> Callable[[], AbstractConte
     return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
-def _require_one_of(section: str, known: dict[str, tuple[Any, Sequence]]) -> None:
+def _require_one_of(section: str, known: Mapping[str, tuple[Any, Sequence[Any]]]) -> None:
     for name, (value, choices) in known.items():
         if value not in choices:
             where = f"{section}.{name}" if section else name
@@ -77,7 +77,7 @@ class TrainConfig(Ranged):
         "log_every": COUNT,
     }
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         super().__post_init__()
 
@@ -109,7 +109,7 @@ class ExecutionConfig(Ranged):
 
     RANGES: ClassVar = {"accumulation": "[1, 65536]", "save_every": COUNT, "keep_last": COUNT}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         known = {"strategy": (self.strategy, STRATEGIES), "precision": (self.precision, PRECISIONS)}
         _require_one_of("execution", known)
@@ -136,7 +136,7 @@ class TeacherConfig(Ranged):
 
     RANGES: ClassVar = {"label_dropout": "[0, 1]"}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         expand_paths(self, "teacher", ("checkpoint",))
 
@@ -168,7 +168,7 @@ class TrajectoriesConfig(Ranged):
         "cfg_channels": "[0, 1024]",
     }
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         expand_paths(self, "trajectories", ("folder",))
         _require_one_of(
@@ -200,7 +200,7 @@ class StudentConfig(Ranged):
 
     RANGES: ClassVar = {"history_layers": "[0, 1024]", "window": "[1, 1000]", "sink": "[0, 1000]"}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         _require_one_of("student", {"state": (self.state, STATE_KINDS)})
 
@@ -218,7 +218,7 @@ class PreviewConfig(Ranged):
 
     RANGES: ClassVar = {"every": "[0, 1000000000]", "count": COUNT, "batch_size": "[1, 65536]", "grid": "[1, 65536]"}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         expand_paths(self, "preview", ("vae",))
 
@@ -252,7 +252,7 @@ class GanConfig(Ranged):
         "virtual_batch": "[1, 65536]",
     }
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         expand_paths(self, "gan", ("student", "real"))
         if self.kernel_size % 2 == 0:
@@ -270,7 +270,7 @@ class Recipe:
     preview: PreviewConfig = field(default_factory=lambda: PreviewConfig(every=0))
     gan: GanConfig | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         model, trajectories, student = self.model, self.trajectories, self.student
         most = {
             "trajectories.cfg_channels": (trajectories.cfg_channels, f"model.in_channels={model.in_channels}"),

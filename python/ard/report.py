@@ -261,7 +261,10 @@ def write_losses(path: Path, teacher_log: list[dict], student_logs: dict[tuple[s
 
 
 def _colours(count: int) -> list:
-    return list(COLOURS[:count]) if count <= len(COLOURS) else list(matplotlib.colormaps["tab20"].colors[:count])
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    tab20 = matplotlib.colormaps["tab20"]
+    return [tab20(i % tab20.N) for i in range(count)]
 
 
 def write_grid(
@@ -273,7 +276,7 @@ def write_grid(
     """
     columns = torch.arange(min(GRID_COLUMNS, len(labels)))
     columns = columns[labels[columns].argsort(stable=True)]
-    first_seed = {}
+    first_seed: dict[str, torch.Tensor] = {}
     for (name, _), images in student_images.items():
         first_seed.setdefault(name, images)
     rows = [("teacher", teacher_images[columns], "gray_r")]

@@ -347,7 +347,7 @@ def _build_spec(path: Path, spec_class: type, values: dict[str, Any]) -> Any:
         if type(values.get(name)) is not int or not 1 <= values[name] <= _LARGEST_COUNT:
             raise DamagedFile(f"{path}: {name} is {shown(values.get(name))}; expected 1 to {_LARGEST_COUNT}")
     try:
-        spec = build(spec_class, values)
+        spec: Any = build(spec_class, values)
     except ValueError as error:
         raise DamagedFile(f"{path}: the spec is none ({str(error)[:200]})") from error
     if any(not 1 <= size <= _LARGEST_COUNT for size in spec.image_shape):

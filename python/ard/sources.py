@@ -129,13 +129,13 @@ def model_config(source: Source) -> DiTConfig:
 def _student_facts(source: Source) -> tuple[StudentConfig, int]:
     """History layers, window and sink, and the steps."""
     student = source.facts.get("student")
-    steps = student.get("steps") if isinstance(student, dict) else None
-    if type(steps) is not int:
+    if not isinstance(student, dict) or type(student.get("steps")) is not int:
         raise ValueError(f"{source.path}: the student of its facts is {shown(student)}; expected one with steps")
     try:
-        return build(StudentConfig, {name: value for name, value in student.items() if name != "steps"}), steps
+        config = build(StudentConfig, {name: value for name, value in student.items() if name != "steps"})
     except ValueError as error:
         raise ValueError(f"{source.path}: the student of its facts is none ({str(error)[:200]})") from error
+    return config, student["steps"]
 
 
 def random_teacher(config: DiTConfig, seed: int = 0) -> tuple[DiT, str]:
@@ -155,7 +155,7 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

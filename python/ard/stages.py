@@ -118,6 +118,8 @@ def require_store(store: TrajectoryStore, spec: StoreSpec) -> None:
 def require_groups(recipe: Recipe, process: Process) -> None:
     """The GAN's batch norms and adaptive weight see whole micro-batches: raises ValueError if those were too small."""
     config, accumulation = recipe.gan, recipe.execution.accumulation
+    if config is None:
+        raise ValueError("recipe: gan is missing; expected the settings of the fine-tune")
     if accumulation != 1:
         raise ValueError(
             f"execution.accumulation is {accumulation}; expected 1 for the GAN fine-tune, whose adaptive weight is "

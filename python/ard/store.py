@@ -20,7 +20,7 @@ from torch import Tensor
 from ard.parallel import Process
 from ard.shards import ShardedStore, shard_count, write_shards
 from ard.streams import noise_at
-from ard.trajectories import STATE_KINDS, check_keep
+from ard.trajectories import STATE_KINDS, TrajectoryBatch, check_keep
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # by name
@@ -49,7 +49,7 @@ class StoreSpec:
     dtype: str = "float32"  # of noise and states
     precision: str = "fp32"  # of the teacher's forward
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("image_shape", "keep", "store"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("count", "shard_size", "num_classes"):
@@ -92,7 +92,7 @@ class StoreSpec:
 def generate_store(
     folder: Path,
     spec: StoreSpec,
-    make_batch: Callable[[Tensor, Tensor], object],
+    make_batch: Callable[[Tensor, Tensor], TrajectoryBatch],
     *,
     batch_size: int = 256,
     process: Process | None = None,
@@ -101,8 +101,7 @@ def generate_store(
     """Generates the missing shards of ``spec``, every rank its share, and opens the store.
 
     folder: made if absent; if it holds a store, its spec must equal ``spec``.
-    make_batch: (noise (n, *image), labels (n,)) -> an object with attributes noise, x0, ode, labels
-        (``ard.trajectories.generate`` with the teacher bound).
+    make_batch: (noise (n, *image), labels (n,)) -> trajectories: ``ard.trajectories.generate`` with the teacher bound.
     on_progress: see `ard.shards.write_shards`.
     """
 
@@ -166,7 +165,7 @@ class LatentSpec:
     seed: int = 0  # of the posterior's noise
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"LatentSpec: dtype={self.dtype!r}; expected one of {sorted(DTYPES)}")
 

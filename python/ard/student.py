@@ -6,6 +6,7 @@ Shape suffixes as in `model.py`. Segment s holds the state at timestep t_s = 999
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ class ARDStudent(DiTTrunk):
     @property
     def final_layers(self) -> list[FinalLayer]:
         """Final layer of each segment."""
-        return [self.get_submodule(final_layer_name(segment)) for segment in range(self.steps)]
+        layers = [self.get_submodule(final_layer_name(segment)) for segment in range(self.steps)]
+        return cast("list[FinalLayer]", layers)
 
     def timesteps(self, segments: int, device: torch.device) -> Tensor:
         """t_s = 999 * (1 - s / S) of the first `segments` segments, (1, segments) float32."""

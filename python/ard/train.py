@@ -100,7 +100,7 @@ class Trainer:
         self._lock = FolderLock(run.folder) if run and self.process.is_main else nullcontext()
         with ExitStack() as refused:
             refused.push(self._lock)
-            self.log = self._resume() if run else RunLog(None)
+            self.log = self._resume(run) if run else RunLog(None)
             refused.pop_all()
 
     def fit(
@@ -141,7 +141,7 @@ class Trainer:
                     first, started = self.step, now
                 finished = self.step == config.steps
                 if self.run and (self.step % self.execution.save_every == 0 or stopped or finished):
-                    self._save()
+                    self._save(self.run)
                 if on_step:
                     on_step(self.step)
                 if stopped:
@@ -176,8 +176,9 @@ class Trainer:
 
     def _synchronized(self, is_last: bool) -> AbstractContextManager:
         """DDP averages gradients with the last micro-batch only; FSDP with each, to keep them sharded."""
-        wait = not is_last and isinstance(self.module, DistributedDataParallel)
-        return self.module.no_sync() if wait else nullcontext()
+        if not is_last and isinstance(self.module, DistributedDataParallel):
+            return self.module.no_sync()
+        return nullcontext()
 
     def _require_finite(self, scalars: Mapping[str, float], batch: Tensor) -> None:
         """Raises NonFiniteError, on every rank, after writing the ids of the batch and of the samples at fault."""
@@ -201,7 +202,7 @@ class Trainer:
             f"{batch.tolist()}.{where}"
         )
 
-    def _save(self) -> None:
+    def _save(self, run: Run) -> None:
         """Writes a checkpoint; every rank takes part in collecting, the main one writes."""
         parts = {
             "model": self._collected(self.model.state_dict()),
@@ -211,9 +212,9 @@ class Trainer:
             **self.objective.tensors(),
         }
         if self.process.is_main:
-            facts = {**self.run.facts, "steps": self.config.steps, "identity": dict(self.run.identity)}
+            facts = {**run.facts, "steps": self.config.steps, "identity": dict(run.identity)}
             facts["log"] = self.log.pending()
-            training_state.save(self.run.checkpoints, self.step, parts, facts, keep_last=self.execution.keep_last)
+            training_state.save(run.checkpoints, self.step, parts, facts, keep_last=self.execution.keep_last)
         self.process.barrier()
 
     def _collected(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -225,13 +226,12 @@ class Trainer:
                 collected[name] = full.cpu()
         return collected
 
-    def _resume(self) -> RunLog:
+    def _resume(self, run: Run) -> RunLog:
         """Loads the newest good checkpoint, if there is one; the log up to there."""
-        run = self.run
         if self.execution.tensorboard:
             summary_writer_class()
         checkpoint, pending = training_state.newest(run.checkpoints) if run.resume else None, None
-        self._require_agreement(checkpoint)
+        self._require_agreement(run, checkpoint)
         if checkpoint:
             require_same(checkpoint, run.identity)
             self.step, pending = checkpoint.step, checkpoint.facts["log"]
@@ -256,13 +256,13 @@ class Trainer:
         folder = run.folder if self.process.is_main else None
         return RunLog(folder, self.step, pending, tensorboard=self.execution.tensorboard)
 
-    def _require_agreement(self, checkpoint: training_state.Checkpoint | None) -> None:
+    def _require_agreement(self, run: Run, checkpoint: training_state.Checkpoint | None) -> None:
         """Raises ValueError on every rank unless all of them have found the same checkpoint."""
         mark = [checkpoint.step, int(checkpoint.sha256["model"][:15], 16)] if checkpoint else [0, 0]
         marks = self.process.gather(torch.tensor([mark], device=self.process.device))
         if not (marks == marks[0]).all():
             raise ValueError(
-                f"{self.run.checkpoints}: the processes found different newest checkpoints, of steps "
+                f"{run.checkpoints}: the processes found different newest checkpoints, of steps "
                 f"{marks[:, 0].tolist()}; expected one folder that all of them see"
             )
 
@@ -313,7 +313,7 @@ def stop_signals() -> Iterator[list[int]]:
     received: list[int] = []
     first = math.inf
 
-    def note(number: int, _) -> None:
+    def note(number: int, _: object) -> None:
         nonlocal first
         now = time.monotonic()
         if number == signal.SIGINT and now > first + 1.0:  # torchrun passes on the one that the terminal sent already

@@ -105,9 +105,14 @@ def verified(folder: Path) -> Checkpoint:
             f"{folder / CHECKPOINT_NAME} says format={content.get('format')!r}, version={content.get('version')!r}; "
             f"expected {FORMAT!r}, {FORMAT_VERSION}"
         )
-    step, facts, parts = (content.get(name) for name in ("step", "facts", "parts"))
-    plain = type(step) is int and step >= 0 and isinstance(facts, dict) and isinstance(parts, dict)
-    if not plain or not all(re.fullmatch(r"\w+", name) and isinstance(parts[name], str) for name in parts):
+    step, facts, parts = content.get("step"), content.get("facts"), content.get("parts")
+    if (
+        type(step) is not int
+        or step < 0
+        or not isinstance(facts, dict)
+        or not isinstance(parts, dict)
+        or not all(re.fullmatch(r"\w+", name) and isinstance(sha256, str) for name, sha256 in parts.items())
+    ):
         raise DamagedFile(f"{folder / CHECKPOINT_NAME}: expected a step, facts, and parts by plain names")
     for name, sha256 in parts.items():
         path = folder / f"{name}{_SUFFIX}"

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -181,13 +182,13 @@ def load_image(path: str | os.PathLike, size: int) -> Tensor:
         )
     if image.mode not in _EIGHT_BIT_MODES:
         raise ValueError(f"load_image: {path} has mode {image.mode}; expected 8 bits per channel")
-    image = image.convert("RGB")
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    pixels_hwc = np.array(image.crop((left, top, left + size, top + size)), dtype=np.float32)
+    picture = image.convert("RGB")
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    pixels_hwc = np.array(picture.crop((left, top, left + size, top + size)), dtype=np.float32)
     return torch.from_numpy(pixels_hwc / 127.5 - 1.0).permute(2, 0, 1).contiguous()
 
 
@@ -196,7 +197,7 @@ def _fits(sides: tuple[int, int], size: int) -> bool:
     return long <= LARGEST_ASPECT * short and max(short, size * size / short) * long <= LARGEST_IMAGE
 
 
-def _require_bounded(model: type, content: dict, folder: Path) -> None:
+def _require_bounded(model: type[Any], content: dict, folder: Path) -> None:
     """Checks the config's numbers, the last of them by a model on shapes alone: what it allocates, the files hold."""
     scale = content.get("scaling_factor", 1.0)
     if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 < scale < math.inf:
