@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
+from ard_kernels.block_causal_attention.cuda import HEAD_DIMS
+
 NAN, INF = float("nan"), float("inf")
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 MOST_TOKENS = 80  # about; twice that for ragged segments
@@ -40,7 +42,7 @@ DRAWS = {
     "norm parameters": [False, True],
     "spare": [0, 1, 5],
 }
-CUDA_HEAD_DIMS, CUDA_CHANNELS = (64, 72, 80, 96, 128), (8, 16, 24, 72)
+CUDA_CHANNELS = 8, 16, 24, 72
 
 
 class Case:
@@ -69,7 +71,7 @@ class Case:
 
     def head_dim(self):
         most = 72 if self.backend == "triton" else 256
-        return self("head_dim", lambda d: d in CUDA_HEAD_DIMS if self.backend == "cuda" else d <= most)
+        return self("head_dim", lambda d: d in HEAD_DIMS if self.backend == "cuda" else d <= most)
 
     def mask(self):
         """(segment of each token, what a public function takes, (T, T) bool written token by token)."""

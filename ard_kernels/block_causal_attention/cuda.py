@@ -12,6 +12,9 @@ from ard_kernels.block_causal_attention.torch_impl import gradients_like, out_li
 from ard_kernels.common import extension
 from ard_kernels.common.gpu_support import architecture, keep_if_captured, multiprocessors, on_device, shared_limit
 
+# The head dims that are compiled; CMakeLists.txt has the same list, and a build says what it has.
+HEAD_DIMS = (64, 72, 80, 96, 128)
+
 
 def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
     """Why no CUDA kernel serves these tensors; None when one does. `width` is the head dim."""

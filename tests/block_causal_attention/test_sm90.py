@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from ard_kernels.block_causal_attention.cuda import HEAD_DIMS
 from ard_kernels.block_causal_attention.reference import block_causal_attention as reference
 from ard_kernels.block_causal_attention.spec import dense_mask
 from ard_kernels.block_causal_attention.tiles import make_tables
 from ard_kernels.common import extension
 from testing.oracle import assert_close
 
-HEAD_DIMS = [64, 72, 80, 96, 128]
 BLOCK_M = BLOCK_N = 128
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 MASKS = {"M1": (1, 0), "M2": (2, 0), "M3": (1, 1), "M4": (None, 0), "window2_sink1": (2, 1)}
