@@ -42,7 +42,7 @@ DRAWS = {
     "norm parameters": [False, True],
     "spare": [0, 1, 5],
 }
-CUDA_CHANNELS = 8, 16, 24, 72
+CUDA_CHANNELS = (8, 16, 24, 72)
 
 
 class Case:

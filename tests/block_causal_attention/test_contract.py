@@ -11,7 +11,7 @@ import ard_kernels
 from ard_kernels import block_causal_attention, block_causal_attention_packed
 from ard_kernels.block_causal_attention import cuda
 from ard_kernels.block_causal_attention.spec import useful_pairs
-from ard_kernels.common import gpu_support
+from ard_kernels.common import extension, gpu_support
 
 
 def qkv(*shape, dtype=torch.float32, grad=False):
@@ -228,7 +228,8 @@ def test_what_the_cuda_kernels_refuse(arch, served, monkeypatch):
     """float32, head dims that are not compiled, and those whose tiles do not fit a block's shared memory."""
     monkeypatch.setattr(gpu_support, "architecture", lambda device: arch)
     cpu = torch.device("cpu")
-    assert [D for D in range(8, 257, 8) if cuda.refuses(cpu, torch.bfloat16, D) is None] == list(served)
+    assert tuple(extension.gpu(cpu).attention_shared_bytes) == cuda.HEAD_DIMS
+    assert tuple(D for D in range(8, 257, 8) if cuda.refuses(cpu, torch.bfloat16, D) is None) == served
     assert "tensor-core" in cuda.refuses(cpu, torch.float32, 72)
     assert "not compiled; expected one of 64, 72" in cuda.refuses(cpu, torch.float16, 40)
     if arch == 86:

@@ -16,7 +16,7 @@ from ard_kernels.common import extension, tuning
 from testing.oracle import BACKWARD_FACTOR, assert_all_close, assert_close
 
 BACKENDS = ["torch", "triton"]  # triton: in its interpreter, so with fewer and smaller cases
-CUDA_HEAD_DIMS = cuda.HEAD_DIMS  # cuda: in the emulator, 16-bit dtypes only
+CUDA_HEAD_DIMS = cuda.HEAD_DIMS  # 16-bit dtypes only
 MASKS = {"M1": (1, 0), "M2": (2, 0), "M3": (1, 1), "M4": (None, 0), "window2_sink1": (2, 1)}
 
 
