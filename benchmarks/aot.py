@@ -1,10 +1,9 @@
 """`make aot`: compile every Triton kernel with every shipped configuration, without a GPU, and check what came out.
 
-    python -m benchmarks.aot            compile, check, compare with the committed tables; exit 1 if anything is off
+    python -m benchmarks.aot            compile what FEW names for sm_80, sm_90 and sm_100, check, compare with the
+                                        committed tables; exit 1 if anything is off
+    python -m benchmarks.aot --all      every shipped configuration of every architecture: minutes
     python -m benchmarks.aot --update   the same, and write the tables (benchmarks/results/aot/sm*.csv)
-    python -m benchmarks.aot --choose [PREFIX]
-                                        rebuild the shipped configurations (ard_kernels/tuned/sm*.json) of keys that
-                                        start with PREFIX by the rule of `choose`, but for those measured on a GPU
 
 Kernels are compiled through the backends' own launch code on CPU tensors: Triton's driver is replaced by one that names
 the target and launches nothing, so arguments, alignment and constants are specialised as in a real call.
@@ -13,20 +12,15 @@ the target and launches nothing, so arguments, alignment and constants are speci
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -39,8 +33,8 @@ from ard_kernels.common.arguments import NORM_EPS
 from ard_kernels.history_attention import triton_impl as history
 from ard_kernels.history_attention.splits import workspace_elements
 from ard_kernels.segment_adaln import op as adaln
-from benchmarks.candidates import ADALN, ATTENTION, candidates, keys
-from benchmarks.markdown import table
+from benchmarks import build_tables
+from benchmarks.triton_objects import keep_reports, ptxas_report, tcgen05_flops, tensor_core_flops
 
 TABLES = Path(__file__).parent / "results" / "aot"
 # Bytes of shared memory a block may have and a multiprocessor holds (CUDA programming guide, compute capabilities).
@@ -50,11 +44,14 @@ SHARED = {
     90: (227 << 10, 228 << 10),
     100: (227 << 10, 228 << 10),
 }
-REGISTERS, BLOCKS = 65536, 32
 THREADS = {80: 2048, 86: 1536, 90: 2048, 100: 2048}
 WIDE_ACCESS = (
     r"(?:ld|st)\.global(?:\.\w+)*\.v4\.b32|cp\.async\.cg\.shared\.global [^;]*, 0x10|ld\.global[\w.:]*\.v2\.b64"
 )
+# What is compiled without --all: D = 72 and 128 in 16 bits, D = 72 in fp32, rows of 1152; the kernels are the same for
+# other widths, and on sm_86 their PTX is that of sm_80.
+FEW = r"attention_\w+/16bit/(72|80|128)/long|attention_\w+/32bit/(72|80)/long|adaln_\w+/\d+bit/1152/long"
+FEW_ARCHITECTURES = (80, 90, 100)
 TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Spills that were looked at and let pass, with the reason: (architecture, kernel, key) -> bytes.
 SPILL_BUDGET = {
@@ -104,6 +101,7 @@ def compiled_by(
     run: Callable[[], object], wanted: set[str], arch: int, constants: dict[str, int]
 ) -> list[tuple[str, object, dict]]:
     """(kernel, compiled kernel, constants) of each launch of a wanted kernel in `run`: compiled, not launched."""
+    keep_reports()
     driver.set_active(_Target(arch))
     launches, original_run = [], JITFunction.run
 
@@ -114,7 +112,7 @@ def compiled_by(
 
     JITFunction.run = compile_only
     try:
-        with tuning.override(dict.fromkeys((*ATTENTION, *ADALN), constants)):
+        with tuning.override(dict.fromkeys(FUNCTIONS, constants)):
             run()
     finally:
         JITFunction.run = original_run
@@ -182,43 +180,6 @@ FUNCTIONS = {  # kernels of a key, by the name of the function
 # What came out
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _ptxas_report(ptx: str) -> tuple[int, int, bool]:
-    """(registers, bytes spilled, wgmma serialised), from assembling the PTX once more with -v."""
-    arch = re.search(r"\.target (sm_\w+)", ptx).group(1)
-    assembler = _tool("ptxas-blackwell") if arch.startswith("sm_10") else _tool("ptxas")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [assembler, "-v", f"--gpu-name={arch}", str(source), "-o", str(source.with_suffix(".cubin"))]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
-    return int(re.search(r"Used (\d+) registers", report).group(1)), spilled, "serialized" in report
-
-
-def _tensor_core_flops(ptx: str, warps: int) -> int:
-    """FLOPs of all matrix instructions in the text, each executed once by every warp (wgmma: warpgroup)."""
-    flops = 0
-    for m, n, k in re.findall(r"wgmma\.mma_async\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", ptx):
-        flops += 2 * int(m) * int(n) * int(k) * warps // 4
-    for m, n, k in re.findall(r"mma\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", ptx):
-        flops += 2 * int(m) * int(n) * int(k) * warps
-    return flops
-
-
-def _tcgen05_flops(ttgir: str) -> int:
-    """FLOPs of the tcgen05 matmuls in the loop's body, once per thread block; PTX has their shapes in registers only.
-
-    The pipelined loop leaves copies before and after itself, for its first and last tiles: those are not counted.
-    """
-    body = ttgir[ttgir.index("scf.for") : ttgir.rindex("scf.yield")]
-    shapes = re.findall(r"tc_gen5_mma .*? : !ttg\.memdesc<(\d+)x(\d+)x\w+, .*?>, !ttg\.memdesc<\d+x(\d+)x", body)
-    return sum(2 * int(m) * int(k) * int(n) for m, k, n in shapes)
-
-
 MATMULS = {"forward": 2, "backward_dq": 3, "backward_dkv": 4, "append_and_attend": 2}
 
 
@@ -230,7 +191,7 @@ def _issued_over_useful(name: str, asm: dict, options: dict, key: str, arch: int
     """
     D = head_dim(key)
     block_m, block_n = options["BLOCK_M"], options["BLOCK_N"]
-    flops = _tcgen05_flops(asm["ttgir"]) if arch == 100 else _tensor_core_flops(asm["ptx"], options["num_warps"])
+    flops = tcgen05_flops(asm["ttgir"]) if arch == 100 else tensor_core_flops(asm["ptx"], options["num_warps"])
     if not flops or name == "append_and_attend":  # two loops there: cache and own segment
         return ""
     per_tile = flops / (2 * block_m * block_n * D * MATMULS[name])
@@ -241,9 +202,9 @@ def _issued_over_useful(name: str, asm: dict, options: dict, key: str, arch: int
 def inspect(name: str, kernel, options: dict, key: str, variant: str, arch: int) -> tuple[Row, bool]:
     """The table row, and whether ptxas had to serialise wgmma."""
     ptx = kernel.asm["ptx"]
-    registers, spilled, serialised = _ptxas_report(ptx)
-    threads, shared = 32 * options["num_warps"], kernel.metadata.shared
-    per_sm = min(REGISTERS // (-(-registers // 8) * 8 * threads), THREADS[arch] // threads, BLOCKS)
+    registers, spilled, serialised = ptxas_report(kernel.metadata.ptxas)
+    shared = kernel.metadata.shared
+    per_sm = build_tables.blocks_per_sm(registers, 32 * options["num_warps"], THREADS[arch])
     per_sm = min(per_sm, SHARED[arch][1] // (shared + 1024))
     constants = " ".join(f"{c}={options[c]}" for c in ("BLOCK_M", "BLOCK_N", "ROWS", "STAGES") if c in options)
     ratio = _issued_over_useful(name, kernel.asm, options, key, arch) if variant == "full" and name in MATMULS else ""
@@ -290,81 +251,37 @@ def compile_key(arch: int, key: str, constants: dict[str, int]) -> tuple[int, li
     return arch, rows, found
 
 
-def choose(arch: int, key: str) -> tuple[int, str, dict[str, int] | None]:
-    """The first candidate without a problem: they fall from large tiles and deep pipelines to what fits in registers.
-
-    A guess made from the resource report, until a GPU's measurement replaces it.
-    """
-    for candidate in candidates(key):
-        if not compile_key(arch, key, candidate)[2]:
-            return arch, key, candidate
-    print(f"no candidate for sm{arch} {key} compiles without a problem; see benchmarks/candidates.py", flush=True)
-    return arch, key, None
-
-
-def _write_shipped(arch: int, chosen: dict[str, dict[str, int]]) -> None:
-    """Put into ard_kernels/tuned/sm<arch>.json; entries named in its `measured` list stay as they are."""
-    path = tuning.SHIPPED / f"sm{arch}.json"
-    table = json.loads(path.read_text()) if path.is_file() else {"measured": [], "configs": {}}
-    merged = table["configs"] | chosen | {key: table["configs"][key] for key in table["measured"]}
-    configs = ",\n".join(f"    {json.dumps(key)}: {json.dumps(merged[key])}" for key in keys() if key in merged)
-    path.write_text(f'{{\n  "measured": {json.dumps(table["measured"])},\n  "configs": {{\n{configs}\n  }}\n}}\n')
-
-
-def _write_table(arch: int, rows: list[Row]) -> None:
-    TABLES.mkdir(parents=True, exist_ok=True)
-    with (TABLES / f"sm{arch}.csv").open("w", newline="") as file:
-        file.write(f"# triton {metadata.version('triton')}\n")
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-def _differences(arch: int, rows: list[Row]) -> list[str]:
-    """Rows that are not what the committed table says."""
-    path = TABLES / f"sm{arch}.csv"
-    if not path.is_file():
-        return [f"sm{arch}: no committed table; run with --update"]
-    version, *lines = path.read_text().splitlines()
-    if version != f"# triton {metadata.version('triton')}":
-        return [f"sm{arch}: the table is of {version[2:]}, this is triton {metadata.version('triton')}; see --update"]
-    committed = {(line["kernel"], line["key"], line["variant"]): line for line in csv.DictReader(lines)}
-    found = []
-    for row in rows:
-        now = {name: str(value) for name, value in asdict(row).items()}
-        then = committed.pop((now["kernel"], now["key"], now["variant"]), None)
-        if then != now:
-            changes = {n: (then and then[n], now[n]) for n in now if then is None or then[n] != now[n]}
-            found.append(f"sm{arch} {row.kernel} {row.key} {row.variant}: (table, now) {changes}")
-    return found + [f"sm{arch}: {name} is in the table only" for name in committed]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="write the tables")
-    parser.add_argument("--choose", nargs="?", const="", metavar="PREFIX", help="rebuild shipped configurations")
-    parser.add_argument("--arch", type=int, nargs="*", default=list(tuning.ARCHITECTURES), choices=tuning.ARCHITECTURES)
+    parser.add_argument("--all", action="store_true", help="every key of every architecture")
+    parser.add_argument("--update", action="store_true", help="every key, and write the tables")
+    parser.add_argument("--arch", type=int, nargs="*", choices=tuning.ARCHITECTURES)
     options = parser.parse_args()
+    everything = options.all or options.update
+    architectures = options.arch or (tuning.ARCHITECTURES if everything else FEW_ARCHITECTURES)
+    work = [
+        (arch, key, constants)
+        for arch in sorted(architectures, reverse=True)  # the slowest first
+        for key, constants in tuning.shipped(arch).items()
+        if everything or re.fullmatch(FEW, key)
+    ]
+    compiler = f"triton {metadata.version('triton')}"
     with ProcessPoolExecutor() as pool:
-        if options.choose is not None:
-            work = [(arch, key) for arch in options.arch for key in keys() if key.startswith(options.choose)]
-            chosen = list(pool.map(choose, *zip(*work, strict=True)))
-            if any(constants is None for _, _, constants in chosen):
-                sys.exit(1)
-            for arch in options.arch:
-                _write_shipped(arch, {key: constants for at, key, constants in chosen if at == arch})
-            return
-        work = [(arch, *entry) for arch in options.arch for entry in tuning.shipped(arch).items()]
         results = list(pool.map(compile_key, *zip(*work, strict=True)))
     failures = []
-    for arch in options.arch:
-        rows = [row for at, part, _ in results if at == arch for row in part]
-        print(f"\nsm_{arch}\n{table([field.name for field in fields(Row)], map(astuple, rows))}")
+    for arch in architectures:
+        rows, path = [row for at, part, _ in results if at == arch for row in part], TABLES / f"sm{arch}.csv"
+        build_tables.show(f"sm_{arch}", Row, rows)
         failures += [problem for at, _, found in results if at == arch for problem in found]
         if options.update:
-            _write_table(arch, rows)
+            build_tables.write(path, compiler, Row, rows)
+        elif build_tables.compiler_of(path) != compiler:
+            failures.append(f"{path.name} is of {build_tables.compiler_of(path)}, this is {compiler}; see --update")
         else:
-            failures += _differences(arch, rows)
+            keys = {key for at, key, _ in work if at == arch}
+            failures += build_tables.differences(
+                path, rows, ("kernel", "key", "variant"), lambda line, keys=keys: everything or line["key"] in keys
+            )
     print(f"\n{sum(len(part) for _, part, _ in results)} kernels compiled, {len(failures)} problems")
     for failure in failures:
         print(f"  {failure}")

@@ -14,8 +14,6 @@ namespace py = pybind11;
 namespace ard {
 namespace {
 
-float* floats(uintptr_t pointer) { return reinterpret_cast<float*>(pointer); }
-
 void segment_adaln_forward(const Segments& segments, const View& x, const View& branch, const View& gate,
                            const View& shift, const View& scale, const View& h, const View& y, uintptr_t mean,
                            uintptr_t rstd, float eps) {
@@ -27,8 +25,8 @@ void segment_adaln_forward(const Segments& segments, const View& x, const View& 
   p.scale = scale;
   p.h = h;
   p.y = y;
-  p.mean = floats(mean);
-  p.rstd = floats(rstd);
+  p.mean = pointer<float>(mean);
+  p.rstd = pointer<float>(rstd);
   p.eps = eps;
   py::gil_scoped_release release;
   forward_cpu(p, segments);
@@ -50,9 +48,9 @@ void segment_adaln_backward(const Segments& segments, const View& grad_h, const 
   p.dgate = dgate;
   p.dshift = dshift;
   p.dscale = dscale;
-  p.mean = floats(mean);
-  p.rstd = floats(rstd);
-  p.workspace = floats(workspace);
+  p.mean = pointer<float>(mean);
+  p.rstd = pointer<float>(rstd);
+  p.workspace = pointer<float>(workspace);
   py::gil_scoped_release release;
   backward_cpu(p, segments);
 }

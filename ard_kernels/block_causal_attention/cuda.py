@@ -13,7 +13,7 @@ from ard_kernels.common import extension
 from ard_kernels.common.gpu_support import architecture, keep_if_captured, multiprocessors, on_device, shared_limit
 
 # The head dims that are compiled; CMakeLists.txt has the same list, and a build says what it has.
-HEAD_DIMS = (64, 72, 80, 96, 128)
+HEAD_DIMS = (64, 72, 80, 96, 112, 128)
 
 
 def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:

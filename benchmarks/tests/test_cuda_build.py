@@ -1,11 +1,12 @@
 """What `make cuda-build` reads from nvcc's and cuobjdump's texts, and what it must object to. No compiler is needed."""
 
 import dataclasses
+import json
 import sys
 
 import pytest
 
-from benchmarks import cuda_build
+from benchmarks import build_tables, cuda_build, cuda_objects, observed_nvcc
 
 FORWARD = "_ZN3ard12sm80_forwardINS_8bfloat16ELi72ELb1EEEvNS_15AttentionParamsE"
 COPY = "_ZN3ard46_GLOBAL__N__ce375e98_8_probe_cu_abcbf7ee_229034copyINS_7float16ELi64ELb0EEEvNS0_1PE"
@@ -61,39 +62,39 @@ ELF = f"""\
 """
 
 GOOD = cuda_build.Row(
-    source="block_causal_attention/sm80_forward_d72.cu", kernel="sm80_forward<bfloat16, 72>", threads=128,
+    source="block_causal_attention/sm80_forward.cu", kernel="sm80_forward<bfloat16, 72>", threads=128,
     registers=227, stack_bytes=0, spill_bytes=0, shared_bytes=0, blocks_per_sm=2, hmma=152, hgmma=0, ldsm=45,
     ldgsts=30, utmaldg=0, ldg128=2, stg128=9,
 )  # fmt: skip
-HOPPER = dataclasses.replace(GOOD, source="block_causal_attention/sm90_d72.cu", hmma=0, hgmma=42, utmaldg=6)
+HOPPER = dataclasses.replace(GOOD, source="block_causal_attention/sm90.cu", hmma=0, hgmma=42, utmaldg=6)
 ADALN = dataclasses.replace(GOOD, source="segment_adaln/forward.cu", kernel="adaln_forward<8>", hmma=0, ldgsts=0)
 STAGED = dataclasses.replace(ADALN, ldg128=0, ldgsts=8)
 UNALIGNED = dataclasses.replace(ADALN, kernel="adaln_forward<RowLayout<8, 8, false>, true, true>", ldg128=0)
 
 
 def test_resources_are_read_per_architecture():
-    assert cuda_build.ptxas_report(REPORT, "80") == {
+    assert cuda_objects.ptxas_report(REPORT, "80") == {
         FORWARD: {"registers": 227, "stack_bytes": 16, "spill_bytes": 20, "shared_bytes": 1024},
         COPY: {"registers": 18, "stack_bytes": 0, "spill_bytes": 0, "shared_bytes": 0},
     }
-    assert list(cuda_build.ptxas_report(REPORT, "90a")) == [FORWARD]
+    assert list(cuda_objects.ptxas_report(REPORT, "90a")) == [FORWARD]
 
 
 def test_instructions_are_counted():
-    counts = cuda_build.instruction_counts(SASS)
-    one = dict.fromkeys(cuda_build.INSTRUCTIONS, 0)
+    counts = cuda_objects.instruction_counts(SASS)
+    one = dict.fromkeys(cuda_objects.INSTRUCTIONS, 0)
     assert counts[COPY] == one | {"ldg128": 1, "stg128": 1}
     assert counts[FORWARD] == one | {"hmma": 2, "hgmma": 1, "ldsm": 1, "ldgsts": 1, "utmaldg": 1}
 
 
 def test_launch_bounds_are_read():
-    assert cuda_build.launch_bounds(ELF) == {FORWARD: 128}
+    assert cuda_objects.launch_bounds(ELF) == {FORWARD: 128}
 
 
 def test_names_are_shortened():
-    assert cuda_build.short_names([FORWARD, COPY]) == ["sm80_forward<bfloat16, 72, true>", "copy<float16, 64, false>"]
+    assert cuda_objects.short_names([FORWARD, COPY]) == ["sm80_forward<bfloat16, 72, true>", "copy<float16, 64, false>"]
     nested = "_ZN3ard12sm80_forwardINS_8bfloat16ENS_13ForwardTraitsILi72ELi128EEELb0EEEvNS_15AttentionParamsE"
-    assert cuda_build.short_names([nested]) == ["sm80_forward<bfloat16, ForwardTraits<72, 128>, false>"]
+    assert cuda_objects.short_names([nested]) == ["sm80_forward<bfloat16, ForwardTraits<72, 128>, false>"]
 
 
 @pytest.mark.parametrize(
@@ -130,17 +131,19 @@ def test_a_kernel_of_two_sources_is_named():
     assert cuda_build.repeated_kernels({"a.cu": REPORT}) == []
 
 
-def test_a_change_that_the_table_does_not_know_fails(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cuda_build, "TABLES", tmp_path)
-    assert "no committed table" in cuda_build.differences("80", [GOOD], "13.0.88")[0]
-    cuda_build.write_table("80", [GOOD], "13.0.88")
-    assert cuda_build.differences("80", [GOOD], "13.0.88") == []
-    (found,) = cuda_build.differences("80", [dataclasses.replace(GOOD, registers=230)], "13.0.88")
+def test_a_change_that_the_table_does_not_know_fails(tmp_path):
+    path, identity = tmp_path / "sm80.csv", ("source", "kernel")
+    build_tables.write(path, "nvcc 13.0.88", cuda_build.Row, [GOOD])
+    assert build_tables.compiler_of(path) == "nvcc 13.0.88"
+    assert build_tables.differences(path, [GOOD], identity) == []
+    (found,) = build_tables.differences(path, [dataclasses.replace(GOOD, registers=230)], identity)
     assert found.endswith("(table, now) {'registers': ('227', '230')}")
-    assert "is not in the table" in cuda_build.differences("80", [GOOD, ADALN], "13.0.88")[0]
-    assert "in the table only" in cuda_build.differences("80", [], "13.0.88")[0]
-    assert cuda_build.differences("80", [], "13.1.80") == []
-    assert "the table is of nvcc 13.0.88, this is nvcc 13.1.80" in capsys.readouterr().out
+    assert "is not in the table" in build_tables.differences(path, [GOOD, ADALN], identity)[0]
+    assert "in the table only" in build_tables.differences(path, [], identity)[0]
+    assert build_tables.differences(path, [], identity, lambda line: line["source"] != GOOD.source) == []
+    path.unlink()
+    assert build_tables.compiler_of(path) is None
+    assert "is not in the table" in build_tables.differences(path, [GOOD], identity)[0]
 
 
 def test_a_compiler_is_observed(tmp_path, capfd):
@@ -149,22 +152,22 @@ def test_a_compiler_is_observed(tmp_path, capfd):
     compiler.write_text(
         "x = bytearray(300 << 20)\nprint('ptxas info    : Used 18 registers')\nprint('a warning')\nraise SystemExit(3)"
     )
-    assert cuda_build.observe([sys.executable, str(compiler), "-o", str(target)]) == 3
+    assert observed_nvcc.observe([sys.executable, str(compiler), "-o", str(target)]) == 3
     assert capfd.readouterr().err == "a warning\n"
-    note = cuda_build.json.loads(target.with_suffix(".o.json").read_text())
+    note = json.loads(target.with_suffix(".o.json").read_text())
     assert note["report"] == "ptxas info    : Used 18 registers\na warning\n"
     assert note["seconds"] > 0 and note["peak_bytes"] > 300 << 20
 
 
 def test_an_object_that_took_too_much_memory_or_lacks_ptx(tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda_build, "_cuobjdump", lambda *arguments: "PTX file    1: kernel.1.sm_80.ptx\n")
+    monkeypatch.setattr(cuda_build, "cuobjdump", lambda *arguments: "PTX file    1: kernel.1.sm_80.ptx\n")
     note = {"peak_bytes": 1 << 30}
     assert cuda_build.object_problems("segment_adaln/forward.cu", tmp_path, note) == []
     (found,) = cuda_build.object_problems("segment_adaln/forward.cu", tmp_path, {"peak_bytes": 3 << 30})
     assert "nvcc took 3.0 GB" in found
-    (found,) = cuda_build.object_problems("block_causal_attention/sm90_d72.cu", tmp_path, note)
+    (found,) = cuda_build.object_problems("block_causal_attention/sm90.cu", tmp_path, note)
     assert "has PTX of ['sm_80']; expected []" in found
-    monkeypatch.setattr(cuda_build, "_cuobjdump", lambda *arguments: "")
+    monkeypatch.setattr(cuda_build, "cuobjdump", lambda *arguments: "")
     (found,) = cuda_build.object_problems("segment_adaln/forward.cu", tmp_path, note)
     assert "has PTX of []; expected ['sm_80']" in found
 

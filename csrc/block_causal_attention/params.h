@@ -46,9 +46,7 @@ struct AttentionBackwardParams {
   float scale = 0, scale2 = 0;  // scale2: times log2(e), never 0
 };
 
-// Head dims that the CUDA kernels are compiled for, each in a file of its own (sm80_forward_d72.cu, ...).
-#define ARD_FOR_EACH_HEAD_DIM(use) use(64) use(72) use(80) use(96) use(128)
-
+// One head dim; each is compiled to an object of its own.
 template <int kHeadDim>
 void attention_forward_sm80(const AttentionParams& params, DType dtype, void* stream);
 template <int kHeadDim>

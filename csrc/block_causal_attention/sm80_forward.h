@@ -1,6 +1,13 @@
-// Attention forward with mma.sync, for sm_80 and newer: one thread block per query tile of one head; the key tiles that
-// the table lists, two stages of K and V deep. With splits, several blocks share the keys of a query tile and leave
-// partial results (history_attention with few queries).
+// Attention forward with mma.sync, for sm_80 and newer (as FlashAttention-2, arXiv 2307.08691):
+//   s = scale q k^T where the mask sees,  out = softmax(s) v,  lse = ln sum exp(s)
+//
+// One thread block per query tile of one head; the key tiles that the table lists, two stages of K and V deep, with a
+// running maximum and total. With splits, several blocks share the keys of a query tile and leave partial results
+// (history_attention with few queries).
+//
+// Tensor cores bound it: 4 D FLOPs per query and key that it sees, for 4 D bytes of K and V per key and tile of 128
+// queries, 128 FLOPs per byte; the heads of a group find K and V in L2. History attention at batch 1 is bound by the 4
+// D bytes per key of the cache.
 //
 // A warp holds 32 queries (16 at D > 96, or the outputs spill), so each fragment of K and V that it reads serves two
 // mma.

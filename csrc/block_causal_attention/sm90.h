@@ -1,5 +1,6 @@
-// Attention forward for Hopper (sm_90a): TMA, wgmma, three warpgroups with a role each. One persistent block per
-// multiprocessor walks over the items (query tile, head); static schedule, the longest tiles first.
+// Attention forward for Hopper (sm_90a), out and lse as in sm80_forward.h: TMA, wgmma, three warpgroups with a role
+// each (as FlashAttention-3, arXiv 2407.08608). One persistent block per multiprocessor walks over the items (query
+// tile, head); static schedule, the longest tiles first.
 //
 //   producer    one thread fills the rings of K and V (and two stages of Q) as the consumers empty them
 //   consumers   64 queries each: s = q k^T in registers, online softmax in base 2, o += p v with p from registers

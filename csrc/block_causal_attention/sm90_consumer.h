@@ -139,11 +139,12 @@ ARD_DEVICE void store_rows(const AttentionParams& a, const TileItem& item, const
 #pragma unroll
   for (int g = 0; g < kQ.groups; ++g) {
     constexpr int kColumns = Traits::kHeadDim;
-    const int begin = kQ.group[g].first, chunks = (min_int(kColumns, begin + kQ.group[g].columns) - begin) / 8;
+    const int begin = kQ.group[g].first, used = (min_int(kColumns, begin + kQ.group[g].columns) - begin) / 8;
+    const int chunks = used < 8 ? used : (used + 7) / 8 * 8;  // whole spans of 128 bytes: no bank conflicts
 #pragma unroll
     for (int i = 0; i < (16 * chunks + 31) / 32; ++i) {
       const int store = 32 * i + lane, r = store / chunks, column = begin + store % chunks * 8;
-      if (store < 16 * chunks && row + r < item.row_stop) {
+      if (store < 16 * chunks && (chunks == used || column < kColumns) && row + r < item.row_stop) {
         const int at = kQ.offset(g, first + r, column - begin);
         const Words words = load_shared(reinterpret_cast<const Words*>(sQ + at));
         store_global(gOut + 2 * ((row + r) * a.out.stride_token + column), words);

@@ -1,22 +1,14 @@
 // The Hopper forward, as the bindings see it.
 #pragma once
 
-#include <stdexcept>
-
 #include "params.h"
+#include "sm90_layout.h"
 
 namespace ard {
 
-// Tile sizes for the tables.
-constexpr int kSm90BlockM = 128, kSm90BlockN = 128;
-
-// One head dim; each is compiled in a file of its own (sm90_d72.cu, ...).
+// out and lse, by at most `multiprocessors` persistent thread blocks; for arguments that sm90_serves.
 template <int kHeadDim>
 void attention_forward_sm90(const AttentionParams& params, DType dtype, int multiprocessors, void* stream);
-
-#define ARD_ELSEWHERE(dim) extern template void attention_forward_sm90<dim>(const AttentionParams&, DType, int, void*);
-ARD_FOR_EACH_HEAD_DIM(ARD_ELSEWHERE)
-#undef ARD_ELSEWHERE
 
 // Whether the copy engine can read this tensor: its address and its strides are multiples of 16 bytes, and no dimension
 // is expanded (stride 0).
@@ -28,30 +20,13 @@ inline bool sm90_reads(const HeadsView& x, const AttentionParams& p) {
          fits(x.stride_head, p.heads) && fits(x.stride_batch, p.batch);
 }
 
-// Whether the kernel takes these arguments on a chip of compute capability 9.0: bf16 or fp16, a head dim it is compiled
-// for, scale >= 0, keys that are not split. Rows of `out` are written 16 bytes at a time.
-inline bool sm90_serves(const AttentionParams& p, DType dtype, int head_dim) {
-  bool compiled = false;
-#define ARD_COMPILED(dim) compiled |= head_dim == dim;
-  ARD_FOR_EACH_HEAD_DIM(ARD_COMPILED)
-#undef ARD_COMPILED
+// Whether the kernel takes these arguments on a chip of compute capability 9.0: bf16 or fp16, scale >= 0, keys that are
+// not split. Rows of `out` are written 16 bytes at a time.
+inline bool sm90_serves(const AttentionParams& p, DType dtype) {
   const auto aligned = [](int64_t stride) { return stride % 8 == 0; };
-  return compiled && dtype != DType::kFloat32 && p.flip == 0 && p.splits == 1 && sm90_reads(p.q, p) &&
-         sm90_reads(p.k, p) && sm90_reads(p.v, p) && reinterpret_cast<uintptr_t>(p.out.data) % 16 == 0 &&
-         aligned(p.out.stride_token) && aligned(p.out.stride_head) && aligned(p.out.stride_batch);
-}
-
-// out and lse, by at most `multiprocessors` persistent thread blocks; for arguments that sm90_serves.
-inline void attention_forward_sm90(const AttentionParams& p, DType dtype, int head_dim, int multiprocessors,
-                                   void* stream) {
-  switch (head_dim) {
-#define ARD_CASE(dim) \
-  case dim:           \
-    return attention_forward_sm90<dim>(p, dtype, multiprocessors, stream);
-    ARD_FOR_EACH_HEAD_DIM(ARD_CASE)
-#undef ARD_CASE
-  }
-  throw std::invalid_argument("attention_forward_sm90: head dim not compiled");
+  return dtype != DType::kFloat32 && p.flip == 0 && p.splits == 1 && sm90_reads(p.q, p) && sm90_reads(p.k, p) &&
+         sm90_reads(p.v, p) && reinterpret_cast<uintptr_t>(p.out.data) % 16 == 0 && aligned(p.out.stride_token) &&
+         aligned(p.out.stride_head) && aligned(p.out.stride_batch);
 }
 
 }  // namespace ard

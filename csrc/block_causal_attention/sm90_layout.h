@@ -52,10 +52,15 @@ struct TileLayout {
   }
 };
 
-constexpr int padded(int head_dim) { return (head_dim + 15) / 16 * 16; }
+// To whole steps of the matrix instruction; swizzles of 32, 64 and 128 bytes hold 16, 32 or 64 columns, so 48
+// become 64.
+constexpr int padded(int head_dim) {
+  const int columns = (head_dim + 15) / 16 * 16;
+  return columns % 64 == 48 ? columns + 16 : columns;
+}
 
 // Q and K: as many whole atoms of 128 bytes as the head dim has, and one smaller atom for the rest. Columns past the
-// head dim (72..79) are outside of the tensor, so they are zero.
+// head dim (72..79, 112..127) are outside of the tensor, so they are zero.
 constexpr TileLayout score_layout(int head_dim, int rows) {
   const int columns = padded(head_dim), whole = columns / 64 * 64, rest = columns - whole;
   TileLayout layout;

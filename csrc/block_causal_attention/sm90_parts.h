@@ -3,11 +3,8 @@
 
 #include "../common/hopper.h"
 #include "sm90_entry.h"
-#include "sm90_layout.h"
 
 namespace ard::sm90 {
-
-static_assert(kBlockM == kSm90BlockM && kBlockN == kSm90BlockN);
 
 struct Params {
   TensorMap q[2], k[2], v[2];  // one per column group

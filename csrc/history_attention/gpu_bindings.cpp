@@ -18,12 +18,8 @@ HeadNormParams head_norm(const std::optional<NormTuple>& from) {
   if (!from) return {};
   const auto& [kind, weight, weight_dtype, bias, bias_dtype, eps] = *from;
   const auto is_float = [](int dtype) { return static_cast<DType>(dtype) == DType::kFloat32; };
-  return {static_cast<NormKind>(kind),
-          reinterpret_cast<const void*>(weight),
-          reinterpret_cast<const void*>(bias),
-          is_float(weight_dtype),
-          is_float(bias_dtype),
-          eps};
+  return {static_cast<NormKind>(kind), pointer<const void>(weight), pointer<const void>(bias),
+          is_float(weight_dtype),      is_float(bias_dtype),        eps};
 }
 
 void history_append(const HeadsView& q, const HeadsView& normed_q, const HeadsView& k, const HeadsView& v,
@@ -43,13 +39,13 @@ void history_append(const HeadsView& q, const HeadsView& normed_q, const HeadsVi
   p.heads = heads;
   p.tokens = tokens;
   p.head_dim = head_dim;
-  append_gpu(p, static_cast<DType>(dtype), reinterpret_cast<void*>(stream));
+  append_gpu(p, static_cast<DType>(dtype), pointer<void>(stream));
 }
 
 void history_add_splits(uintptr_t workspace, const HeadsView& out, int batch, int heads, int tokens, int head_dim,
                         int splits, int dtype, uintptr_t stream) {
-  const SplitsParams p{out, reinterpret_cast<const float*>(workspace), batch, heads, tokens, head_dim, splits};
-  add_splits_gpu(p, static_cast<DType>(dtype), reinterpret_cast<void*>(stream));
+  const SplitsParams p{out, pointer<const float>(workspace), batch, heads, tokens, head_dim, splits};
+  add_splits_gpu(p, static_cast<DType>(dtype), pointer<void>(stream));
 }
 
 }  // namespace

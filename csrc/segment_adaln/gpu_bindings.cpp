@@ -7,11 +7,6 @@ namespace ard {
 
 namespace {
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 // (address of chunks, of spans, samples, chunks, segments, whether rows are per token)
 GpuChunks chunks_of(const pybind11::tuple& work) {
   GpuChunks chunks;
@@ -24,9 +19,9 @@ GpuChunks chunks_of(const pybind11::tuple& work) {
   return chunks;
 }
 
-void forward(View x, View branch, View gate, View shift, View scale, View h, View y, uintptr_t mean, uintptr_t rstd,
-             float eps, int64_t tokens, int64_t channels, const pybind11::tuple& work, int shared_limit,
-             uintptr_t stream) {
+void adaln_forward(View x, View branch, View gate, View shift, View scale, View h, View y, uintptr_t mean,
+                   uintptr_t rstd, float eps, int64_t tokens, int64_t channels, const pybind11::tuple& work,
+                   int shared_limit, uintptr_t stream) {
   GpuForwardParams p;
   p.x = x, p.branch = branch, p.gate = gate, p.shift = shift, p.scale = scale, p.h = h, p.y = y;
   p.mean = pointer<float>(mean), p.rstd = pointer<float>(rstd), p.eps = eps;
@@ -34,9 +29,9 @@ void forward(View x, View branch, View gate, View shift, View scale, View h, Vie
   forward_gpu(p, shared_limit, pointer<void>(stream));
 }
 
-void backward(View grad_h, View grad_y, View h, View branch, View gate, View scale, uintptr_t mean, uintptr_t rstd,
-              View dx, View dbranch, View dgate, View dshift, View dscale, uintptr_t workspace, int64_t tokens,
-              int64_t channels, const pybind11::tuple& work, int shared_limit, uintptr_t stream) {
+void adaln_backward(View grad_h, View grad_y, View h, View branch, View gate, View scale, uintptr_t mean,
+                    uintptr_t rstd, View dx, View dbranch, View dgate, View dshift, View dscale, uintptr_t workspace,
+                    int64_t tokens, int64_t channels, const pybind11::tuple& work, int shared_limit, uintptr_t stream) {
   GpuBackwardParams p;
   p.grad_h = grad_h, p.grad_y = grad_y, p.h = h, p.branch = branch, p.gate = gate, p.scale = scale;
   p.mean = pointer<const float>(mean), p.rstd = pointer<const float>(rstd);
@@ -46,7 +41,7 @@ void backward(View grad_h, View grad_y, View h, View branch, View gate, View sca
   backward_gpu(p, shared_limit, pointer<void>(stream));
 }
 
-pybind11::tuple geometry(int channels, bool is_backward) {
+pybind11::tuple adaln_geometry(int channels, bool is_backward) {
   const RowGeometry g = is_backward ? backward_geometry(channels) : forward_geometry(channels);
   return pybind11::make_tuple(g.elements, g.threads, g.rows);
 }
@@ -54,9 +49,9 @@ pybind11::tuple geometry(int channels, bool is_backward) {
 }  // namespace
 
 void bind_segment_adaln(pybind11::module_& m) {
-  m.def("adaln_forward", &forward);
-  m.def("adaln_backward", &backward);
-  m.def("adaln_geometry", &geometry, "(elements per thread, threads per row, rows per block) for a width");
+  m.def("adaln_forward", &adaln_forward);
+  m.def("adaln_backward", &adaln_backward);
+  m.def("adaln_geometry", &adaln_geometry, "(elements per thread, threads per row, rows per block) for a width");
 }
 
 }  // namespace ard

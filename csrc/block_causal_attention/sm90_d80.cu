@@ -1,3 +1,0 @@
-#include "sm90.h"
-
-template void ard::attention_forward_sm90<80>(const AttentionParams&, DType, int, void*);
