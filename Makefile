@@ -15,7 +15,7 @@ export ARD_BUILD_CUDA
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test test-slow test-other-python test-sanitize dist lint format bench aot aot-update cuda-build \
+.PHONY: install demo test test-slow test-all test-exhaustive test-other-python test-sanitize dist lint format bench aot aot-update cuda-build \
   cuda-build-update gpu-check bench-gpu clean
 
 install: $(STAMP)
@@ -30,11 +30,18 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP) $(if $(f
 demo: install
 	$(BIN)/ard demo --out runs/demo
 
+# A worker for each core, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 test: install
-	$(BIN)/pytest -m 'not slow'
+	$(PYTEST) -m 'not slow and not exhaustive'
 
 test-slow: install
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m 'slow and not exhaustive'
+
+test-all: test test-slow
+
+test-exhaustive: install
+	$(PYTEST) -m exhaustive
 
 # The quick tests with the versions of a GPU machine instead of the pinned ones, on a Python 3.12 of pyenv or on PATH.
 # Without the long tests and those of testing/emulator. --no-compile saves 25 seconds of CPU.

@@ -14,18 +14,29 @@ from ard_kernels.block_causal_attention.spec import check_window, useful_pairs
 class ModelShape(Protocol):
     """What the counts need to know of a diffusion transformer (DiT, arXiv 2212.09748)."""
 
-    patch_size: int
-    in_channels: int
-    hidden_size: int
-    depth: int
-    mlp_ratio: float
-    frequency_embedding_size: int  # sinusoidal features of the timestep
+    @property
+    def patch_size(self) -> int: ...
+
+    @property
+    def in_channels(self) -> int: ...
+
+    @property
+    def out_channels(self) -> int: ...  # 2 * in_channels with learned sigma
 
     @property
     def tokens(self) -> int: ...  # L, per segment
 
     @property
-    def out_channels(self) -> int: ...  # 2 * in_channels with learned sigma
+    def hidden_size(self) -> int: ...
+
+    @property
+    def depth(self) -> int: ...
+
+    @property
+    def mlp_ratio(self) -> float: ...
+
+    @property
+    def frequency_embedding_size(self) -> int: ...  # sinusoidal features of the timestep
 
 
 def attention(tokens: int, segment_length: int, width: int, window: int | None = None, sink: int = 0) -> int:

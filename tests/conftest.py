@@ -26,10 +26,6 @@ if SIMULATED:
 torch.set_num_threads(1)
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "simulated: about Triton's interpreter or testing/emulator; not beside a GPU")
-
-
 def pytest_collection_modifyitems(items):
     elsewhere = pytest.mark.skip(reason="interpreter and emulator run in tests/test_without_gpu.py beside a GPU")
     for item in items:
