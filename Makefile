@@ -30,8 +30,8 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP) $(if $(f
 demo: install
 	$(BIN)/ard demo --out runs/demo
 
-# A worker for each core, each with one thread.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+# A worker for each core, each with one thread; whole files to each at first, so that what a file shares is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 test: install
 	$(PYTEST) -m 'not slow and not exhaustive'
 
