@@ -13,6 +13,9 @@ which sums in a fixed order, so results are bit-equal over runs.
 The dQ kernel runs first and leaves delta for the other: it holds o and do of its rows anyway. Recomputing s and p in
 both costs 2 matmuls of 7; a single pass would have to add dQ up across programs in fp32 through memory, which at D = 72
 moves more time than it saves (T = 1024: 3 MB per head against 0.19 GFLOP).
+
+The bodies of the loops over full and masked tiles stand twice. In a function called from both loops the instructions of
+the PTX are the same, but not its line tables, and with those ptxas spills dQ for sm_80 (8 bytes at D = 72, 56 at 128).
 """
 
 from __future__ import annotations
@@ -66,9 +69,9 @@ def rows_of(base, stride, tokens, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _visible(columns, column_stop, bounds):
-    """(rows, columns): the mask predicate on what `_load_bounds` gave."""
-    columns, sink_stop, start, stop = columns[None, :], bounds[0][:, None], bounds[1][:, None], bounds[2][:, None]
+def _visible(columns, column_stop, sink_stop, start, stop):
+    """(rows, columns): the mask predicate on the `bounds` of the rows."""
+    columns, sink_stop, start, stop = columns[None, :], sink_stop[:, None], start[:, None], stop[:, None]
     return (columns < column_stop) & (columns < stop) & ((columns >= start) | (columns < sink_stop))
 
 
@@ -96,30 +99,6 @@ def online_softmax(scores, scale, maximum, total, GUARD: tl.constexpr):
     return p, new, total * factor + tl.sum(p, 1), factor
 
 
-@triton.jit
-def attend_tile(
-    q_rows, k_base, v_base, k_stride, v_stride, start, stop, bounds, scale, maximum, total, accumulators,
-    D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, SIGN: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over the keys start .. start + BLOCK_N: (maximum, total, accumulators).
-
-    MASKED: over those below `stop` that a row sees by its `bounds`, or all of them when `bounds` is None.
-    """
-    keys = start + tl.arange(0, BLOCK_N)
-    k_rows = load_rows(rows_of(k_base, k_stride, keys, UNIT), keys < stop, D, PARTS, MASKED)
-    v_rows = load_rows(rows_of(v_base, v_stride, keys, UNIT), keys < stop, D, PARTS, MASKED)
-    scores = dot_transposed(q_rows, k_rows, PRECISION) * SIGN
-    if MASKED:
-        visible = (keys < stop)[None, :] if bounds is None else _visible(keys, stop, bounds)
-        scores = tl.where(visible, scores * scale, float("-inf"))
-        p, maximum, total, factor = online_softmax(scores, 1.0, maximum, total, bounds is not None)
-    else:
-        p, maximum, total, factor = online_softmax(scores, scale, maximum, total, False)
-    accumulators = scale_rows(accumulators, factor[:, None])
-    return maximum, total, add_dot(p.to(v_base.dtype.element_ty), v_rows, accumulators, PRECISION)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def _forward(
     q, k, v, out, lse, items, masked, bounds, q_stride, k_stride, v_stride, out_stride,
@@ -144,18 +123,26 @@ def _forward(
     second_start, second_tiles = tl.load(item + 4), tl.load(item + 5)
     for j in range(0, first_tiles + second_tiles):
         start = tl.where(j < first_tiles, first_start + j * BLOCK_N, second_start + (j - first_tiles) * BLOCK_N)
-        maximum, total, accumulators = attend_tile(
-            q_rows, k_base, v_base, k_stride, v_stride, start, 0, None, scale, maximum, total, accumulators,
-            D, PARTS, UNIT, SIGN, False, PRECISION, BLOCK_N,
-        )  # fmt: skip
+        keys = start + tl.arange(0, BLOCK_N)
+        k_rows = load_rows(rows_of(k_base, k_stride, keys, UNIT), keys, D, PARTS, False)
+        v_rows = load_rows(rows_of(v_base, v_stride, keys, UNIT), keys, D, PARTS, False)
+        scores = dot_transposed(q_rows, k_rows, PRECISION) * SIGN
+        p, maximum, total, factor = online_softmax(scores, scale, maximum, total, False)
+        accumulators = scale_rows(accumulators, factor[:, None])
+        accumulators = add_dot(p.to(v.dtype.element_ty), v_rows, accumulators, PRECISION)
     if HAS_MASKED:
-        row_bounds = _load_bounds(bounds, rows, row_stop)
+        sink_stop, window_start, window_stop = _load_bounds(bounds, rows, row_stop)
         for j in range(tl.load(item + 6), tl.load(item + 7)):
             start, stop = tl.load(masked + 2 * j), tl.load(masked + 2 * j + 1)
-            maximum, total, accumulators = attend_tile(
-                q_rows, k_base, v_base, k_stride, v_stride, start, stop, row_bounds, scale, maximum, total,
-                accumulators, D, PARTS, UNIT, SIGN, True, PRECISION, BLOCK_N,
-            )  # fmt: skip
+            keys = start + tl.arange(0, BLOCK_N)
+            k_rows = load_rows(rows_of(k_base, k_stride, keys, UNIT), keys < stop, D, PARTS)
+            v_rows = load_rows(rows_of(v_base, v_stride, keys, UNIT), keys < stop, D, PARTS)
+            scores = dot_transposed(q_rows, k_rows, PRECISION) * SIGN
+            visible = _visible(keys, stop, sink_stop, window_start, window_stop)
+            scores = tl.where(visible, scores * scale, float("-inf"))
+            p, maximum, total, factor = online_softmax(scores, 1.0, maximum, total, True)
+            accumulators = scale_rows(accumulators, factor[:, None])
+            accumulators = add_dot(p.to(v.dtype.element_ty), v_rows, accumulators, PRECISION)
 
     out_rows = rows_of(base_of(out, out_stride, batch, head, UNIT), out_stride, rows, UNIT)
     store_rows(out_rows, scale_rows(accumulators, (1.0 / total)[:, None]), here, D, PARTS)
@@ -164,30 +151,10 @@ def _forward(
 
 
 @triton.jit
-def _score_gradient(scores, dp, lse2, delta, columns, stop, bounds, scale, MASKED: tl.constexpr):
-    """(p, ds / scale) of a tile; lse2 and delta broadcast to (rows, columns). MASKED as in attend_tile."""
-    if MASKED:
-        scores = tl.where(_visible(columns, stop, bounds), scores * scale, float("-inf"))
-        p = tl.exp2(scores * LOG2_E - lse2)
-    else:
-        p = tl.exp2(scores * (scale * LOG2_E) - lse2)
+def _score_gradient(scores, scale, lse2, delta, dp):
+    """(p, ds / scale); every argument (rows, columns) or broadcastable to it."""
+    p = tl.exp2(scores * scale - lse2)
     return p, p * (dp - delta)
-
-
-@triton.jit
-def _add_dq(
-    q_rows, do_rows, lse2, delta, k_base, v_base, k_stride, v_stride, start, stop, bounds, scale, dq_sum,
-    D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dq_sum + ds k / scale over the keys start .. start + BLOCK_N. MASKED as in attend_tile."""
-    keys = start + tl.arange(0, BLOCK_N)
-    k_rows = load_rows(rows_of(k_base, k_stride, keys, UNIT), keys < stop, D, PARTS, MASKED)
-    v_rows = load_rows(rows_of(v_base, v_stride, keys, UNIT), keys < stop, D, PARTS, MASKED)
-    scores = dot_transposed(q_rows, k_rows, PRECISION)
-    dp = dot_transposed(do_rows, v_rows, PRECISION)
-    _, ds = _score_gradient(scores, dp, lse2[:, None], delta[:, None], keys, stop, bounds, scale, MASKED)
-    return add_dot(ds.to(k_base.dtype.element_ty), k_rows, dq_sum, PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -218,48 +185,32 @@ def _backward_dq(
     q_rows = load_rows(rows_of(base_of(q, q_stride, batch, head, UNIT), q_stride, rows, UNIT), here, D, PARTS)
     lse2 = tl.load(lse + statistics, mask=here, other=0.0) * LOG2_E
 
-    dq_sum = zero_rows(BLOCK_M, PARTS)
+    accumulators = zero_rows(BLOCK_M, PARTS)
     first_start, first_tiles = tl.load(item + 2), tl.load(item + 3)
     second_start, second_tiles = tl.load(item + 4), tl.load(item + 5)
     for j in range(0, first_tiles + second_tiles):
         start = tl.where(j < first_tiles, first_start + j * BLOCK_N, second_start + (j - first_tiles) * BLOCK_N)
-        dq_sum = _add_dq(
-            q_rows, do_rows, lse2, delta_rows, k_base, v_base, k_stride, v_stride, start, 0, None, scale, dq_sum,
-            D, PARTS, UNIT, False, PRECISION, BLOCK_N,
-        )  # fmt: skip
+        keys = start + tl.arange(0, BLOCK_N)
+        k_rows = load_rows(rows_of(k_base, k_stride, keys, UNIT), keys, D, PARTS, False)
+        v_rows = load_rows(rows_of(v_base, v_stride, keys, UNIT), keys, D, PARTS, False)
+        scores = dot_transposed(q_rows, k_rows, PRECISION)
+        dp = dot_transposed(do_rows, v_rows, PRECISION)
+        _, ds = _score_gradient(scores, scale * LOG2_E, lse2[:, None], delta_rows[:, None], dp)
+        accumulators = add_dot(ds.to(k.dtype.element_ty), k_rows, accumulators, PRECISION)
     if HAS_MASKED:
-        row_bounds = _load_bounds(bounds, rows, row_stop)
+        sink_stop, window_start, window_stop = _load_bounds(bounds, rows, row_stop)
         for j in range(tl.load(item + 6), tl.load(item + 7)):
             start, stop = tl.load(masked + 2 * j), tl.load(masked + 2 * j + 1)
-            dq_sum = _add_dq(
-                q_rows, do_rows, lse2, delta_rows, k_base, v_base, k_stride, v_stride, start, stop, row_bounds, scale,
-                dq_sum, D, PARTS, UNIT, True, PRECISION, BLOCK_N,
-            )  # fmt: skip
+            keys = start + tl.arange(0, BLOCK_N)
+            k_rows = load_rows(rows_of(k_base, k_stride, keys, UNIT), keys < stop, D, PARTS)
+            v_rows = load_rows(rows_of(v_base, v_stride, keys, UNIT), keys < stop, D, PARTS)
+            scores = dot_transposed(q_rows, k_rows, PRECISION)
+            dp = dot_transposed(do_rows, v_rows, PRECISION)
+            scores = tl.where(_visible(keys, stop, sink_stop, window_start, window_stop), scores * scale, float("-inf"))
+            _, ds = _score_gradient(scores, LOG2_E, lse2[:, None], delta_rows[:, None], dp)
+            accumulators = add_dot(ds.to(k.dtype.element_ty), k_rows, accumulators, PRECISION)
     dq_rows = rows_of(base_of(dq, dq_stride, batch, head, UNIT), dq_stride, rows, UNIT)
-    store_rows(dq_rows, scale_rows(dq_sum, scale), here, D, PARTS)
-
-
-@triton.jit
-def _add_dkv(
-    k_rows, v_rows, q_base, do_base, lse_base, delta_base, q_stride, grad_stride, start, stop, bounds, scale,
-    dk_sum, dv_sum,
-    D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """(dk_sum + ds^T q / scale, dv_sum + p^T do) over queries start .. start + BLOCK_N. MASKED as in attend_tile."""
-    queries = start + tl.arange(0, BLOCK_N)
-    q_rows = load_rows(rows_of(q_base, q_stride, queries, UNIT), queries < stop, D, PARTS, MASKED)
-    do_rows = load_rows(rows_of(do_base, grad_stride, queries, UNIT), queries < stop, D, PARTS, MASKED)
-    if MASKED:
-        lse2 = tl.load(lse_base + queries, mask=queries < stop, other=0.0) * LOG2_E
-        delta = tl.load(delta_base + queries, mask=queries < stop, other=0.0)
-    else:
-        lse2, delta = tl.load(lse_base + queries) * LOG2_E, tl.load(delta_base + queries)
-    scores = dot_transposed(k_rows, q_rows, PRECISION)
-    dp = dot_transposed(v_rows, do_rows, PRECISION)
-    p, ds = _score_gradient(scores, dp, lse2[None, :], delta[None, :], queries, stop, bounds, scale, MASKED)
-    dv_sum = add_dot(p.to(do_base.dtype.element_ty), do_rows, dv_sum, PRECISION)
-    return add_dot(ds.to(q_base.dtype.element_ty), q_rows, dk_sum, PRECISION), dv_sum
+    store_rows(dq_rows, scale_rows(accumulators, scale), here, D, PARTS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -285,18 +236,32 @@ def _backward_dkv(
     dk_sum, dv_sum = zero_rows(BLOCK_M, PARTS), zero_rows(BLOCK_M, PARTS)
     first_start, first_tiles = tl.load(item + 2), tl.load(item + 3)
     for j in range(0, first_tiles):  # the queries that see a key are one run
-        dk_sum, dv_sum = _add_dkv(
-            k_rows, v_rows, q_base, do_base, lse_base, delta_base, q_stride, grad_stride, first_start + j * BLOCK_N, 0,
-            None, scale, dk_sum, dv_sum, D, PARTS, UNIT, False, PRECISION, BLOCK_N,
-        )  # fmt: skip
+        queries = first_start + j * BLOCK_N + tl.arange(0, BLOCK_N)
+        q_rows = load_rows(rows_of(q_base, q_stride, queries, UNIT), queries, D, PARTS, False)
+        do_rows = load_rows(rows_of(do_base, grad_stride, queries, UNIT), queries, D, PARTS, False)
+        lse2, delta_row = tl.load(lse_base + queries) * LOG2_E, tl.load(delta_base + queries)
+        scores = dot_transposed(k_rows, q_rows, PRECISION)
+        dp = dot_transposed(v_rows, do_rows, PRECISION)
+        p, ds = _score_gradient(scores, scale * LOG2_E, lse2[None, :], delta_row[None, :], dp)
+        dv_sum = add_dot(p.to(v.dtype.element_ty), do_rows, dv_sum, PRECISION)
+        dk_sum = add_dot(ds.to(k.dtype.element_ty), q_rows, dk_sum, PRECISION)
     if HAS_MASKED:
-        row_bounds = _load_bounds(bounds, rows, row_stop)
+        sink_stop, query_start, query_stop = _load_bounds(bounds, rows, row_stop)
         for j in range(tl.load(item + 6), tl.load(item + 7)):
             start, stop = tl.load(masked + 2 * j), tl.load(masked + 2 * j + 1)
-            dk_sum, dv_sum = _add_dkv(
-                k_rows, v_rows, q_base, do_base, lse_base, delta_base, q_stride, grad_stride, start, stop, row_bounds,
-                scale, dk_sum, dv_sum, D, PARTS, UNIT, True, PRECISION, BLOCK_N,
-            )  # fmt: skip
+            queries = start + tl.arange(0, BLOCK_N)
+            q_rows = load_rows(rows_of(q_base, q_stride, queries, UNIT), queries < stop, D, PARTS)
+            do_rows = load_rows(rows_of(do_base, grad_stride, queries, UNIT), queries < stop, D, PARTS)
+            lse2 = tl.load(lse_base + queries, mask=queries < stop, other=0.0) * LOG2_E
+            delta_row = tl.load(delta_base + queries, mask=queries < stop, other=0.0)
+            scores = dot_transposed(k_rows, q_rows, PRECISION)
+            dp = dot_transposed(v_rows, do_rows, PRECISION)
+            scores = tl.where(
+                _visible(queries, stop, sink_stop, query_start, query_stop), scores * scale, float("-inf")
+            )
+            p, ds = _score_gradient(scores, LOG2_E, lse2[None, :], delta_row[None, :], dp)
+            dv_sum = add_dot(p.to(v.dtype.element_ty), do_rows, dv_sum, PRECISION)
+            dk_sum = add_dot(ds.to(k.dtype.element_ty), q_rows, dk_sum, PRECISION)
     dk_rows = rows_of(base_of(dk, dk_stride, batch, head, UNIT), dk_stride, rows, UNIT)
     store_rows(dk_rows, scale_rows(dk_sum, scale), here, D, PARTS)
     dv_rows = rows_of(base_of(dv, dv_stride, batch, head, UNIT), dv_stride, rows, UNIT)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ard_kernels.block_causal_attention.triton_impl import (
     LOG2_E,
-    attend_tile,
     base_of,
+    online_softmax,
     parts_of,
     precision_of,
     rows_of,
@@ -26,7 +26,9 @@ from ard_kernels.block_causal_attention.triton_impl import (
 from ard_kernels.common import tuning
 from ard_kernels.common.gpu_support import multiprocessors, on_device
 from ard_kernels.common.triton_parts import (
+    add_dot,
     add_rows,
+    dot_transposed,
     load_rows,
     scale_rows,
     store_rows,
@@ -38,6 +40,26 @@ from ard_kernels.history_attention.splits import share_tiles
 
 # See there: `start` must not compile anything anew. (SPLIT and EVEN do, once each: warm up with all S steps.)
 SIZES = ["H", "L", "batch_heads", "tiles_per_split", "start", "sink_stop", "window_start", "splits"]
+
+
+@triton.jit
+def _attend_tile(
+    q_rows, k_base, v_base, k_stride, v_stride, start, stop, scale, maximum, total, accumulators,
+    D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, SIGN: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys start .. start + BLOCK_N below stop (all of them when EVEN)."""
+    keys = start + tl.arange(0, BLOCK_N)
+    k_rows = load_rows(rows_of(k_base, k_stride, keys, UNIT), keys < stop, D, PARTS, not EVEN)
+    v_rows = load_rows(rows_of(v_base, v_stride, keys, UNIT), keys < stop, D, PARTS, not EVEN)
+    scores = dot_transposed(q_rows, k_rows, PRECISION) * SIGN
+    if EVEN:
+        p, maximum, total, factor = online_softmax(scores, scale, maximum, total, False)
+    else:
+        scores = tl.where((keys < stop)[None, :], scores * scale, float("-inf"))
+        p, maximum, total, factor = online_softmax(scores, 1.0, maximum, total, False)
+    accumulators = scale_rows(accumulators, factor[:, None])
+    return maximum, total, add_dot(p.to(v_base.dtype.element_ty), v_rows, accumulators, PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -74,14 +96,14 @@ def _append_and_attend(
     for j in range(first, tl.minimum(last, old_tiles)):
         tile = tl.where(j < sink_tiles, j * BLOCK_N, window_start + (j - sink_tiles) * BLOCK_N)
         stop = tl.where(j < sink_tiles, sink_stop, start)
-        maximum, total, accumulators = attend_tile(
-            q_rows, old_k, old_v, cache_k_stride, cache_v_stride, tile, stop, None, scale, maximum, total, accumulators,
-            D, PARTS, UNIT, SIGN, not EVEN, PRECISION, BLOCK_N,
+        maximum, total, accumulators = _attend_tile(
+            q_rows, old_k, old_v, cache_k_stride, cache_v_stride, tile, stop, scale, maximum, total, accumulators,
+            D, PARTS, UNIT, SIGN, EVEN, PRECISION, BLOCK_N,
         )  # fmt: skip
     for j in range(tl.maximum(first, old_tiles) - old_tiles, last - old_tiles):
-        maximum, total, accumulators = attend_tile(
-            q_rows, k_base, v_base, k_stride, v_stride, j * BLOCK_N, L, None, scale, maximum, total, accumulators,
-            D, PARTS, UNIT, SIGN, not EVEN, PRECISION, BLOCK_N,
+        maximum, total, accumulators = _attend_tile(
+            q_rows, k_base, v_base, k_stride, v_stride, j * BLOCK_N, L, scale, maximum, total, accumulators,
+            D, PARTS, UNIT, SIGN, EVEN, PRECISION, BLOCK_N,
         )  # fmt: skip
 
     if SPLIT:  # (splits, batch * heads * L) rows of output, maximum and total

@@ -113,6 +113,23 @@ ARD_DEVICE void round_weights(uint32_t (&p)[kBlockN / 16][4], const float (&s)[k
   for (int i = 0; i < kBlockN / 4; ++i) p[i / 4][i % 4] = narrow2<T>(s[2 * i], s[2 * i + 1]);
 }
 
+// A group's columns of rows first .. first + 16 of a tile, as far as there are `rows`, 16 bytes at a time.
+template <class Traits, int kGroup>
+ARD_DEVICE void copy_group(char* gOut, const char* sQ, int64_t stride_token, int first, int rows, int lane) {
+  constexpr TileLayout kQ = Traits::kQ;
+  constexpr int kBegin = kQ.group[kGroup].first, kEnd = min_int(Traits::kHeadDim, kBegin + kQ.group[kGroup].columns);
+  // With fewer than 8 chunks of 16 bytes, or a multiple of them, no bank is met twice.
+  constexpr int kUsed = (kEnd - kBegin) / 8, kChunks = kUsed < 8 ? kUsed : (kUsed + 7) / 8 * 8;
+#pragma unroll
+  for (int i = 0; i < (16 * kChunks + 31) / 32; ++i) {
+    const int store = 32 * i + lane, r = store / kChunks, column = kBegin + store % kChunks * 8;
+    if (store < 16 * kChunks && (kChunks == kUsed || column < kEnd) && r < rows) {
+      const int at = kQ.offset(kGroup, first + r, column - kBegin);
+      store_global(gOut + 2 * (r * stride_token + column), load_shared(reinterpret_cast<const Words*>(sQ + at)));
+    }
+  }
+}
+
 // out and lse of this warp's 16 rows of the item, `first` and on; through these rows of `sQ`, which no one reads any
 // more.
 template <class T, class Traits>
@@ -135,22 +152,10 @@ ARD_DEVICE void store_rows(const AttentionParams& a, const TileItem& item, const
     }
   }
   sync_warp();
-  char* const gOut = static_cast<char*>(a.out.data) + 2 * (batch * a.out.stride_batch + head * a.out.stride_head);
-#pragma unroll
-  for (int g = 0; g < kQ.groups; ++g) {
-    constexpr int kColumns = Traits::kHeadDim;
-    const int begin = kQ.group[g].first, used = (min_int(kColumns, begin + kQ.group[g].columns) - begin) / 8;
-    const int chunks = used < 8 ? used : (used + 7) / 8 * 8;  // whole spans of 128 bytes: no bank conflicts
-#pragma unroll
-    for (int i = 0; i < (16 * chunks + 31) / 32; ++i) {
-      const int store = 32 * i + lane, r = store / chunks, column = begin + store % chunks * 8;
-      if (store < 16 * chunks && (chunks == used || column < kColumns) && row + r < item.row_stop) {
-        const int at = kQ.offset(g, first + r, column - begin);
-        const Words words = load_shared(reinterpret_cast<const Words*>(sQ + at));
-        store_global(gOut + 2 * ((row + r) * a.out.stride_token + column), words);
-      }
-    }
-  }
+  char* gOut = static_cast<char*>(a.out.data) + 2 * (batch * a.out.stride_batch + head * a.out.stride_head);
+  gOut += 2 * row * a.out.stride_token;
+  copy_group<Traits, 0>(gOut, sQ, a.out.stride_token, first, item.row_stop - row, lane);
+  if constexpr (kQ.groups == 2) copy_group<Traits, 1>(gOut, sQ, a.out.stride_token, first, item.row_stop - row, lane);
 }
 
 // An item as a consumer has it.
