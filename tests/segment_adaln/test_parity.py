@@ -118,10 +118,10 @@ NARROW = st.integers(8, 100)  # narrower rows are ill-conditioned
 EIGHTS = st.integers(1, 40).map(lambda eights: 8 * eights)
 # What a drawn case of each backend may have, and how many are drawn in the fast and in the slow tests.
 DRAWN = {
-    "torch": {"longest": 70, "widths": NARROW, "examples": (30, 200)},
-    "cpu": {"longest": 70, "widths": NARROW, "examples": (30, 200)},
-    "triton": {"longest": 16, "widths": NARROW, "examples": (6, 30)},
-    "cuda": {"longest": 16, "widths": EIGHTS, "examples": (20, 60)},
+    "torch": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (30, 200)},
+    "cpu": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (30, 200)},
+    "triton": {"longest": 12, "batch": 2, "widths": NARROW, "examples": (4, 30)},
+    "cuda": {"longest": 16, "batch": 3, "widths": EIGHTS, "examples": (15, 60)},
 }
 
 
@@ -137,7 +137,7 @@ def test_drawn_cases(backend, device, op, many):
             st.lists(st.integers(1, longest), min_size=1, max_size=5),
             st.tuples(st.integers(1, longest), st.integers(1, 5)).map(lambda p: [p[0]] * p[1]),
         ),
-        B=st.integers(1, 3),
+        B=st.integers(1, DRAWN[backend]["batch"]),
         C=DRAWN[backend]["widths"],
         dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
         per_token=st.booleans(),
@@ -337,7 +337,8 @@ def test_the_extension_is_built():
 
 
 @pytest.mark.simulated
-@pytest.mark.parametrize("op", ["adaln_modulate", pytest.param("gate_residual_adaln", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["adaln_modulate", "gate_residual_adaln"])
 def test_bytes_moved_over_the_minimum_triton(op):
     """With the chunks shipped for H100 and H200, counted access by access: rows and partial sums add little."""
     from testing.traffic import adaln_over_minimum  # patches the interpreter, which is not there beside a GPU
