@@ -94,7 +94,7 @@ def check(op, backend, device, B, lengths, C, x_dtype=FP32, row_dtype=None, per_
     ids=str,
 )
 def test_model_width(backend, device, op, per_token, dtypes, poisoned):
-    B, lengths = (1, [12, 12]) if backend in SLOW else (2, [40, 40, 40])
+    B, lengths = (1, [5, 5]) if backend in SLOW else (2, [40, 40, 40])
     check(op, backend, device, B, lengths, 1152, *dtypes, per_token=per_token)
 
 
@@ -104,9 +104,9 @@ def test_model_width(backend, device, op, per_token, dtypes, poisoned):
     ("kind", "lengths"),
     [
         ("contiguous", [33]),
-        ("contiguous", [7, 64, 1, 20]),
-        ("strided", [7, 64, 1, 20]),
-        ("transposed", [7, 64, 1, 20]),
+        ("contiguous", [7, 33, 1, 20]),
+        ("strided", [7, 33, 1, 20]),
+        ("transposed", [7, 33, 1, 20]),
     ],
     ids=str,
 )
@@ -216,7 +216,7 @@ def test_chunks_fill_the_gpu(tokens, batch, most):
     assert chosen == most or 2 * chosen * 2 * 132 > batch * tokens, "no smaller than needed"
 
 
-@pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu"))
+@pytest.mark.parametrize(("backend", "device"), on_devices("cpu"))
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_outputs_past_the_caches(backend, device, dtype, poisoned):
     """Above the streaming threshold of the C++ kernel (8 MiB), with rows that are not aligned to a vector."""
