@@ -89,7 +89,7 @@ def emulated_beside_no_gpu(request):
         request.getfixturevalue("emulated")
 
 
-@pytest.fixture(params=[0, 3, 7] if SIMULATED else [0])
+@pytest.fixture(params=[0, 7] if SIMULATED else [0])
 def seed(request):
     """Order of the emulated threads; a GPU has its own."""
     if SIMULATED:

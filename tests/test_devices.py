@@ -1,12 +1,11 @@
 """What runs where: collected as on a machine with a GPU, by a stand-in that says there is one."""
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("block_causal_attention", "history_attention", "segment_adaln")
@@ -31,10 +30,8 @@ WHERE = re.compile(r"(?:torch|cpu|triton|cuda)-on-(?:cpu|cuda)")
 MODEL_SIZES = ("test_values", "test_repeats_are_bit_equal", "test_cuda_graph_equals_eager")
 
 
-@pytest.fixture(scope="module")
-def collected(tmp_path_factory):
+def collected_beside_a_gpu(folder):
     """Node ids of the rooms' tests, as a machine with a GPU would collect them."""
-    folder = tmp_path_factory.mktemp("planted")
     (folder / "planted.py").write_text(A_GPU_IN_SIGHT)
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
@@ -46,15 +43,12 @@ def collected(tmp_path_factory):
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-@pytest.mark.parametrize("room", ROOMS)
-def test_each_kind_of_test_is_on_the_gpu(collected, room, backend):
-    on_gpu = [line for line in collected if f"tests/{room}/" in line and f"{backend}-on-cuda" in line]
-    wanted = PARITY[room] + GRADIENTS[room] + [f"test_{name}" for name in CONTRACT[room]]
-    for name in wanted + [f"test_model_sizes.py::{name}" for name in MODEL_SIZES]:
-        assert any(name in line for line in on_gpu), name
-
-
-def test_no_kernel_of_a_gpu_is_interpreted_or_emulated_beside_one(collected):
+def test_a_gpu_gets_every_kind_of_test_and_no_simulation(tmp_path):
+    collected = collected_beside_a_gpu(tmp_path)
+    for room, backend in itertools.product(ROOMS, ("triton", "cuda")):
+        on_gpu = [line for line in collected if f"tests/{room}/" in line and f"{backend}-on-cuda" in line]
+        wanted = PARITY[room] + GRADIENTS[room] + [f"test_{name}" for name in CONTRACT[room]]
+        for name in wanted + [f"test_model_sizes.py::{name}" for name in MODEL_SIZES]:
+            assert any(name in line for line in on_gpu), f"{backend}, {name}"
     pairs = {pair for line in collected for pair in WHERE.findall(line)}
     assert pairs == {"torch-on-cpu", "cpu-on-cpu", "torch-on-cuda", "triton-on-cuda", "cuda-on-cuda"}

@@ -11,7 +11,7 @@ from testing.devices import SIMULATED
 
 TESTS = Path(__file__).parent
 ROOMS = ("block_causal_attention", "history_attention", "segment_adaln")
-FILES = ("test_emulator.py", "test_triton_interpreter.py", "test_derivatives.py", "test_library.py", "test_layer.py")
+FILES = ("test_emulator.py", "test_triton_interpreter.py", "test_derivatives.py", "test_fuzz.py", "test_layer.py")
 
 
 @pytest.mark.skipif(SIMULATED, reason="without a GPU these tests are in this run")

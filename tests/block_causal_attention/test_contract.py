@@ -86,7 +86,7 @@ def test_lse_is_not_differentiable_and_double_backward_is_refused(backend, devic
 
 @pytest.mark.parametrize(
     ("backend", "device", "length", "heads", "dtype"),
-    on_devices(torch=[(16, 4, FP32), (64, 4, FP32)], triton=[(16, 1, FP32)], cuda=[(16, 1, BF16)]),
+    on_devices(torch=[(16, 4, FP32), (64, 4, FP32)], triton=[(8, 1, FP32)], cuda=[(16, 1, BF16)]),
 )
 def test_bit_equal_over_runs_and_threads(backend, device, length, heads, dtype, thread_counts):
     q, k, v = qkv(2, heads, 4 * length, 72, dtype=dtype, grad=True, device=device)
@@ -145,7 +145,7 @@ def test_compiles_to_one_graph(backend, device, D, dtype, dynamic):
         out = block_causal_attention(q, k, v, segment_length=8, window=window, layout="bthd", backend=backend)
         return out.reshape(B, T, C // 3).sin()
 
-    for B, T in ((1, 24), (2, 32), (2, 48)):
+    for B, T in ((1, 24), (2, 32)):
         x = torch.randn(B, T, 3 * D, device=device).to(dtype).requires_grad_()
         out = layer(x, 2)
         expected = layer._torchdynamo_orig_callable(x, 2)

@@ -110,10 +110,10 @@ def test_layouts_of_segments_alone(backend, device, kind, mask, monkeypatch, poi
 # What a drawn case of each backend may have, and how many are drawn in the fast and in the slow tests.
 DRAWN = {
     "torch": {"longest": 40, "segments": 12, "sizes": 3, "dims": [8, 16, 24, 72, 80], "dtypes": DTYPES},
-    "triton": {"longest": 40, "segments": 5, "sizes": 1, "dims": [8, 16, 24, 40, 64, 72, 96, 112], "dtypes": DTYPES},
+    "triton": {"longest": 24, "segments": 4, "sizes": 1, "dims": [8, 16, 24, 40, 64, 72, 96, 112], "dtypes": DTYPES},
     "cuda": {"longest": 90, "segments": 5, "sizes": 2, "dims": CUDA_HEAD_DIMS, "dtypes": HALVES},
 }
-EXAMPLES = {"torch": (60, 400), "triton": (12, 60), "cuda": (15, 80)}
+EXAMPLES = {"torch": (60, 400), "triton": (8, 60), "cuda": (12, 80)}
 
 
 @on_every_backend
@@ -209,7 +209,7 @@ def test_unaligned_inputs_are_copied(backend, device, chip):
 def test_tile_shapes_and_wide_heads(backend, device, blocks, D):
     config = dict(zip(("BLOCK_M", "BLOCK_N"), blocks, strict=True))
     with tuning.override(dict.fromkeys(KERNELS, config)):
-        check(backend, device, [50, 7, 33], (2, 1), 1, 2, D, BF16)
+        check(backend, device, [40, 7, 22], (2, 1), 1, 1, D, BF16)
 
 
 @pytest.mark.parametrize(("backend", "device"), on_devices("triton"))
@@ -296,7 +296,7 @@ def test_expanded_inputs_and_gradients(backend, device):
 @pytest.mark.parametrize(
     ("backend", "device", "dtype"), on_devices(torch=[FP32, BF16], triton=[FP32, BF16], cuda=[BF16])
 )
-@pytest.mark.parametrize("length", [4, 64])
+@pytest.mark.parametrize("length", [4, 36])
 def test_tokens_that_overlap_in_memory(backend, device, length, dtype):
     """A sliding window over a signal, one row as all tokens, and a gradient that is the same for all tokens."""
     signal = torch.randn(1, 1, 2 * length + 63, device=device).to(dtype)
@@ -362,20 +362,14 @@ def test_empty(backend, device, shape):
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_gradcheck(grouped, device, monkeypatch):
+@pytest.mark.parametrize(
+    "mask", [(2, 1), *(pytest.param(mask, marks=pytest.mark.slow) for mask in list(MASKS.values())[:4])], ids=str
+)
+def test_gradcheck(mask, grouped, device, monkeypatch):
     if not grouped:
         alone(monkeypatch)
-    for mask in MASKS.values():
-        q, k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64, device=device, requires_grad=True) for _ in range(3))
-
-        def run(q, k, v, mask=mask):
-            return block_causal_attention(q, k, v, segment_length=[2, 3, 4], window=mask[0], sink=mask[1])
-
-        assert torch.autograd.gradcheck(run, (q, k, v))
-
-        def run_packed(qkv, mask=mask):
-            return block_causal_attention_packed(qkv, segment_length=[2, 3, 4], window=mask[0], sink=mask[1])
-
-        assert torch.autograd.gradcheck(
-            run_packed, (torch.stack((q, k, v), 2).transpose(1, 3).detach().requires_grad_(),)
-        )
+    how = {"segment_length": [2, 3, 4], "window": mask[0], "sink": mask[1]}
+    qkv = torch.randn(1, 9, 3, 2, 8, dtype=torch.float64, device=device, requires_grad=True)
+    leaves = [x.detach().transpose(1, 2).clone().requires_grad_() for x in qkv.unbind(2)]
+    assert torch.autograd.gradcheck(lambda q, k, v: block_causal_attention(q, k, v, **how), leaves)
+    assert torch.autograd.gradcheck(lambda qkv: block_causal_attention_packed(qkv, **how), (qkv,))

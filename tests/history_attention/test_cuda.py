@@ -101,7 +101,7 @@ def test_append_is_exact(backend, device, D, dtype, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", HEAD_DIMS)
 def test_append_normalises(backend, device, D, dtype, kind, seed):
-    q, k, v = packed(*((2, 2, 19, D) if D < 128 else (1, 1, 40, D)), dtype, device)  # 3 to 5 blocks a head from 128 on
+    q, k, v = packed(*((1, 2, 19, D) if D < 128 else (1, 1, 40, D)), dtype, device)  # 3 to 5 blocks a head from 128 on
     own, wide = (1 + torch.randn(D, device=device)).to(dtype), torch.randn(D, device=device)
     for weight, bias in ((None, None), (own, None), (wide, wide), (wide, own)):
         norm = HeadNorm(kind, weight, bias if kind == "layer" else None, eps=0.5)

@@ -75,7 +75,7 @@ def split_counts(monkeypatch):
 
 @pytest.mark.parametrize(
     ("backend", "device", "dtype", "mask"),
-    on_devices(triton=[(BF16, "M1"), (FP32, "M2"), (BF16, "M3"), (FP32, "M4"), (BF16, "M4")]),
+    on_devices(triton=[(BF16, "M1"), (FP32, "M3"), (BF16, "M4")]),
 )
 def test_split_keys(backend, device, dtype, mask, poisoned, split_counts):
     """Few rows, many keys: several programs share them, but for M1, where a segment sees itself alone."""
@@ -254,7 +254,7 @@ def test_compiles_to_one_graph(backend, device, dtype):
     assert torch.equal(caches[0].keys, caches[1].keys) and caches[0].offsets == caches[1].offsets
 
 
-@pytest.mark.parametrize("norm", ["rms", "layer", None])
+@pytest.mark.parametrize("norm", ["layer", None, pytest.param("rms", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("backend", "device", "dtype"), WITH_DTYPE)
 def test_opcheck(backend, device, dtype, norm):
     q, k, v = make_segments(2, 3, [8], 64, dtype, device=device)[0]
