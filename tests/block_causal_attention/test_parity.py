@@ -63,17 +63,21 @@ def check(backend, device, lengths, mask, B=1, H=2, D=16, dtype=FP32, kind="pack
     assert_all_close(grads[0], grads[1], references, factor=BACKWARD_FACTOR, label="grad")
 
 
+def every_mask(*first, rest=()):
+    """(D, dtype, mask) of each mask at the `first` (D, dtype), and of the one with all its parts at the `rest`."""
+    return [(*pair, mask) for pair in first for mask in MASKS] + [(*pair, "window2_sink1") for pair in rest]
+
+
 @pytest.mark.parametrize(
-    ("backend", "device", "D", "dtype"),
+    ("backend", "device", "D", "dtype", "mask"),
     on_devices(
-        torch=[(72, dtype) for dtype in DTYPES],
-        triton=[(72, FP32), (64, BF16), (72, BF16), (128, FP16)],
-        cuda=[(72, BF16), (72, FP16)],
+        torch=every_mask(*((72, dtype) for dtype in DTYPES)),
+        triton=every_mask((72, BF16), rest=[(72, FP32), (64, BF16), (128, FP16)]),
+        cuda=every_mask((72, BF16), rest=[(72, FP16)]),
     ),
 )
-@each_mask
 def test_equal_segments(backend, device, D, dtype, mask, poisoned):
-    check(backend, device, [16], mask, D=D, dtype=dtype)
+    check(backend, device, [16], MASKS[mask], D=D, dtype=dtype)
 
 
 @pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
@@ -85,12 +89,11 @@ def chip(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "D", "dtype"),
-    on_devices(cuda=[(D, BF16) for D in CUDA_HEAD_DIMS] + [(72, FP16), (128, FP16)]),
+    ("backend", "device", "D", "dtype", "mask"),
+    on_devices(cuda=every_mask((72, BF16), rest=[*((D, BF16) for D in CUDA_HEAD_DIMS[2:]), (64, FP16), (128, FP16)])),
 )
-@each_mask
-def test_equal_segments_of_each_chip(backend, device, dtype, mask, D, chip, poisoned):
-    check(backend, device, [48], mask, 1, 1, D, dtype)
+def test_equal_segments_of_each_chip(backend, device, D, dtype, mask, chip, poisoned):
+    check(backend, device, [48], MASKS[mask], 1, 1, D, dtype)
 
 
 def alone(patch):
