@@ -249,7 +249,7 @@ def test_only_a_reviewed_finding_of_racecheck_passes(monkeypatch, accesses, disp
     assert sanitize.watch("memcheck", "cuda", [], 1.0)["outcome"] == "failed"
 
 
-SHAPE_CLASS = f"{OP}/16bit/80"
+SHAPE_CLASS = f"{OP}/16bit/72"
 
 
 def planted_results(folder, times, commit="abc", **stages):
