@@ -59,6 +59,14 @@ SPILL_BUDGET = {
     # smaller tiles would leave wgmma, whose step is 64 rows.
     (90, "backward_dkv", "attention_backward_dkv/16bit/256/short"): 256,
     (90, "backward_dkv", "attention_backward_dkv/16bit/256/long"): 256,
+    # Only with --regAllocOptLevel=2, which Triton 3.7 passes to ptxas. Chosen without it; a GPU has to tell the best.
+    (100, "forward", "attention_forward/16bit/96/long"): 8,
+    (100, "forward", "attention_forward/16bit/128/short"): 8,
+    (100, "forward", "attention_forward/16bit/256/short"): 100,
+    (100, "backward_dq", "attention_backward_dq/16bit/96/long"): 44,
+    (100, "append_and_attend", "attention_history/16bit/256/short"): 64,
+    (100, "append_and_attend", "attention_history/16bit/256/long"): 64,
+    (100, "backward", "adaln_backward/32bit/8192/long"): 40,
 }
 
 
