@@ -122,7 +122,8 @@ bench: install
 	$(BIN)/pytest benchmarks -q
 	$(BIN)/python -m benchmarks.report
 
-# Every Triton kernel and shipped configuration compiled for sm_80, sm_90 and sm_100, checked, compared with the tables.
+# Triton kernels of the main widths compiled for sm_80, sm_90 and sm_100, checked, compared with the tables; all with
+# `python -m benchmarks.aot --all`, some 15 minutes.
 aot: install
 	$(BIN)/python -m benchmarks.aot
 
