@@ -1,4 +1,4 @@
-"""The cases of the rooms' test_model_sizes.py: what DiT-XL/2 runs and its widths on a GPU, tiny ones on the CPU.
+"""The cases of tests/test_model_sizes.py: what DiT-XL/2 runs and its widths on a GPU, tiny ones on the CPU.
 
 Most important first; those marked slow go through every size, width, dtype, mask and layout.
 """
@@ -13,12 +13,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from testing.cases import ADALN, ATTENTION, BACKENDS, MASKS, PACKED, Case, tiny_case
+from ard_kernels.block_causal_attention import cuda
+from testing.cases import ADALN, ATTENTION, BACKENDS, MASKS, OPS, PACKED, Case, tiny_case
 from testing.devices import DEVICES, on_devices
 
 # The first of each is the model's.
 HALVES = (torch.bfloat16, torch.float16)
-HEAD_DIMS = (72, 64, 128, 80, 96)
+HEAD_DIMS = (72, *(D for D in cuda.HEAD_DIMS if D != 72))
 CHANNELS = (1152, 384, 1024, 72, 4096, 8192)
 HUGE = 8192  # tokens from which a case takes long, most of it in the reference
 MODEL = (256,) * 4
@@ -52,30 +53,24 @@ def parameters(cases_of: Callable[[str], list[tuple[Case, bool]]]) -> list:
     ]
 
 
-def values(*ops: str) -> Callable[[str], list[tuple[Case, bool]]]:
+def values(device: str) -> list[tuple[Case, bool]]:
     """Cases whose outputs and gradients are compared with fp64."""
-    return lambda device: _tiny(ops) if device == "cpu" else _on_gpu(ops)
+    if device == "cpu":
+        return [(case, False) for case in _tiny()]
+    few = dict.fromkeys(_few())
+    return [(case, False) for case in few] + [(case, True) for case in dict.fromkeys(_many()) if case not in few]
 
 
-def model_layer(*ops: str, batch: int) -> Callable[[str], list[tuple[Case, bool]]]:
+def model_layer(batch: int) -> Callable[[str], list[tuple[Case, bool]]]:
     """One case of each op, the model's on a GPU."""
-    return lambda device: [(tiny_case(op) if device == "cpu" else Case(op, batch, MODEL), False) for op in ops]
+    return lambda device: [(tiny_case(op) if device == "cpu" else Case(op, batch, MODEL), False) for op in OPS]
 
 
-def _tiny(ops) -> list[tuple[Case, bool]]:
-    cases = [tiny_case(op) for op in ops]
-    if "block_causal_attention" in ops:
-        ragged = Case("block_causal_attention", 1, (5, 20, 7), H=1, D=72, mask="M3", packed=False)
-        cases += [replace(cases[0], scale=-0.1), ragged]
-    if "history_attention" in ops:
-        cases += [replace(cases[0], norm="rms"), replace(cases[0], dtype=torch.float32)]
-    return [(case, False) for case in cases]
-
-
-def _on_gpu(ops) -> list[tuple[Case, bool]]:
-    known = set(few := [case for case in _few() if case.op in ops])
-    many = [case for case in dict.fromkeys(_many()) if case.op in ops and case not in known]
-    return [(case, False) for case in dict.fromkeys(few)] + [(case, True) for case in many]
+def _tiny() -> list[Case]:
+    attention, history = tiny_case(ATTENTION[0]), tiny_case(ATTENTION[2])
+    ragged = Case(ATTENTION[0], 1, (5, 20, 7), H=1, D=72, mask="M3", packed=False)
+    cases = [*map(tiny_case, OPS), replace(attention, scale=-0.1), ragged]
+    return [*cases, replace(history, norm="rms"), replace(history, dtype=torch.float32)]
 
 
 def _few() -> list[Case]:

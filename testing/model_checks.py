@@ -1,4 +1,4 @@
-"""What the rooms' test_model_sizes.py does with a case: compare with fp64, repeat, capture in a CUDA graph."""
+"""What tests/test_model_sizes.py does with a case: compare with fp64, repeat, capture in a CUDA graph."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from testing.cases import OPS
+
 ROOT = Path(__file__).parents[1]
 ROOMS = ("block_causal_attention", "history_attention", "segment_adaln")
 A_GPU_IN_SIGHT = "import torch\ntorch.cuda.is_available = lambda: True\n"
@@ -37,7 +39,7 @@ def collected_beside_a_gpu(folder):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment = environment | {"PYTHONPATH": path} | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "planted", "-p", "no:cacheprovider"]
-    command += [f"tests/{room}" for room in ROOMS]
+    command += [*(f"tests/{room}" for room in ROOMS), "tests/test_model_sizes.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     return [line for line in done.stdout.splitlines() if "::" in line]
@@ -46,9 +48,11 @@ def collected_beside_a_gpu(folder):
 def test_a_gpu_gets_every_kind_of_test_and_no_simulation(tmp_path):
     collected = collected_beside_a_gpu(tmp_path)
     for room, backend in itertools.product(ROOMS, ("triton", "cuda")):
-        on_gpu = [line for line in collected if f"tests/{room}/" in line and f"{backend}-on-cuda" in line]
+        on_gpu = [line for line in collected if room in line and f"{backend}-on-cuda" in line]
         wanted = PARITY[room] + GRADIENTS[room] + [f"test_{name}" for name in CONTRACT[room]]
-        for name in wanted + [f"test_model_sizes.py::{name}" for name in MODEL_SIZES]:
+        for name in wanted:
             assert any(name in line for line in on_gpu), f"{backend}, {name}"
+    for name, op, backend in itertools.product(MODEL_SIZES, OPS, ("triton", "cuda")):
+        assert any(f"::{name}[{backend}-on-cuda-{op}_" in line for line in collected), f"{backend}, {op}, {name}"
     pairs = {pair for line in collected for pair in WHERE.findall(line)}
     assert pairs == {"torch-on-cpu", "cpu-on-cpu", "torch-on-cuda", "triton-on-cuda", "cuda-on-cuda"}

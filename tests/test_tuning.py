@@ -58,6 +58,12 @@ def test_overrides_hold_inside_their_block():
     assert tuning.lookup(*arguments) == default and gpu_support.multiprocessors(cpu) == 4
 
 
+def test_an_override_of_no_kernel_is_refused():
+    expected = "got 'attention_foward'; expected a key of the tables, or one of attention_forward"
+    with pytest.raises(ValueError, match=expected), tuning.override({"attention_foward": {"BLOCK_M": 1}}):
+        pass
+
+
 def test_an_override_changes_a_launch_that_was_prepared_before(monkeypatch):
     """And a launch that was prepared inside does not outlive the block."""
     programs, call = [], Launch.__call__

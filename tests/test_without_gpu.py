@@ -11,11 +11,11 @@ from testing.devices import SIMULATED
 
 TESTS = Path(__file__).parent
 ROOMS = ("block_causal_attention", "history_attention", "segment_adaln")
-FILES = ("test_emulator.py", "test_triton_interpreter.py", "test_derivatives.py", "test_fuzz.py", "test_layer.py")
+FILES = ("derivatives", "emulator", "fuzz", "layer", "model_sizes", "triton_interpreter")
 
 
 @pytest.mark.skipif(SIMULATED, reason="without a GPU these tests are in this run")
-@pytest.mark.parametrize("tests", [*ROOMS, *FILES])
+@pytest.mark.parametrize("tests", [*ROOMS, *(f"test_{name}.py" for name in FILES)])
 def test_what_is_simulated_passes(tests):
     environment = os.environ | {"ARD_TEST_DEVICES": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}

@@ -28,7 +28,7 @@ else:
 OP = "block_causal_attention"
 
 # They write into outputs and gradients allocated here. PyTorch's fused CPU kernel makes its own, and so does the torch
-# backend: a copy would cost 2 to 9 % of a forward and 2 to 14 % of a backward (one call, T 16 to 1024, fp32, 1 thread).
+# backend: a copy would cost up to 9 % of a forward and 2 to 14 % of a backward (T 16 to 1024, fp32, 1 thread).
 KERNELS: dict[str, Kernels] = {"cuda": cuda, "triton": triton_impl}
 
 

@@ -79,7 +79,16 @@ def override(configs: Mapping[str, Config], multiprocessors: int | None = None) 
 
     For tuners and tests: process-wide, restored on exit, blocks nest. `multiprocessors`: as if the device had so many.
     Yields what is looked up inside, by key: the constants of each kernel that was launched.
+
+    Raises:
+        ValueError: `configs` has a name that is neither a kernel's nor a key of the tables.
     """
+    tabled = shipped(ARCHITECTURES[0]).keys()
+    kernels = dict.fromkeys(name.split("/")[0] for name in tabled)
+    for name in configs:
+        if name not in tabled and name not in kernels:
+            known = ", ".join(kernels)
+            raise ValueError(f"tuning.override: got {name!r}; expected a key of the tables, or one of {known}")
     looked_up: dict[str, Config] = {}
     _overrides.append((configs, looked_up))
     lookup.cache_clear()

@@ -35,7 +35,7 @@ MOST_RESTARTS = 20
 # A stage that was cut is entered again only if so many seconds of the budget are left.
 LEAST_SECONDS = 20.0
 QUICK, ALL = "not slow and not exhaustive", "not exhaustive"
-ROOMS = ("tests/block_causal_attention", "tests/history_attention", "tests/segment_adaln")
+ROOMS = ("tests/block_causal_attention", "tests/history_attention", "tests/segment_adaln", "tests/test_model_sizes.py")
 
 
 class Run(NamedTuple):
