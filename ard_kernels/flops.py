@@ -33,7 +33,7 @@ class ModelShape(Protocol):
     def depth(self) -> int: ...
 
     @property
-    def mlp_ratio(self) -> float: ...
+    def mlp_weights(self) -> int: ...  # of a block's MLP: 2 * hidden_size * its width, with SwiGLU 3 times
 
     @property
     def frequency_embedding_size(self) -> int: ...  # sinusoidal features of the timestep
@@ -47,10 +47,9 @@ def attention(tokens: int, segment_length: int, width: int, window: int | None =
 def teacher_forward(config: ModelShape) -> int:
     """One forward of the teacher."""
     L, C, p = config.tokens, config.hidden_size, config.patch_size
-    hidden = int(C * config.mlp_ratio)
     patch_embed = 2 * L * C * config.in_channels * p * p
     timestep_embed = 2 * config.frequency_embedding_size * C + 2 * C * C
-    linears = 2 * L * C * (3 * C + C + 2 * hidden)
+    linears = 2 * L * (3 * C * C + C * C + config.mlp_weights)
     block = linears + 2 * C * 6 * C + attention(L, L, C)
     final = 2 * C * 2 * C + 2 * L * C * config.out_channels * p * p
     return patch_embed + timestep_embed + config.depth * block + final

@@ -8,7 +8,7 @@ for package in ("typer", "rich", "yaml", "PIL"):
     pytest.importorskip(package)
 
 from ard.cli import app  # noqa: E402
-from ard.cli_base import refusals  # noqa: E402
+from ard.cli.base import refusals  # noqa: E402
 from typer import Exit  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 

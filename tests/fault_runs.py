@@ -22,29 +22,30 @@ from typing import Any
 
 import pytest
 import torch
-from ard import training_state
-from ard.files import read_sealed_json
-from ard.objectives import MicroBatch, Objective
-from ard.parallel import Process
-from ard.recipe import ExecutionConfig, TrainConfig
-from ard.runlog import LOG_NAME
-from ard.shards import MANIFEST_NAME
-from ard.store import StoreSpec, TrajectoryStore, generate_store
-from ard.train import Fitted, Run, Trainer
+from ard.common.process import Process
+from ard.config.sections import ExecutionConfig, TrainConfig
+from ard.data.trajectories import StoreSpec, TrajectoryStore, generate_store
+from ard.models.config import Condition
+from ard.storage import checkpoints
+from ard.storage.files import read_sealed_json
+from ard.storage.shards import MANIFEST_NAME
+from ard.training.log import LOG_NAME
+from ard.training.objectives import MicroBatch, Objective
+from ard.training.trainer import Fitted, Run, Trainer
 from torch import Tensor, nn
 
 Report = Callable[[Any], Any]
 CPU = torch.device("cpu")
 
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["torch._dynamo", "torch.distributed", "ard.demo", "ard.cli", "pytest"])
+_FORK.set_forkserver_preload(["torch._dynamo", "torch.distributed", "ard.demo.run", "ard.cli", "pytest"])
 
 SPEC = StoreSpec(
     count=23,
     shard_size=8,
     seed=3,
     image_shape=(1, 4, 4),
-    num_classes=23,  # the label of a sample is its index
+    conditions=(Condition("labels", classes=23),),  # the label of a sample is its index
     sampling_steps=25,
     keep=(15, 10, 0),
     cfg_scale=1.5,
@@ -110,7 +111,7 @@ def save_many(folder: Path, report: Report) -> None:
     """Checkpoints as fast as it goes, of which one is kept."""
     os.fsync = bool  # the disk is not what is tested
     for step in range(1, SAVES + 1):
-        training_state.save(folder, step, {"a": {"x": torch.full((1 << 15,), float(step))}}, {}, keep_last=1)
+        checkpoints.save(folder, step, {"a": {"x": torch.full((1 << 15,), float(step))}}, {}, keep_last=1)
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def rewrite(path: Path, content: bytes) -> None:
 def trajectories(noise: Tensor, labels: Tensor) -> SimpleNamespace:
     """Trajectories that are a function of the noise row alone."""
     scales = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1, 1)
-    return SimpleNamespace(noise=noise, x0=noise[:, None] * scales, ode=noise[:, None] + scales, labels=labels)
+    return SimpleNamespace(noise=noise, x0=noise[:, None] * scales, ode=noise[:, None] + scales, conditions=(labels,))
 
 
 def generate(

@@ -24,17 +24,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from ard import stages, training_state
-from ard.checkpoint import save_safetensors
-from ard.exchange import CLASS_NAME, WEIGHTS_NAME, save_diffusers
-from ard.files import read_sealed_json, write_json, write_sealed_json
-from ard.images import write_npz
-from ard.model import DiT, DiTConfig
-from ard.recipe import read_recipe, write_recipe
-from ard.shards import MANIFEST_NAME
-from ard.sources import open_teacher
-from ard.store import LatentSpec, write_latents
-from ard.student import ARDStudent
+from ard.config.recipe import read_recipe, recipe_text
+from ard.data.latents import LatentSpec, write_latents
+from ard.models.dit import DiT, DiTConfig
+from ard.models.student import ARDStudent
+from ard.storage import checkpoints
+from ard.storage.files import read_sealed_json, write_json, write_sealed_json
+from ard.storage.images import write_npz
+from ard.storage.shards import MANIFEST_NAME
+from ard.training import stages
+from ard.weights.diffusers_format import CLASS_NAME, WEIGHTS_NAME, save_diffusers
+from ard.weights.opened import open_teacher
+from ard.weights.public import save_safetensors
 from safetensors.torch import load_file, save_file
 
 Case = Callable[[Path], list[str]]
@@ -61,11 +62,11 @@ _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload(
     [
         "ard.cli",
-        "ard.stages",
-        "ard.evaluate",
-        "ard.latents",
-        "ard.convert",
-        "ard.train",
+        "ard.training.stages",
+        "ard.evaluation.evaluate",
+        "ard.data.latents",
+        "ard.weights.export",
+        "ard.training.trainer",
         "diffusers.models.autoencoders.autoencoder_kl",
     ]
 )
@@ -123,7 +124,7 @@ def good_files(folder: Path) -> None:
 
     torch.manual_seed(0)
     recipe = read_recipe("digits", TINY)
-    write_recipe(folder / "recipe.yaml", recipe)
+    (folder / "recipe.yaml").write_text(recipe_text(recipe))
     teacher = DiT(recipe.model)
     student = ARDStudent.from_teacher(teacher, steps=recipe.steps, history_layers=1)
     save_safetensors(teacher, folder / "teacher.safetensors")
@@ -132,7 +133,7 @@ def good_files(folder: Path) -> None:
         folder / "dit", DiT(wide := DiTConfig(input_size=4, hidden_size=8, depth=2, num_heads=1)).state_dict(), wide
     )
     tensors = dict(student.state_dict())
-    training_state.save(
+    checkpoints.save(
         folder / "run" / "checkpoints", 1, {"model": tensors, "ema": tensors}, {**recipe.student_facts(), "steps": 1},
         keep_last=1,
     )  # fmt: skip
@@ -308,7 +309,7 @@ def _shard(edit: Callable[[Path], Any], command: list[str] = VERIFY) -> Case:
         path = folder / "store" / "shard-00000.safetensors"
         edit(path)
         if path.is_file() and not path.is_symlink():
-            entry = {"bytes": path.stat().st_size, "content_sha256": training_state.file_sha256(path)}
+            entry = {"bytes": path.stat().st_size, "content_sha256": checkpoints.file_sha256(path)}
             edit_sealed(folder / "store" / MANIFEST_NAME, lambda content: content["shards"][path.name].update(entry))
         return command
 

@@ -185,7 +185,7 @@ for path in sys.argv[1:]:
     hidden.append((place, name, getattr(place, name)))
     delattr(place, name)
 import ard_kernels
-from ard.ema import _lerp_all
+from ard.training.ema import _lerp_all
 from ard_kernels.common import library
 for place, name, value in hidden:
     setattr(place, name, value)

@@ -48,11 +48,11 @@ def test_only_the_digits_need_scikit_learn():
 import importlib, pkgutil, sys
 sys.modules["sklearn"] = None
 import ard
-for module in pkgutil.iter_modules(ard.__path__, "ard."):
+for module in pkgutil.walk_packages(ard.__path__, "ard."):
     importlib.import_module(module.name)
-ard.features.load_features("pooled")
+ard.evaluation.features.load_features("pooled")
 try:
-    ard.digits.load()
+    ard.data.digits.load()
 except ModuleNotFoundError as error:
     print(error.name)
 """
@@ -223,7 +223,7 @@ def test_the_version_stands_once():
     assert f'"{ard_kernels.__version__}"' in version
     status, output = run_python("setup.py", "--version")
     assert status == 0 and output.split()[-1] == ard_kernels.__version__
-    for name in ("pyproject.toml", "setup.py", "ard_kernels/__init__.py", "python/ard/cli_base.py", "CITATION.cff"):
+    for name in ("pyproject.toml", "setup.py", "ard_kernels/__init__.py", "python/ard/cli/base.py", "CITATION.cff"):
         assert ard_kernels.__version__ not in (ROOT / name).read_text(), name
 
 

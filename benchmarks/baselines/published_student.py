@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from ard.model import DiTConfig, FinalLayer
-from ard.student import ARDStudent
+from ard.models.dit import DiTConfig
+from ard.models.student import ARDStudent
+from ard.models.trunk import FinalLayer
 from torch import Tensor, nn
 
 from ard_kernels import flops

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from ard.model import DiT, DiTConfig
-from ard.student import ARDStudent
+from ard.models.dit import DiT, DiTConfig
+from ard.models.student import ARDStudent
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

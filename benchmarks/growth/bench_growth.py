@@ -9,9 +9,9 @@ import math
 from functools import partial
 
 import torch
-from ard.losses import trajectory_loss
-from ard.model import DiTConfig
-from ard.student import ARDStudent
+from ard.models.dit import DiTConfig
+from ard.models.student import ARDStudent
+from ard.training.losses import trajectory_loss
 
 from benchmarks.baselines.published_student import PublishedStudent
 from benchmarks.measure import Group, Measurement

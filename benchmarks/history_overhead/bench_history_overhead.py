@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from ard.losses import trajectory_loss
-from ard.student import ARDStudent
+from ard.models.student import ARDStudent
+from ard.training.losses import trajectory_loss
 
 from ard_kernels import HistoryRouting, flops
 from benchmarks.measure import Group, Measurement

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
-from ard.losses import trajectory_loss
-from ard.model import DiT, DiTConfig
-from ard.student import ARDStudent
+from ard.models.dit import DiT, DiTConfig
+from ard.models.student import ARDStudent
+from ard.training.losses import trajectory_loss
 from torch import Tensor, nn
 
 from ard_kernels import HistoryRouting

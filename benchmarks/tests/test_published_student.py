@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from ard.model import DiTConfig
-from ard.student import ARDStudent
+from ard.models.dit import DiTConfig
+from ard.models.student import ARDStudent
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baselines.published_student import PublishedStudent, sampling_flops, training_flops

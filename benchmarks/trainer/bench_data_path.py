@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from ard.store import StoreSpec, TrajectoryStore, generate_store
-from ard.streams import batch_indices
+from ard.common.streams import batch_indices
+from ard.data.trajectories import StoreSpec, TrajectoryStore, generate_store
+from ard.models.config import Condition
 
 from benchmarks.measure import Group, Measurement
 from benchmarks.results import compared, goal
@@ -26,15 +27,20 @@ SAMPLES_PER_SECOND = 2000.0  # what a core has to deliver
 
 def make_store(folder: Path) -> TrajectoryStore:
     spec = StoreSpec(
-        count=COUNT, shard_size=512, seed=0, image_shape=IMAGE, num_classes=1000, sampling_steps=25,
-        keep=(15, 10, 5, 0), cfg_scale=1.5, cfg_channels=3, dtype="float16",
+        count=COUNT, shard_size=512, seed=0, image_shape=IMAGE, conditions=(Condition("labels", classes=1000),),
+        sampling_steps=25, keep=(15, 10, 5, 0), cfg_scale=1.5, cfg_channels=3, dtype="float16",
     )  # fmt: skip
 
     def batch(noise, labels):
         states = torch.randn(len(noise), STEPS, *IMAGE).half()
-        return SimpleNamespace(noise=noise.half(), x0=states, ode=states, labels=labels)
+        return SimpleNamespace(noise=noise.half(), x0=states, ode=states, conditions=(labels,))
 
     return generate_store(folder, spec, batch)
+
+
+def flat(batch):
+    states, targets, conditions = batch
+    return states, targets, *conditions
 
 
 def measure() -> Measurement:
@@ -51,7 +57,7 @@ def measure() -> Measurement:
         x0_map, noise_map = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("x0", "noise"))
 
         def joined(noise_n, targets, labels_n):
-            return torch.cat([noise_n[:, None], targets[:, :-1]], dim=1), targets, labels_n
+            return torch.cat([noise_n[:, None], targets[:, :-1]], dim=1), targets, (labels_n,)
 
         def one_file_each(indices):
             parts = zip(*(torch.load(folder / "samples" / f"{i}.pt") for i in indices.tolist()), strict=True)
@@ -64,7 +70,7 @@ def measure() -> Measurement:
         readers = {"ours": store.pairs, "numpy_memmap": numpy_maps, "torch_load_per_sample": one_file_each}
         first = batch_indices(0, 0, BATCH, COUNT)
         for reader in readers.values():
-            for got, expected in zip(reader(first), store.pairs(first), strict=True):
+            for got, expected in zip(flat(reader(first)), flat(store.pairs(first)), strict=True):
                 assert torch.equal(got, expected)
 
         def batches(reader):

@@ -4,11 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ard.model import DiT
-    from ard.model_config import DiTConfig
-    from ard.student import ARDStudent
+    from ard.models.dit import DiT, DiTConfig
+    from ard.models.student import ARDStudent
 
-_MODULES = {"ARDStudent": "ard.student", "DiT": "ard.model", "DiTConfig": "ard.model_config"}
+_MODULES = {"ARDStudent": "ard.models.student", "DiT": "ard.models.dit", "DiTConfig": "ard.models.dit"}
 __all__ = ["ARDStudent", "DiT", "DiTConfig"]
 
 

@@ -25,15 +25,15 @@ def pillow():
 @pytest.fixture(autouse=True, scope="session")
 def _one_classifier():
     """The digits' classifier, always the same, is trained once per process: it takes seconds."""
-    from ard import digits
+    from ard.evaluation import digit_classifier
 
-    train, trained = digits.train_classifier, {}
+    train, trained = digit_classifier.train_classifier, {}
 
-    def once(data: digits.Digits, config: digits.ClassifierConfig) -> tuple[digits.DigitClassifier, float]:
+    def once(data, config):
         if config not in trained:
             trained[config] = train(data, config)
         return deepcopy(trained[config])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "train_classifier", once)
+        patch.setattr(digit_classifier, "train_classifier", once)
         yield

@@ -15,16 +15,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from ard.gan import GanObjective, LatentsInMemory
-from ard.model import DiT, DiTConfig
-from ard.objectives import StudentObjective
-from ard.optim import trainable
-from ard.parallel import Process, local, started, whole
-from ard.recipe import ExecutionConfig, GanConfig, TrainConfig
-from ard.sources import random_teacher, state_sha256
-from ard.store import StoreSpec, TrajectoryStore, generate_store
-from ard.student import ARDStudent
-from ard.train import NonFiniteError, Run, Stopped, Trainer
+from ard.common.process import Process, started
+from ard.config.sections import ExecutionConfig, GanConfig, TrainConfig
+from ard.data.latents import LatentsInMemory
+from ard.data.trajectories import StoreSpec, TrajectoryStore, generate_store
+from ard.models.config import Condition
+from ard.models.dit import DiT, DiTConfig
+from ard.models.student import ARDStudent
+from ard.training.distributed import local, whole
+from ard.training.gan import GanObjective
+from ard.training.objectives import StudentObjective
+from ard.training.optim import trainable
+from ard.training.trainer import NonFiniteError, Run, Stopped, Trainer
+from ard.weights.opened import random_teacher, state_sha256
 from torch import Tensor
 
 MODEL = DiTConfig(
@@ -46,12 +49,13 @@ Case = dict[str, Any]
 def tiny_store(folder: Path, side: int = 4) -> TrajectoryStore:
     """Trajectories that shrink the noise towards the label."""
     shape, keep = (1, side, side), (15, 5, 0)
-    spec = StoreSpec(COUNT, 16, 0, shape, 3, sampling_steps=25, keep=keep, cfg_scale=1.0, cfg_channels=1)
+    labels = (Condition("labels", classes=3),)
+    spec = StoreSpec(COUNT, 16, 0, shape, labels, sampling_steps=25, keep=keep, cfg_scale=1.0, cfg_channels=1)
 
     def shrink(noise: Tensor, labels: Tensor) -> SimpleNamespace:
         end = (labels.float() - 1).view(-1, 1, 1, 1)
         states = torch.stack([noise * (1 - f) + end * f for f in (0.3, 0.6, 1.0)], dim=1)
-        return SimpleNamespace(noise=noise, x0=states, ode=-states, labels=labels)
+        return SimpleNamespace(noise=noise, x0=states, ode=-states, conditions=(labels,))
 
     return generate_store(folder, spec, shrink)
 
@@ -63,7 +67,7 @@ def tiny_teacher(dtype: torch.dtype, device: torch.device, model: DiTConfig = MO
 def tiny_student(teacher: DiT) -> ARDStudent:
     """History in the first block; every weight gets a gradient from the first step on."""
     student = ARDStudent.from_teacher(teacher, steps=3, history_layers=1)
-    student.requires_grad_(True).pos_embed.requires_grad_(False)
+    student.unfreeze()
     return student
 
 
@@ -76,10 +80,10 @@ class Observed:
         self.dtype, self.poison, self.seen = dtype, poison, []
         return self
 
-    def rows(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        states, targets, labels = super().rows(indices)
+    def rows(self, indices: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        states, targets, conditions = super().rows(indices)
         targets[indices == self.poison] = torch.nan
-        return states.to(self.dtype), targets.to(self.dtype), labels
+        return states.to(self.dtype), targets.to(self.dtype), conditions
 
     def backward(self, model, micro, share, autocast) -> dict[str, Tensor]:
         self.seen.append((micro.step, micro.rows.start, micro.indices.tolist()))
@@ -96,7 +100,7 @@ class ObservedGan(Observed, GanObjective):
 
 def gan_objective(student: ARDStudent, teacher: DiT, store: TrajectoryStore, process: Process) -> ObservedGan:
     """Groups of 4 samples share a batch norm: the rows of one of two ranks. The generator's part starts at step 2."""
-    dtype, generator = teacher.pos_embed.dtype, torch.Generator().manual_seed(3)
+    dtype, generator = teacher.weight.dtype, torch.Generator().manual_seed(3)
     latents = torch.randn(20, *store.spec.image_shape, generator=generator).to(dtype)
     real = LatentsInMemory("toy", latents, torch.arange(20) % 3)
     config = GanConfig(TrainConfig(**TRAIN), start=2, kernel_size=3, projection=8, virtual_batch=4)

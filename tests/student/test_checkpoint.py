@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from ard import ARDStudent, DiT, DiTConfig
-from ard.checkpoint import load_student, load_teacher, read_state, save_safetensors
+from ard.weights.public import load_student, load_teacher, read_state, save_safetensors
 from safetensors.torch import load_file
 
 CONFIGS = {

@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ard import digits
-from ard.model import DiT
-from ard.recipe import read_recipe
-from ard.sources import open_student, open_teacher
+from ard.config.recipe import read_recipe
+from ard.data import digits
+from ard.models.dit import DiT
+from ard.weights.opened import open_student, open_teacher
 
 pytest.importorskip("yaml")
 pictures = pytest.importorskip("matplotlib.image")
 
-from ard.demo import load_config, run_demo, summarize  # noqa: E402
+from ard.demo.run import load_config, run_demo, summarize  # noqa: E402
 
 TINY = {
     "model": {"hidden_size": 16, "depth": 2, "num_heads": 2},

@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 import torch
 from _pytest.mark import ParameterSet
-from ard.parallel import Process
-from ard.runlog import read_log
-from ard.streams import batch_indices
-from ard.training_state import newest, verified
+from ard.common.process import Process
+from ard.common.streams import batch_indices
+from ard.storage.checkpoints import newest, verified
+from ard.training.log import read_log
 from student import distributed_worker
 from student.distributed_worker import BATCH, COUNT, RATE, STEPS, Case, run_case
 from student.training_runs import DOUBLE, GAN_GROUPS, GROUPS, Runs, execution

@@ -11,8 +11,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from ard.recipe import read_recipe, write_recipe
-from ard.sources import random_teacher
+from ard.config.recipe import read_recipe, recipe_text
+from ard.weights.opened import random_teacher
 from command_line import app, ard
 from PIL import Image
 
@@ -116,7 +116,7 @@ def test_imagenet_commands_with_stand_ins(tmp_path, monkeypatch):
     fake_fidelity(monkeypatch)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # for the digits only
     make_stand_ins()
-    write_recipe(Path("tiny.yaml"), read_recipe("imagenet256", IMAGENET))
+    Path("tiny.yaml").write_text(recipe_text(read_recipe("imagenet256", IMAGENET)))
     for arguments in commands(1):
         if arguments[0] == "export" and "-c" in arguments:  # takes no overrides
             arguments = [*arguments[: arguments.index("-c")], "-c", "tiny.yaml"]

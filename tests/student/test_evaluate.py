@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from ard import digits
-from ard.evaluate import NO_IMAGES, distance_names, evaluate, open_images, samples_file, write_statistics
-from ard.features import Features, load_features
-from ard.files import file_sha256, write_tensors
-from ard.images import to_uint8, write_npz
-from ard.metrics import feature_statistics, frechet_distance, precision_recall
+from ard.data import digits
+from ard.evaluation.evaluate import NO_IMAGES, distance_names, evaluate, open_images, samples_file, write_statistics
+from ard.evaluation.features import Features, load_features
+from ard.evaluation.metrics import feature_statistics, frechet_distance, precision_recall
+from ard.storage.files import file_sha256, write_tensors
+from ard.storage.images import to_uint8, write_npz
 
 POOLED = load_features("pooled")
 

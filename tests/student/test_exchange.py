@@ -6,8 +6,7 @@ import os
 import pytest
 import torch
 from ard import ARDStudent, DiT, DiTConfig
-from ard.checkpoint import load_teacher
-from ard.exchange import (
+from ard.weights.diffusers_format import (
     INDEX_NAME,
     WEIGHTS_NAME,
     from_diffusers,
@@ -17,6 +16,7 @@ from ard.exchange import (
     to_diffusers,
     use_release_arithmetic,
 )
+from ard.weights.public import load_teacher
 from safetensors.torch import load_file
 
 diffusers = pytest.importorskip("diffusers")

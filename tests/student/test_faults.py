@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ard import training_state
-from ard.runlog import read_log
-from ard.train import Stopped
+from ard.models.config import Condition
+from ard.storage import checkpoints
+from ard.training.log import read_log
+from ard.training.trainer import Stopped
 from fault_runs import (
     SPEC,
     TORN,
@@ -48,7 +49,7 @@ def saved_step(folder: Path) -> int:
     """Updates in the newest checkpoint; a damaged one under a final name is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        checkpoint = training_state.newest(folder / "checkpoints")
+        checkpoint = checkpoints.newest(folder / "checkpoints")
     return checkpoint.step if checkpoint else 0
 
 
@@ -98,7 +99,7 @@ def test_training_killed_at_random_continues_and_ends_the_same(tmp_path, kills, 
 
 @pytest.mark.parametrize("kills", KILLS)
 def test_generation_killed_at_random_continues_and_ends_the_same(tmp_path, kills):
-    settings = {"count": 60, "shard_size": 5, "num_classes": 60}
+    settings = {"count": 60, "shard_size": 5, "conditions": (Condition("labels", classes=60),)}
     seconds = seconds_of(partial(generate, **settings), tmp_path / "undisturbed")
     sizes = itertools.cycle((1, 4, 3, 64))
 
@@ -151,7 +152,7 @@ def test_a_death_at_any_change_of_a_save_keeps_a_good_checkpoint(tmp_path, damag
     for folder in folders:
         if damaged:
             with warnings.catch_warnings(record=True) as caught:
-                assert training_state.newest(folder / "checkpoints").step >= 2
+                assert checkpoints.newest(folder / "checkpoints").step >= 2
             assert all("step-00000003 is damaged" in str(each.message) for each in caught)
         else:
             assert saved_step(folder) >= 2
@@ -293,10 +294,10 @@ def test_a_finished_run_that_is_asked_for_more_steps_is_unfinished_at_once(tmp_p
     train(tmp_path / "run", steps=3)
     with pytest.raises(ZeroDivisionError):
         train(tmp_path / "run", lambda step: 1 / 0, steps=9, save_every=100)
-    found = training_state.newest(tmp_path / "run/checkpoints")
+    found = checkpoints.newest(tmp_path / "run/checkpoints")
     assert (found.step, found.facts["steps"]) == (3, 9)
     assert train(tmp_path / "run", steps=2).step == 3  # no step to go: finished again
-    assert training_state.newest(tmp_path / "run/checkpoints").facts["steps"] == 2
+    assert checkpoints.newest(tmp_path / "run/checkpoints").facts["steps"] == 2
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path, foreground):

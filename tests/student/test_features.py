@@ -7,8 +7,9 @@ import types
 
 import pytest
 import torch
-from ard import digits
-from ard.features import load_features
+from ard.data import digits
+from ard.evaluation import digit_classifier as classifiers
+from ard.evaluation.features import load_features
 
 INCEPTION_MODULE = "torch_fidelity.feature_extractor_inceptionv3"
 
@@ -30,9 +31,9 @@ def test_digit_features_come_from_a_classifier_that_works():
     features = load_features("digits")
     data = digits.load()
     hidden = features.extract(data.held_out_images)
-    assert hidden.shape == (len(data.held_out_labels), digits.DigitClassifier.FEATURES) and not hidden.requires_grad
+    assert hidden.shape == (len(data.held_out_labels), classifiers.DigitClassifier.FEATURES) and not hidden.requires_grad
     accuracy = (features.classify(hidden).argmax(dim=1) == data.held_out_labels).double().mean()
-    assert accuracy > 0.95 and digits.train_classifier(data, digits.ClassifierConfig())[1] == accuracy
+    assert accuracy > 0.95 and classifiers.train_classifier(data, classifiers.ClassifierConfig())[1] == accuracy
     with pytest.raises(ValueError, match=r"features 'digits': images are .*\(n, 3, 8, 8\); expected .*\(n, 1, 8, 8\)"):
         features.extract(torch.zeros(2, 3, 8, 8))
 

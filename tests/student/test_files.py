@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ard.files import (
+from ard.storage.files import (
     DamagedFile,
     FolderLock,
     atomic_folder,
@@ -27,7 +27,7 @@ from ard.files import (
     write_tensors,
     write_text,
 )
-from ard.images import write_npz
+from ard.storage.images import write_npz
 from fault_runs import rewrite
 from safetensors.torch import load_file
 
@@ -107,7 +107,7 @@ def test_temporary_litter_is_removed_and_nothing_else(tmp_path):
 
 def test_what_safetensors_writes_on_its_way_is_in_our_temporary_folder(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("ard.files.file_sha256", lambda path: seen.append((path, os.listdir(tmp_path))) or "")
+    monkeypatch.setattr("ard.storage.files.file_sha256", lambda path: seen.append((path, os.listdir(tmp_path))) or "")
     write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
     (path, names), *_ = seen
     assert names == [path.parent.name] and names[0].startswith(".ard-tmp-") and os.listdir(tmp_path) == [path.name]
@@ -196,7 +196,7 @@ def test_a_folder_that_cannot_be_locked_is_warned_of(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("not supported")
 
-    monkeypatch.setattr("ard.files.fcntl.flock", refuse)
+    monkeypatch.setattr("ard.storage.files.fcntl.flock", refuse)
     with pytest.warns(UserWarning, match=r"cannot be locked \(not supported\); start no second job"):
         FolderLock(tmp_path).release()
 

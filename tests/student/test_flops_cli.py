@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from ard.flops import counted_flops, flop_table
-from ard.model import DiTConfig
+from ard.models.dit import DiTConfig
+from ard.models.flops import counted_flops, flop_table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROWS = ["teacher_forward", "baseline_sampling", "student_sampling", "student_training_forward", "overhead"]

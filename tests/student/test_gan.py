@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from ard.gan import LocalBatchNorm
-from ard.losses import sample_mse
-from ard.objectives import MicroBatch
-from ard.parallel import Process
-from ard.streams import batch_indices
+from ard.common.process import Process
+from ard.common.streams import batch_indices
+from ard.training.gan import LocalBatchNorm
+from ard.training.losses import sample_mse
+from ard.training.objectives import MicroBatch
 from student.distributed_worker import BATCH, gan_objective, tiny_store, tiny_student, tiny_teacher
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ class Gan:
         self.objective = gan_objective(self.student, teacher, store, Process(device=device)).observe(dtype, None)
         self.discriminator, self.teacher = self.objective.discriminator, self.objective.teacher
         self.device, self.batch = device, self.objective.batch(0, BATCH)
-        self.states, self.targets, self.labels = self.objective.rows(self.batch)
+        self.states, self.targets, (self.labels,) = self.objective.rows(self.batch)
 
     def backward(self, step: int) -> dict[str, float]:
         micro = MicroBatch(step, self.batch, slice(0, BATCH))
@@ -67,7 +67,8 @@ def test_adaptive_weight_and_gradients_are_the_definition(gan):
     of_regression, of_generator = (gan.gradients(loss, head)[0].norm() for loss in (regression, generator))
     weight = float(of_regression) / (float(of_generator) + 1e-4)
     student_gradients = gan.gradients(regression + config.factor * weight * generator, gan.student)
-    real, real_labels = (rows.to(gan.device) for rows in gan.objective.real.rows(gan.real_batch(config.start)))
+    real, (real_labels,) = gan.objective.real.rows(gan.real_batch(config.start))
+    real, real_labels = real.to(gan.device), real_labels.to(gan.device)
     hinge = F.relu(1 - gan.logits(real, real_labels)).mean() + F.relu(1 + gan.logits(fake.detach(), gan.labels)).mean()
     discriminator_gradients = gan.gradients(hinge, gan.discriminator)
 

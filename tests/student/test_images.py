@@ -9,8 +9,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from ard.files import file_sha256
-from ard.images import (
+from ard.storage.files import file_sha256
+from ard.storage.images import (
     from_uint8,
     iterate_npz,
     latent_preview,
@@ -268,6 +268,6 @@ def test_every_changed_byte_of_an_npz_is_one_clear_error_or_none(tmp_path):
 
 
 def test_a_batch_of_large_images_is_small(tmp_path, monkeypatch):
-    monkeypatch.setattr("ard.images.LARGEST_BATCH", 50)
+    monkeypatch.setattr("ard.storage.images.LARGEST_BATCH", 50)
     write_npz(tmp_path / "a.npz", [random_images(5, 4, 4, 1)], 5)
     assert [len(batch) for batch in iterate_npz(tmp_path / "a.npz", 100)] == [3, 2]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ard.files import readable_size
-from ard.recipe import read_recipe
-from ard.shards import _require_space
+from ard.config.recipe import read_recipe
+from ard.storage.files import readable_size
+from ard.storage.shards import _require_space
 from command_line import Exit, ard, refusals
 from invocation_runs import SECONDS, Answer, Ard
 
@@ -60,7 +60,7 @@ def test_seeds_that_no_generator_takes_are_refused(tmp_path, seed):
 
 
 def test_largest_seed_is_taken_by_both_generators():
-    from ard.streams import noise_at
+    from ard.common.streams import noise_at
 
     seed = read_recipe("digits", [f"distill.seed={2**63 - 1}"]).distill.seed
     torch.manual_seed(seed)

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ard.latents import SKIPPED_NAME, damaged_images, encode_folder, open_real
-from ard.model import DiTConfig
-from ard.parallel import Process
-from ard.store import LatentStore
-from ard.streams import noise_at
-from ard.vae import LatentCodec, image_files, load_image
+from ard.common.process import Process
+from ard.common.streams import noise_at
+from ard.data.latents import SKIPPED_NAME, LatentStore, damaged_images, encode_folder, open_real
+from ard.data.real_images import image_files, load_image
+from ard.models.dit import DiTConfig
+from ard.weights.vae import LatentCodec
 from command_line import ard
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -56,7 +56,7 @@ def test_store_holds_each_image_encoded_with_its_own_noise(images, vae, tmp_path
     for index in (0, 4, 8):
         path, label = files[index]
         noise = noise_at(0, [index], (4, 8, 8), "posterior")
-        latent, stored = open_real(str(tmp_path), CONFIG).rows(torch.tensor([index]))
+        latent, (stored,) = open_real(str(tmp_path), CONFIG).rows(torch.tensor([index]))
         expected = codec.encode(load_image(path, 16)[None], noise)
         torch.testing.assert_close(latent, expected, rtol=1e-5, atol=1e-5)  # encoded in a batch of two
         assert stored.tolist() == [label] == [index // 3]
@@ -105,7 +105,7 @@ def test_real_latents_must_fit_the_model(images, vae, tmp_path):
     assert len(open_real("digits", digits)) == 1438
     with pytest.raises(ValueError, match=r"digits holds latents of shape \(1, 8, 8\)"):
         open_real("digits", CONFIG)
-    with pytest.raises(ValueError, match=r"has 3 classes; expected the model's 2"):
+    with pytest.raises(ValueError, match=r"has labels of 3 classes; expected the model's labels of 2 classes"):
         open_real(str(tmp_path), replace(CONFIG, num_classes=2))
 
 

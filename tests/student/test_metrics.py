@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from ard.metrics import (
+from ard.evaluation.metrics import (
     FeatureAccumulator,
     FeatureStatistics,
     class_consistency,

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ard import ARDStudent, DiT, DiTConfig
-from ard.losses import trajectory_loss
-from ard.model import sincos_position_embedding
+from ard.models.layers import sincos_position_embedding
+from ard.training.losses import trajectory_loss
 
 SMALL = DiTConfig(
     input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=3, num_heads=2, num_classes=5, learn_sigma=True
@@ -321,13 +321,11 @@ def test_fresh_models_predict_zero(device):
     assert not ARDStudent(SMALL, steps=2, history_layers=1).to(device).sample(x, labels).any()
 
 
-def test_label_dropout(device):
-    teacher = randomized(DiT(SMALL)).to(device)
-    x, (t, labels) = torch.randn(2, 3, 8, 8, device=device), torch.tensor([[10, 20], [0, 1]], device=device)
-    null = teacher(x, t, torch.tensor([0, SMALL.num_classes], device=device))
-    assert torch.equal(teacher(x, t, labels, force_drop=torch.tensor([False, True], device=device)), null)
-    everything = teacher(x, t, torch.full_like(labels, SMALL.num_classes))
-    assert torch.equal(teacher(x, t, labels, class_dropout_prob=1.0), everything)
+def test_null_conditions_are_the_last_row(device):
+    teacher, labels = DiT(SMALL).to(device), torch.tensor([0, 1], device=device)
+    assert teacher.null_conditions(labels)[0].tolist() == [SMALL.num_classes] * 2
+    with pytest.raises(ValueError, match=r"conditions: got 0; expected 1: labels"):
+        teacher(torch.zeros(2, 3, 8, 8, device=device), labels)
 
 
 def test_compiles_without_graph_breaks(device):

@@ -10,11 +10,11 @@ import command_line
 import numpy as np
 import pytest
 import torch
-from ard.checkpoint import load_student, load_teacher
-from ard.exchange import load_diffusers
-from ard.recipe import read_recipe, write_recipe
-from ard.sources import open_source, open_student, open_teacher
-from ard.store import TrajectoryStore
+from ard.config.recipe import read_recipe, recipe_text
+from ard.data.trajectories import TrajectoryStore
+from ard.weights.diffusers_format import load_diffusers
+from ard.weights.opened import open_source, open_student, open_teacher
+from ard.weights.public import load_student, load_teacher
 from safetensors.torch import load_file, save_file
 
 TINY = [
@@ -227,8 +227,8 @@ def test_a_file_must_have_the_final_layers_of_the_recipe(tmp_path):
     teacher, student = str(tmp_path / "teacher.safetensors"), str(tmp_path / "student.safetensors")
     ard("export", "teacher", teacher, "--to", "public")
     ard("export", "student", student, "--to", "public")
-    write_recipe(tmp_path / "recipe.yaml", read_recipe("digits", TINY))
-    write_recipe(tmp_path / "two.yaml", read_recipe("digits", [*TINY, "trajectories.keep=[4,0]"]))
+    (tmp_path / "recipe.yaml").write_text(recipe_text(read_recipe("digits", TINY)))
+    (tmp_path / "two.yaml").write_text(recipe_text(read_recipe("digits", [*TINY, "trajectories.keep=[4,0]"])))
     for source, recipe, steps in (
         (teacher, "recipe.yaml", "1 steps.*expected 4"),
         (student, "two.yaml", "4 steps.*expected 2"),

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ard.gan import Discriminator
-from ard.plan import plan, saved_bytes, step_flops
-from ard.recipe import read_recipe
-from ard.sources import random_teacher
-from ard.student import ARDStudent
+from ard.config.recipe import read_recipe
+from ard.models.student import ARDStudent
+from ard.training.gan import Discriminator
+from ard.training.plan import plan, saved_bytes, step_flops
+from ard.weights.opened import random_teacher
 
 pytest.importorskip("yaml")  # of the recipes
 TINY = ["model.hidden_size=32", "model.depth=3", "model.num_heads=2", "student.history_layers=2"]

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from ard import progress
-from ard.progress import counted, progress_bar
+from ard.common import progress
+from ard.common.progress import counted, progress_bar
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ard.images import to_uint8
-from ard.model import DiTConfig
-from ard.parallel import Process
-from ard.sampling import LEAST_SHARD, SamplingConfig, parse_classes, sampler, write_samples
-from ard.sources import random_teacher
-from ard.streams import noise_at
-from ard.student import ARDStudent
+from ard.common.process import Process
+from ard.common.streams import noise_at
+from ard.diffusion.sampling import LEAST_SHARD, SamplingConfig, parse_classes, sampler, write_samples
+from ard.models.dit import DiTConfig
+from ard.models.student import ARDStudent
+from ard.storage.images import to_uint8
+from ard.weights.opened import random_teacher
 from fault_runs import TORN, Child, dying
 from safetensors.torch import load_file
 
@@ -158,7 +158,7 @@ def test_classes_are_numbers_and_ranges():
         with pytest.raises(ValueError, match=r"expected numbers and ranges"):
             parse_classes(text)
     with pytest.raises(ValueError, match=r"expected within \[0, 2\]"):
-        SamplingConfig(1, classes=(3,)).labels(torch.arange(1), 3)
+        SamplingConfig(1, classes=(3,)).conditions(torch.arange(1), DiTConfig(num_classes=3))
     with pytest.raises(ValueError, match=r"count is 0; expected within \[1, "):
         SamplingConfig(0)
 

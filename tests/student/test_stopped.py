@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ard.digits import load
-from ard.sources import open_source
-from ard.store import LatentStore, TrajectoryStore
+from ard.data.digits import load
+from ard.data.latents import LatentStore
+from ard.data.trajectories import TrajectoryStore
+from ard.weights.opened import open_source
 from command_line import app, ard
 from fault_runs import Child, in_memory, litter, snapshot
 from PIL import Image
@@ -58,7 +59,7 @@ ENDINGS = {
 
 
 class Vae:
-    """In place of `ard.vae.LatentCodec`."""
+    """In place of `ard.weights.vae.LatentCodec`."""
 
     fingerprint = "none"
 
@@ -74,7 +75,9 @@ class Vae:
 
 def run(arguments: list[str], cwd: Path, report: Callable) -> None:
     """The command in this process, at sizes of shards and of the demo that the command line does not offer."""
-    from ard import demo, latents, vae
+    from ard.data import latents
+    from ard.demo import run as demo
+    from ard.weights import vae
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background, where it is ignored
     os.chdir(cwd)
@@ -205,7 +208,7 @@ def test_an_unfinished_run_is_refused_and_taken_when_asked(inputs, tmp_path, mon
     monkeypatch.chdir(fresh(inputs, tmp_path / "there", "trajectories"))
     run = ["teacher", "-c", "digits", "--out", "half", *TINY]
     with monkeypatch.context() as patch:
-        patch.setattr("ard.ema.Ema.update", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr("ard.training.ema.Ema.update", lambda *_: signal.raise_signal(signal.SIGTERM))
         stopped = ard(*run)
     assert stopped.exit_code == 143
     assert "half: stopped at step 2 of 120 and saved; give the command again to continue" in stopped.output

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from ard.files import DamagedFile, read_sealed_json, write_sealed_json
-from ard.shards import MANIFEST_NAME
-from ard.store import LatentSpec, LatentStore, TrajectoryStore, generate_store, write_latents
-from ard.streams import STREAMS, batch_indices, noise_at, random_stream
+from ard.common.streams import STREAMS, batch_indices, noise_at, random_stream
+from ard.data.latents import LatentSpec, LatentStore, write_latents
+from ard.data.trajectories import TrajectoryStore, generate_store
+from ard.models.config import Condition
+from ard.storage.files import DamagedFile, read_sealed_json, write_sealed_json
+from ard.storage.shards import MANIFEST_NAME
 from fault_runs import SPEC as INDEXED
 from fault_runs import damages, rewrite, snapshot, trajectories
 
-SPEC = replace(INDEXED, num_classes=10)
+SPEC = replace(INDEXED, conditions=(Condition("labels", classes=10),))
 SHARD_NAMES = [f"shard-{shard:05d}.safetensors" for shard in range(3)]
 
 
@@ -88,7 +90,7 @@ def test_reads_keep_the_asked_order_across_shards(tmp_path):
 def test_pairs_are_noise_then_states_against_next_states(tmp_path, state):
     store = generate_store(tmp_path, SPEC, FakeTeacher())
     indices = torch.tensor([3, 20])
-    states, targets, labels = store.pairs(indices, state)
+    states, targets, (labels,) = store.pairs(indices, state)
     assert torch.equal(states[:, 0], store.read("noise", indices))
     assert torch.equal(states[:, 1:], targets[:, :-1])
     assert torch.equal(targets, store.read(state, indices))
@@ -123,7 +125,7 @@ def test_another_spec_is_refused(tmp_path):
 
 def test_another_kind_of_store_is_refused(tmp_path):
     generate_store(tmp_path, SPEC, FakeTeacher())
-    with pytest.raises(ValueError, match=r"says format='ard-trajectories', version=2; expected 'ard-latents', 2"):
+    with pytest.raises(ValueError, match=r"says format='ard-trajectories', version=3; expected 'ard-latents', 3"):
         LatentStore(tmp_path)
 
 
@@ -281,12 +283,12 @@ def test_bad_reads_and_foreign_folders_are_refused(finished, tmp_path):
         TrajectoryStore(tmp_path / "nowhere")
     manifest = read_sealed_json(finished / MANIFEST_NAME)
     write_sealed_json(tmp_path / MANIFEST_NAME, {**manifest, "version": 99})
-    with pytest.raises(ValueError, match=r"version=99; expected 'ard-trajectories', 2"):
+    with pytest.raises(ValueError, match=r"version=99; expected 'ard-trajectories', 3"):
         TrajectoryStore(tmp_path)
 
 
 def test_latents_are_stored_in_order_and_resumed(tmp_path):
-    spec = LatentSpec(10, 4, (2, 3, 3), 5, source="test", encoder="none")
+    spec = LatentSpec(10, 4, (2, 3, 3), (Condition("labels", classes=5),), source="test", encoder="none")
     latents, labels, made = torch.randn(10, 2, 3, 3), torch.arange(10) % 5, []
 
     def encode(indices: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -336,10 +338,17 @@ def edited(finished: Path, folder: Path, edit) -> Path:
         ({"keep": 3}, r"the spec is none \(config: keep is 3; expected a list\)"),
         ({"image_shape": [1, 4, "4"]}, r"the spec is none \(config: image_shape\[2\] is '4'"),
         ({"image_shape": [1, 4, 0]}, r"image_shape is \[1, 4, 0\]; expected sizes of at least 1"),
+        ({"conditions": [{"name": "noise"}]}, r"the spec is none \(Condition: name is 'noise'; expected a plain name"),
+        ({"conditions": [{"name": "a"}, {"name": "a"}]}, r"the spec is none \(conditions: got \['a', 'a'\]"),
+        ({"conditions": [{"name": "a", "dtype": "O"}]}, r"the spec is none \(Condition: dtype is 'O'"),
+        ({"conditions": [{"name": "a", "shape": [0]}]}, r"the spec is none \(Condition: a has classes=0, shape=\(0,\)"),
         ({"more": 1}, r"the spec is none \(config: unknown key 'more'"),
         ({"image_shape": [1, 4, 5]}, r"shard-00000\.safetensors holds .*; expected .*\(8, 1, 4, 5\).* as 2 more are"),
         ({"dtype": "float16"}, r"shard-00000\.safetensors holds 'labels' .*; expected 'noise' float16"),
-        ({"num_classes": 9}, r"shard-00001\.safetensors: labels span \[0, 9\]; expected within \[0, 8\]"),
+        (
+            {"conditions": [{"name": "labels", "classes": 9}]},
+            r"shard-00001\.safetensors: labels span \[0, 9\]; expected within \[0, 8\]",
+        ),
     ],
 )
 def test_a_manifest_is_compared_with_the_shards(finished, tmp_path, changes, message):
@@ -355,7 +364,7 @@ def test_only_shards_of_the_spec_are_opened(finished, tmp_path, name, monkeypatc
 
     (tmp_path / "secret").write_bytes(b"secret")
     folder = edited(finished, tmp_path / "store", edit)
-    monkeypatch.setattr("ard.shards.file_sha256", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr("ard.storage.shards.file_sha256", lambda path: pytest.fail(f"{path} was opened"))
     with pytest.raises(DamagedFile, match=r"expected a shard of the spec"):
         TrajectoryStore(folder).verify()
 

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from ard.ema import Ema
-from ard.model import DiT, DiTConfig
-from ard.objectives import MicroBatch, Objective, StudentObjective, TeacherObjective
-from ard.parallel import Process
-from ard.recipe import ExecutionConfig, TrainConfig
-from ard.runlog import RunLog, read_log
-from ard.store import StoreSpec, TrajectoryStore, generate_store
-from ard.student import ARDStudent
-from ard.train import Fitted, NonFiniteError, Run, Trainer
-from ard.trajectories import TrajectoryBatch
+from ard.common.process import Process
+from ard.config.sections import ExecutionConfig, TrainConfig
+from ard.data.trajectories import StoreSpec, TrajectoryStore, generate_store
+from ard.diffusion.trajectories import TrajectoryBatch
+from ard.models.config import Condition
+from ard.models.dit import DiT, DiTConfig
+from ard.models.student import ARDStudent
+from ard.training.ema import Ema
+from ard.training.log import RunLog, read_log
+from ard.training.objectives import MicroBatch, Objective, StudentObjective, TeacherObjective
+from ard.training.trainer import Fitted, NonFiniteError, Run, Trainer
 from fault_runs import snapshot, toy_trainer, train
 from torch import Tensor, nn
 
@@ -48,19 +49,24 @@ def images_and_labels(count: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def teacher_objective(teacher: DiT, label_dropout: float = 0.1) -> TeacherObjective:
-    settings = {"null_label": teacher.config.num_classes, "label_dropout": label_dropout, "seed": 0}
-    return TeacherObjective(*images_and_labels(), **settings, device=teacher.pos_embed.device)
+    return objective_of(teacher, label_dropout=label_dropout, seed=0, device=teacher.weight.device)
+
+
+def objective_of(teacher: DiT, **settings) -> TeacherObjective:
+    convention, null = teacher.config.CONVENTION, teacher.null_conditions
+    return TeacherObjective(*images_and_labels(), convention=convention, null=null, **settings)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> TrajectoryStore:
-    spec = StoreSpec(30, 16, 0, (1, 4, 4), 3, sampling_steps=25, keep=(15, 5, 0), cfg_scale=1.0, cfg_channels=1)
+    labels = (Condition("labels", classes=3),)
+    spec = StoreSpec(30, 16, 0, (1, 4, 4), labels, sampling_steps=25, keep=(15, 5, 0), cfg_scale=1.0, cfg_channels=1)
 
     def contract(noise: Tensor, labels: Tensor) -> TrajectoryBatch:
         """A trajectory that shrinks the noise towards the label: predictable from noise and label."""
         end = (labels.float() - 1).view(-1, 1, 1, 1)
         states = torch.stack([noise * (1 - f) + end * f for f in (0.3, 0.6, 1.0)], dim=1)
-        return TrajectoryBatch(noise, states, -states, labels)
+        return TrajectoryBatch(noise, states, -states, (labels,))
 
     return generate_store(tmp_path_factory.mktemp("store"), spec, contract)
 
@@ -157,8 +163,7 @@ def test_rows_of_a_micro_batch_are_those_of_the_batch():
     """However a step is cut up, a sample meets the same noise, timestep and dropped label."""
     teacher = tiny_teacher().double()
     nn.init.normal_(teacher.final_layer.linear.weight)
-    images, labels = images_and_labels()
-    objective = TeacherObjective(images, labels, null_label=3, label_dropout=0.5, seed=1)
+    objective = objective_of(teacher, label_dropout=0.5, seed=1)
     batch = objective.batch(3, 6)
     model = lambda x, t, y: teacher(x.double(), t, y).float()  # noqa: E731
     whole = objective.sample_losses(model, MicroBatch(3, batch, slice(0, 6)))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ard import training_state
-from ard.files import DamagedFile, file_sha256, read_sealed_json, write_sealed_json
-from ard.training_state import CHECKPOINT_NAME
+from ard.storage import checkpoints
+from ard.storage.checkpoints import CHECKPOINT_NAME
+from ard.storage.files import DamagedFile, file_sha256, read_sealed_json, write_sealed_json
 from fault_runs import SAVES, Child, damages, litter, rewrite, save_many, snapshot, toy_trainer, train
 
 FILES = ["checkpoint.json", *(f"{part}.safetensors" for part in ("model", "ema", "optimizer", "rng", "objective"))]
@@ -45,12 +45,12 @@ def test_every_flipped_bit_cut_and_missing_file_is_found(run, tmp_path, name):
     for damaged in damages(content):
         rewrite(path, damaged)
         with pytest.raises(DamagedFile, match=name):
-            training_state.verified(folder)
+            checkpoints.verified(folder)
     path.unlink()
     with pytest.raises(DamagedFile, match=name):
-        training_state.verified(folder)
+        checkpoints.verified(folder)
     path.write_bytes(content)
-    assert training_state.verified(folder).step == 6
+    assert checkpoints.verified(folder).step == 6
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -84,16 +84,16 @@ def test_damaged_checkpoint_of_a_later_step_is_gone_after_the_next_save(run, tmp
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000004", "step-00000005"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert training_state.newest(folder / "checkpoints").step == 5
+        assert checkpoints.newest(folder / "checkpoints").step == 5
 
 
 def test_all_damaged_is_an_error_and_none_is_none(run, tmp_path):
-    assert training_state.newest(tmp_path / "nowhere") is None
+    assert checkpoints.newest(tmp_path / "nowhere") is None
     shutil.copytree(run, tmp_path / "run")
     for step in (4, 5, 6):
         (checkpoint(tmp_path / "run", step) / CHECKPOINT_NAME).unlink()
     with pytest.warns(UserWarning), pytest.raises(DamagedFile, match=r"all 3 checkpoints are damaged"):
-        training_state.newest(tmp_path / "run/checkpoints")
+        checkpoints.newest(tmp_path / "run/checkpoints")
     with pytest.warns(UserWarning), pytest.raises(DamagedFile):
         toy_trainer(tmp_path / "run")
     assert toy_trainer(tmp_path / "run", resume=False).step == 0
@@ -103,14 +103,14 @@ def test_another_format_is_refused_and_not_taken_for_damage(run, tmp_path):
     shutil.copytree(checkpoint(run), tmp_path / "step-00000006")
     write_sealed_json(tmp_path / "step-00000006" / CHECKPOINT_NAME, {"format": "ard-checkpoint", "version": 99})
     with pytest.raises(ValueError, match=r"version=99; expected 'ard-checkpoint', 1"):
-        training_state.newest(tmp_path)
+        checkpoints.newest(tmp_path)
 
 
 def test_parts_are_read_back_and_unknown_ones_refused(tmp_path):
     parts = {"a": {"x": torch.randn(3), "n": torch.tensor(7)}, "b": {}}
-    saved = training_state.save(tmp_path, 3, parts, {"k": [1, None]}, keep_last=1)
-    found = training_state.verified(saved.folder)
-    assert found == saved == training_state.newest(tmp_path) and found.facts == {"k": [1, None]}
+    saved = checkpoints.save(tmp_path, 3, parts, {"k": [1, None]}, keep_last=1)
+    found = checkpoints.verified(saved.folder)
+    assert found == saved == checkpoints.newest(tmp_path) and found.facts == {"k": [1, None]}
     assert all(torch.equal(found.read("a")[name], value) for name, value in parts["a"].items())
     assert found.read("b") == {}
     with pytest.raises(ValueError, match=r"has no 'c'; expected one of \['a', 'b'\]"):
@@ -120,24 +120,24 @@ def test_parts_are_read_back_and_unknown_ones_refused(tmp_path):
 @pytest.mark.parametrize("keep_last", [1, 2, 5])
 def test_the_newest_are_kept(tmp_path, keep_last):
     for step in (2, 4, 6, 8):
-        training_state.save(tmp_path, step, {"a": {}}, {}, keep_last=keep_last)
+        checkpoints.save(tmp_path, step, {"a": {}}, {}, keep_last=keep_last)
     steps = sorted(int(path.name[5:]) for path in tmp_path.iterdir())
     assert steps == [2, 4, 6, 8][-keep_last:]
     with pytest.raises(ValueError, match=r"keep_last: got 0; expected at least 1"):
-        training_state.save(tmp_path, 9, {"a": {}}, {}, keep_last=0)
+        checkpoints.save(tmp_path, 9, {"a": {}}, {}, keep_last=0)
 
 
 def test_failed_save_leaves_the_checkpoints_as_they_were(tmp_path):
-    training_state.save(tmp_path, 1, {"a": {}}, {}, keep_last=1)
+    checkpoints.save(tmp_path, 1, {"a": {}}, {}, keep_last=1)
     before = snapshot(tmp_path)
     with pytest.raises(ValueError):
-        training_state.save(tmp_path, 2, {"a": {}}, {"value": float("nan")}, keep_last=1)
+        checkpoints.save(tmp_path, 2, {"a": {}}, {"value": float("nan")}, keep_last=1)
     assert snapshot(tmp_path) == before and litter(tmp_path) == []
 
 
 def test_what_a_killed_save_has_left_goes_and_what_others_have_put_there_stays(tmp_path):
     for step in (1, 2):
-        training_state.save(tmp_path, step, {"a": {}}, {}, keep_last=2)
+        checkpoints.save(tmp_path, step, {"a": {}}, {}, keep_last=2)
     (tmp_path / ".ard-tmp-x/step-00000003").mkdir(parents=True)
     theirs = ["step-00000000", "step-7", "step-best", "step-00000005"]
     for name in theirs:
@@ -146,12 +146,12 @@ def test_what_a_killed_save_has_left_goes_and_what_others_have_put_there_stays(t
     (tmp_path / "step-00000005/model.safetensors").write_text("mine")
     (tmp_path / "step-00000006").symlink_to(tmp_path / "step-00000002")
     theirs.append("step-00000006")
-    training_state.save(tmp_path, 3, {"a": {}}, {}, keep_last=1)
+    checkpoints.save(tmp_path, 3, {"a": {}}, {}, keep_last=1)
     assert sorted(os.listdir(tmp_path)) == sorted([*theirs, "step-00000003"])
-    training_state.remove_all(tmp_path)
+    checkpoints.remove_all(tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted(theirs)
     with pytest.raises(FileExistsError, match=r"step-00000005 exists; expected a new folder"):
-        training_state.save(tmp_path, 5, {"a": {}}, {}, keep_last=1)
+        checkpoints.save(tmp_path, 5, {"a": {}}, {}, keep_last=1)
 
 
 def test_a_run_in_training_can_be_read_at_any_moment(tmp_path):
@@ -160,7 +160,7 @@ def test_a_run_in_training_can_be_read_at_any_moment(tmp_path):
     seen, ended = set(), False
     while not ended:
         ended = not saving.alive()
-        if found := training_state.read_newest(tmp_path, ["a"]):
+        if found := checkpoints.read_newest(tmp_path, ["a"]):
             checkpoint, (tensors,) = found
             assert torch.equal(tensors["x"], torch.full((1 << 15,), float(checkpoint.step)))
             seen.add(checkpoint.step)
@@ -173,8 +173,8 @@ def test_a_run_in_training_can_be_read_at_any_moment(tmp_path):
      {"step": True}, {"facts": []}, {"facts": None}],
 )  # fmt: skip
 def test_content_of_another_kind_is_damage_whatever_its_sha256(tmp_path, changes):
-    folder = training_state.save(tmp_path, 1, {"model": {"a": torch.zeros(1)}}, {}, keep_last=1).folder
+    folder = checkpoints.save(tmp_path, 1, {"model": {"a": torch.zeros(1)}}, {}, keep_last=1).folder
     content = read_sealed_json(folder / CHECKPOINT_NAME)
     write_sealed_json(folder / CHECKPOINT_NAME, {**content, **changes})
     with pytest.raises(DamagedFile, match=r"checkpoint\.json: expected a step, facts, and parts by plain names"):
-        training_state.verified(folder)
+        checkpoints.verified(folder)

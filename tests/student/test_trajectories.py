@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from ard import DiT, DiTConfig
-from ard.diffusion import TRAIN_STEPS, alphas_cumprod, ddim_steps, respaced_timesteps
-from ard.trajectories import generate
+from ard.diffusion import generate
+from ard.models.convention import TRAIN_STEPS, alphas_cumprod, respaced_timesteps
 from torch import nn
 
 CONFIG = DiTConfig(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=2, num_heads=2, num_classes=3)
@@ -19,7 +19,10 @@ class ElementwiseTeacher(nn.Module):
     def __init__(self, learn_sigma=True):
         super().__init__()
         self.config = DiTConfig(**{**vars(CONFIG), "learn_sigma": learn_sigma})
-        self.pos_embed = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def null_conditions(self, labels):
+        return (torch.full_like(labels, self.config.num_classes),)
 
     def forward(self, x, t, labels):
         offset = (t / 1000.0 + labels)[:, None, None, None]
@@ -57,7 +60,7 @@ def published_sampler(teacher, noise, labels, sampling_steps, cfg_scale, cfg_cha
     B, channels, null = len(labels), noise.shape[1], teacher.config.num_classes
     x, visited = noise.double(), {}
     for i in reversed(range(sampling_steps)):
-        both = torch.cat([x, x]).to(teacher.pos_embed.dtype)
+        both = torch.cat([x, x]).to(teacher.weight.dtype)
         t = torch.full((2 * B,), kept[i], device=x.device)
         out = teacher(both, t, torch.cat([labels, torch.full_like(labels, null)])).double()
         guided, rest = out[:, :cfg_channels], out[:, cfg_channels:]
@@ -108,7 +111,7 @@ def test_guided_channels_differ_from_all_channels(device):
     """With cfg_channels=3 the fourth epsilon channel is the conditional one, whatever the scale."""
     teacher, (noise, labels) = ElementwiseTeacher().to(device), inputs(device)
     plain, three, every = (
-        next(ddim_steps(teacher, noise, labels, cfg_scale=scale, cfg_channels=channels)).x0
+        generate(teacher, noise, labels, keep=(24,), cfg_scale=scale, cfg_channels=channels).x0[:, 0]
         for scale, channels in ((1.0, 3), (3.0, 3), (3.0, None))
     )
     assert torch.equal(plain[:, 3:], three[:, 3:]) and not torch.equal(three[:, 3:], every[:, 3:])
@@ -152,7 +155,7 @@ def test_states_and_targets(device):
         assert kept.shape == (3, 3, 4, 4, 4) and not kept.requires_grad
         assert torch.equal(batch.targets(kind), kept)
         assert torch.equal(batch.states(kind)[:, 0], noise) and torch.equal(batch.states(kind)[:, 1:], kept[:, :-1])
-    assert torch.equal(batch.labels, labels)
+    assert batch.conditions == (labels,)
 
 
 def test_bfloat16_teacher_keeps_float32_states(device):

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ard.vae import LatentCodec, image_files, load_image
+from ard.data.real_images import image_files, load_image
+from ard.weights.vae import LatentCodec
 from hostile_files import png
 from safetensors.torch import load_file, save_file
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ard.parallel import Process
-from ard.runlog import read_log
-from ard.training_state import Checkpoint, newest
+from ard.common.process import Process
+from ard.storage.checkpoints import Checkpoint, newest
+from ard.training.log import read_log
 from student.distributed_worker import STEPS, Case, run_case, tiny_store
 
 GROUPS = ("model", "ema", "optimizer")

@@ -1,0 +1,1 @@
+"""What every room uses: processes, random streams, settings, progress."""

@@ -1,0 +1,1 @@
+"""Recipes: what may be set, and how it is read."""

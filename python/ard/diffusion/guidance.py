@@ -1,0 +1,55 @@
+"""Classifier-free guidance (arXiv 2207.12598), by whichever rule a teacher's own sampler has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ard.models.trunk import Teacher
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """unconditional + scale * (conditional - unconditional) on the first ``channels`` channels, None for all; the
+    conditional output on the others. scale 1 needs no unconditional forward.
+
+    interval: (first, last) times, in the family's units and in either order, between which guidance applies; None for
+    always. DiT and SiT guide 3 of 4 latent channels, LightningDiT from a time on.
+    """
+
+    scale: float = 1.0
+    channels: int | None = 3
+    interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.channels is not None and self.channels < 0:
+            raise ValueError(f"cfg_channels: got {self.channels}; expected None or at least 0")
+
+    def applies(self, time: float) -> bool:
+        return self.scale != 1.0 and (self.interval is None or min(self.interval) <= time <= max(self.interval))
+
+
+def guided(teacher: Teacher, x_Bchw: Tensor, time: float, conditions: Sequence[Tensor], guidance: Guidance) -> Tensor:
+    """The teacher's prediction (B, c, h, w) in the dtype of x, without sigma channels.
+
+    The teacher gets x in its own dtype; times are integers under "ddpm", else floating point.
+    """
+    B, channels, schedule = x_Bchw.shape[0], teacher.config.in_channels, teacher.config.CONVENTION.schedule
+    x_model = x_Bchw.to(teacher.weight.dtype)
+    applies = guidance.applies(time)
+    if applies:
+        x_model = torch.cat([x_model, x_model])
+        null = teacher.null_conditions(*conditions)
+        conditions = [torch.cat(pair) for pair in zip(conditions, null, strict=True)]
+    dtype = torch.int64 if schedule == "ddpm" else torch.promote_types(x_model.dtype, torch.float32)
+    t = torch.full((len(x_model),), int(time) if schedule == "ddpm" else time, dtype=dtype, device=x_Bchw.device)
+    output = teacher(x_model, t, *conditions)[:, :channels].to(x_Bchw.dtype)
+    if not applies:
+        return output
+    conditional, unconditional = output.split(B)
+    n = channels if guidance.channels is None else guidance.channels
+    mixed = unconditional[:, :n] + guidance.scale * (conditional[:, :n] - unconditional[:, :n])
+    return torch.cat([mixed, conditional[:, n:]], dim=1)

@@ -1,0 +1,249 @@
+"""Samples of a student into files: images as ADM-format .npz with a PNG grid, or latents as safetensors.
+
+They are made in shards, in a folder beside the file, which is put together in the end: a killed command goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ard.common.process import Process
+from ard.common.settings import COUNT, SEED, Ranged
+from ard.common.streams import noise_at
+from ard.config.choices import autocast
+from ard.models.config import Condition, Conditioned, ModelConfig, condition_tensors
+from ard.models.student import ARDStudent
+from ard.storage.files import file_sha256, remove_folder, remove_temporary, write_json, write_tensors
+from ard.storage.images import latent_preview, to_uint8, write_grid, write_npz
+from ard.storage.shards import ShardedStore, ShardSpec, Tensors, write_shards
+from ard.weights.opened import state_sha256
+from ard_kernels.common.arguments import described
+
+IMAGE_CHANNELS = (1, 3)  # a student of other channels makes latents
+GRID_SAMPLES = 100
+LARGEST_CLASS = 999_999  # of what a model may have
+
+PARTS = ".ard-parts"  # the folder of shards
+LEAST_SHARD = 64  # samples
+
+
+class Codec(Protocol):
+    """Such as `ard.weights.vae.LatentCodec`."""
+
+    fingerprint: str
+    downsampling: int  # image pixels per latent pixel along a side
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> images in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Ranged):
+    count: int
+    batch_size: int = 64  # of one process
+    seed: int = 0  # of the noise; sample i's is a function of (seed, i)
+    classes: tuple[int, ...] = ()  # in turn; all, if empty
+    precision: str = "fp32"  # or "bf16"
+    cuda_graph: bool = True  # on a GPU: one launch per batch
+
+    RANGES: ClassVar = {"count": COUNT, "batch_size": "[1, 65536]", "seed": SEED, "classes": f"[0, {LARGEST_CLASS}]"}
+
+    def conditions(self, indices: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
+        """Conditions of global indices: labels, the classes in turn."""
+        (condition,) = model.conditions
+        if not condition.classes:
+            raise ValueError(f"{condition.name} have no classes to sample in turn; expected a class-conditional model")
+        classes = torch.tensor(self.classes or tuple(range(condition.classes)))
+        if int(classes.min()) < 0 or int(classes.max()) >= condition.classes:
+            raise ValueError(f"classes: got {described(self.classes)}; expected within [0, {condition.classes - 1}]")
+        return (classes[indices % len(classes)],)
+
+
+@dataclass(frozen=True)
+class SampleSpec(Conditioned, ShardSpec):
+    """What the shards hold: who asks for the same goes on with them."""
+
+    count: int
+    shard_size: int
+    image_shape: tuple[int, int, int]  # (h, w, c) uint8 of images, (c, h, w) float32 of latents
+    pixels: bool  # images
+    conditions: tuple[Condition, ...]
+    seed: int
+    classes: tuple[int, ...]
+    precision: str
+    weights_sha256: str
+    history_layers: int
+    window: int | None
+    sink: int
+    timesteps: tuple[float, ...] | None
+    codec: str  # fingerprint
+
+    def tensors(self, rows: int) -> Tensors:
+        kind = torch.uint8 if self.pixels else torch.float32
+        return {"images": (kind, (rows, *self.image_shape)), **condition_tensors(self.conditions, rows)}
+
+
+def write_samples(
+    student: ARDStudent,
+    folder: Path,
+    config: SamplingConfig,
+    *,
+    codec: Codec | None = None,
+    facts: dict[str, Any] | None = None,
+    process: Process | None = None,
+    on_progress: Callable[[int], Any] | None = None,
+) -> dict[str, Any]:
+    """Samples, every rank its share, into samples.npz (or .safetensors), grid.png and sample.json in ``folder``.
+
+    Goes on where an equal call was killed. codec: decodes latents; a student of pixels needs none. facts: for
+    sample.json. Returns its content; "images_per_second" is of all processes, without start and writing, None if
+    nothing was left to sample.
+    """
+    process = process or Process()
+    shape = student.config.image_shape
+    config.conditions(torch.arange(1), student.config)  # raises for a class that is none
+    pixels = codec is not None or student.config.in_channels in IMAGE_CHANNELS
+    scale, channels = (codec.downsampling, 3) if codec else (1, shape[0])
+    image_shape = (shape[1] * scale, shape[2] * scale, channels) if pixels else shape
+    run = sampler(student, config, process.device)
+    spent = [0.0, 0]  # seconds, samples
+
+    def make_rows(indices: range) -> dict[str, Tensor]:
+        conditions = config.conditions(torch.tensor(indices), student.config)
+        noise, started = noise_at(config.seed, indices, shape), time.perf_counter()
+        states = run(*(tensor.to(process.device) for tensor in (noise, *conditions)))
+        images = codec.decode(states) if codec else states
+        if not images.isfinite().all():
+            raise ValueError(f"samples {indices.start} to {indices.stop - 1} are not finite; expected finite ones")
+        images = torch.from_numpy(to_uint8(images)) if pixels else images.cpu()
+        spent[0] += time.perf_counter() - started
+        spent[1] += len(indices)
+        return {"images": images, **{each.name: x for each, x in zip(spec.conditions, conditions, strict=True)}}
+
+    spec = SampleSpec(
+        count=config.count,
+        shard_size=config.batch_size * math.ceil(LEAST_SHARD / config.batch_size),
+        image_shape=image_shape,
+        pixels=pixels,
+        conditions=student.config.conditions,
+        seed=config.seed,
+        classes=config.classes,
+        precision=config.precision,
+        weights_sha256=state_sha256(student.state_dict()),
+        history_layers=student.routing.history_layers,
+        window=student.routing.window,
+        sink=student.routing.sink,
+        timesteps=student.segment_times,
+        codec=codec.fingerprint if codec else "none",
+    )
+    if process.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_temporary(folder)
+    process.barrier()
+    # Twice on disk: in a shard and in the file.
+    sizes = {"batch_size": config.batch_size, "row_bytes": 2 * math.prod(image_shape) * (1 if pixels else 4)}
+    write_shards(folder / PARTS, "samples", spec, make_rows, **sizes, process=process, on_progress=on_progress)
+    seconds, made = process.gather(torch.tensor([spent])).T
+    content = {
+        **(facts or {}),
+        "file": "samples.npz" if pixels else "samples.safetensors",
+        "count": config.count,
+        "seed": config.seed,
+        "classes": list(config.classes) or "all",
+        "steps": student.steps,
+        "precision": config.precision,
+        "processes": process.world_size,
+        "device": process.device.type,
+        "images_per_second": float(made.sum() / seconds.max()) if made.any() else None,
+    }
+    if process.is_main:
+        _assemble(folder, content, config.batch_size)
+    process.barrier()
+    return content
+
+
+def _assemble(folder: Path, content: dict[str, Any], batch_size: int) -> None:
+    """The files of ``folder`` from its shards, which are removed; the last is sample.json: ``content``, a sha256."""
+    parts, path = ShardedStore(folder / PARTS, "samples", SampleSpec), folder / content["file"]
+    parts.verify()
+    every = torch.arange(len(parts))
+    labels, shown = parts.read("labels", every), parts.read("images", every[:GRID_SAMPLES])
+    if path.suffix == ".npz":
+        batches = (parts.read("images", rows).numpy() for rows in every.split(batch_size))
+        write_npz(path, batches, len(parts), labels=labels.numpy())
+    else:
+        write_tensors(path, {"images": parts.read("images", every), "labels": labels})
+        shown = torch.from_numpy(to_uint8(latent_preview(shown)))
+    write_grid(folder / "grid.png", shown.numpy(), columns=round(len(shown) ** 0.5))
+    content["sha256"] = file_sha256(path)
+    write_json(folder / "sample.json", content)
+    remove_folder(folder / PARTS)
+
+
+def sampler(student: ARDStudent, config: SamplingConfig, device: torch.device) -> Callable[..., Tensor]:
+    """(noise, *conditions) -> final states (n, c, h, w) float32; on a GPU whole batches replay one CUDA graph."""
+    context = autocast(config.precision, device)
+
+    def run(noise: Tensor, *conditions: Tensor) -> Tensor:
+        with torch.no_grad(), context():
+            return student.sample(noise, *conditions)[:, -1].float()
+
+    if device.type != "cuda" or not config.cuda_graph:
+        return run
+    replay = None
+
+    def run_or_replay(noise: Tensor, *conditions: Tensor) -> Tensor:
+        nonlocal replay
+        if len(noise) != config.batch_size:
+            return run(noise, *conditions)
+        replay = replay or graphed(run, noise, *conditions)
+        return replay(noise, *conditions)
+
+    return run_or_replay
+
+
+def graphed(run: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor]:
+    """``run`` captured once, for inputs of these shapes, and replayed."""
+    held, device = [tensor.clone() for tensor in inputs], inputs[0].device
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles and tunes every kernel that the capture will launch
+            run(*held)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        states = run(*held)
+
+    def replay(*new: Tensor) -> Tensor:
+        for tensor, value in zip(held, new, strict=True):
+            tensor.copy_(value)
+        graph.replay()
+        return states.clone()
+
+    return replay
+
+
+def parse_classes(text: str) -> tuple[int, ...]:
+    """ "0,5,10-12" -> (0, 5, 10, 11, 12)."""
+    classes: list[int] = []
+    for part in filter(None, text.split(",")):
+        match = re.fullmatch(r"\s*(\d{1,19})\s*(?:-\s*(\d{1,19})\s*)?", part, re.ASCII)
+        if not match:
+            raise ValueError(f"classes: got {described(text)}; expected numbers and ranges such as 0,5,10-12")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"classes: got the range {part!r}; expected it to ascend")
+        if last > LARGEST_CLASS or len(classes) + last - first > LARGEST_CLASS:
+            raise ValueError(f"classes: got {described(text)}; expected at most {LARGEST_CLASS}, and as many")
+        classes += range(first, last + 1)
+    return tuple(classes)

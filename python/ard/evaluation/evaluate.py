@@ -1,0 +1,297 @@
+"""`evaluate`: scores of a file of samples against a file of reference images or of their statistics.
+
+Files of images: an .npz with arr_0 (uint8, `ard.storage.images`), its values taken to [-1, 1], and arr_1 for labels; or
+a .safetensors with "images" (floating point (N, c, h, w): images in [-1, 1], or latents) and "labels" for labels.
+Files of statistics: an .npz with mu (F,), sigma (F, F), and "count" and "features" (the extractor's name) where
+`write_statistics` wrote it. An .npz may hold both, as those of the ADM suite do: the Frechet distance then takes the
+statistics, precision and recall take the images.
+
+A file is read batch by batch: memory is one batch, (F, F) sums, and the features precision and recall use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ard.evaluation.features import INCEPTION, Features
+from ard.evaluation.metrics import (
+    FeatureAccumulator,
+    FeatureStatistics,
+    class_consistency,
+    frechet_distance,
+    precision_recall,
+)
+from ard.storage.files import atomic_path, file_sha256, json_text, parse_json, shown, whole_tensors
+from ard.storage.images import LARGEST_BATCH, from_uint8, iterate_npz, npz_names, read_array, read_header, read_labels
+
+FID_50K_COUNT = 50_000
+NO_IMAGES = "the reference is a file of statistics; precision and recall need its images"
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An opened file of images or latents; nothing of it but the labels is in memory."""
+
+    path: Path
+    count: int
+    image_shape: tuple[int, int, int]  # (c, h, w)
+    labels_N: Tensor | None  # int64
+    batches: Callable[[int], Iterator[Tensor]]  # batch size -> float (n, c, h, w), in file order
+
+
+def evaluate(
+    samples: Path,
+    reference: Path,
+    *,
+    features: Features,
+    batch_size: int = 256,
+    neighbours: int = 3,
+    precision_recall_max: int = 10_000,
+) -> dict:
+    """Scores of ``samples`` against ``reference``, as a dict that `ard.storage.files.write_json` takes.
+
+        metrics     frechet_distance, precision, recall; "fid", the same distance, only for the features "inception",
+                    and "fid_50k" only if there are exactly 50000 samples besides; "class_consistency" where the
+                    features classify ("digits") and the samples have labels
+        features    name of the extractor
+        samples     path (file name), count, sha256, image_shape [c, h, w]
+        reference   file (name), count (null: statistics that do not say), sha256
+        settings    neighbours; precision_recall_samples and _reference, how many of each were used;
+                    precision_recall_reason, null or why there is no precision and recall
+
+    samples, reference: files as in the module's docstring; the samples must be images.
+    batch_size: images per call of the extractor, at most; LARGEST_BATCH values bound it too.
+    neighbours: k of `precision_recall`.
+    precision_recall_max: precision and recall take at most so many images of each file, evenly spaced over it.
+    Raises ValueError, before any feature is computed, for less than 2 images, no more than ``neighbours`` where
+    precision and recall are asked for, image shapes that differ, statistics of other features; then for NaN or
+    infinity in images or features.
+    """
+    if batch_size < 1 or precision_recall_max <= neighbours or neighbours < 1:
+        raise ValueError(
+            f"evaluate: batch_size={batch_size}, neighbours={neighbours}, precision_recall_max={precision_recall_max}; "
+            "expected all >= 1 and more samples than neighbours"
+        )
+    sample_file, reference = open_images(samples), Path(reference)
+    statistics, reference_file = _open_reference(reference, features)
+    kept_count = 0 if reference_file is None else precision_recall_max
+    for file in filter(None, (sample_file, reference_file)):
+        _require_fit(file, sample_file.image_shape, neighbours if reference_file else 1)
+    width = None if statistics is None else statistics.mean_F.numel()
+    sample = _measure(sample_file, features, batch_size, kept_count, width)
+    real = None if reference_file is None else _measure(reference_file, features, batch_size, kept_count, width)
+    if statistics is None:
+        assert real is not None  # a reference is images, statistics, or both
+        statistics = real.statistics
+    return {
+        "metrics": _scores(sample, real, statistics, sample_file, features.name, neighbours),
+        "features": features.name,
+        "samples": {
+            "path": sample_file.path.name,
+            "count": sample_file.count,
+            "sha256": file_sha256(sample_file.path),
+            "image_shape": list(sample_file.image_shape),
+        },
+        "reference": {"file": reference.name, "count": statistics.count, "sha256": file_sha256(reference)},
+        "settings": {
+            "neighbours": neighbours,
+            "precision_recall_samples": len(sample.kept_PF),
+            "precision_recall_reference": 0 if real is None else len(real.kept_PF),
+            "precision_recall_reason": NO_IMAGES if real is None else None,
+        },
+    }
+
+
+def _scores(
+    sample: _Measured,
+    real: _Measured | None,
+    statistics: FeatureStatistics,
+    sample_file: ImageFile,
+    features: str,
+    neighbours: int,
+) -> dict[str, float | None]:
+    distance = frechet_distance(sample.statistics, statistics)
+    metrics: dict[str, float | None] = {**distance_names(features, sample_file.count, distance)}
+    precision = recall = None
+    if real is not None:
+        precision, recall = precision_recall(sample.kept_PF, real.kept_PF, neighbours)
+    metrics |= {"precision": precision, "recall": recall}
+    if sample.logits_NK is not None and sample_file.labels_N is not None:
+        metrics["class_consistency"] = class_consistency(sample.logits_NK, sample_file.labels_N)
+    return metrics
+
+
+def distance_names(features: str, count: int, distance: float) -> dict[str, float]:
+    """The Frechet distance under the names it may have: FID is defined on Inception features, FID-50k besides on
+    exactly 50000 samples (Heusel et al. 2017)."""
+    names = ["frechet_distance"]
+    if features == INCEPTION:
+        names.append("fid")
+        if count == FID_50K_COUNT:
+            names.append("fid_50k")
+    return dict.fromkeys(names, distance)
+
+
+def write_statistics(path: Path, images: Path, *, features: Features, batch_size: int = 256) -> FeatureStatistics:
+    """Writes mu, sigma (float64), count and the features' name of a file of images, so that as a reference it need not
+    be measured again. An .npz, written atomically; returns the statistics."""
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"write_statistics: path is {path.name!r}; expected a name that ends in .npz")
+    file = open_images(images)
+    _require_fit(file, file.image_shape, 1)
+    statistics = _measure(file, features, batch_size, 0, None).statistics
+    with atomic_path(path) as temporary, open(temporary, "wb") as output:
+        np.savez(
+            output,
+            mu=statistics.mean_F.numpy(),
+            sigma=statistics.covariance_FF.numpy(),
+            count=np.int64(file.count),
+            features=np.str_(features.name),
+        )
+    return statistics
+
+
+def samples_file(folder: Path) -> Path:
+    """The file that sample.json in a folder of `ard sample` names: one in that folder, by a plain name."""
+    path = folder / "sample.json"
+    try:
+        content = parse_json(json_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({str(error)[:200]})") from error
+    name = content.get("file") if isinstance(content, dict) else None
+    if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+        raise ValueError(f"{path}: file is {shown(name)}; expected the name of a file in this folder")
+    return folder / name
+
+
+def open_images(path: Path) -> ImageFile:
+    """Opens a file of images; ValueError for other suffixes, missing or wrong arrays."""
+    path = Path(path)
+    if path.suffix == ".npz":
+        count, height, width, channels = read_header(path).shape
+        labels = read_labels(path)
+        return ImageFile(
+            path,
+            count,
+            (channels, height, width),
+            None if labels is None else torch.from_numpy(labels),
+            lambda batch_size: map(from_uint8, iterate_npz(path, batch_size)),
+        )
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    raise ValueError(f"evaluate: got {path.name!r}; expected an .npz or a .safetensors file")
+
+
+def _open_safetensors(path: Path) -> ImageFile:
+    with whole_tensors(path), safe_open(path, framework="pt") as tensors:
+        names = set(tensors.keys())
+        if "images" not in names:
+            raise ValueError(
+                f"{path.name}: holds {', '.join(sorted(names))[:200] or 'nothing'}; expected images (N, c, h, w)"
+            )
+        images = tensors.get_slice("images")
+        shape, dtype = tuple(images.get_shape()), images.get_dtype()
+        labels_N = tensors.get_tensor("labels") if "labels" in names else None  # mapped, not read
+    if len(shape) != 4 or 0 in shape or dtype not in ("F64", "F32", "F16", "BF16"):
+        raise ValueError(f"{path.name}: images are {dtype} {shape}; expected floating point (N, c, h, w), N >= 1")
+    if math.prod(shape[1:]) > LARGEST_BATCH:
+        raise ValueError(f"{path.name}: images are {shape}; expected at most {LARGEST_BATCH} values an image")
+    if labels_N is not None and (labels_N.shape != shape[:1] or labels_N.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(
+            f"{path.name}: labels are {labels_N.dtype} {tuple(labels_N.shape)}; expected int64 ({shape[0]},)"
+        )
+
+    def batches(batch_size: int) -> Iterator[Tensor]:
+        with safe_open(path, framework="pt") as tensors:
+            images, rows = tensors.get_slice("images"), min(batch_size, LARGEST_BATCH // math.prod(shape[1:]))
+            for first in range(0, shape[0], rows):
+                yield images[first : first + rows]
+
+    return ImageFile(path, shape[0], shape[1:], labels_N, batches)
+
+
+def _open_reference(path: Path, features: Features) -> tuple[FeatureStatistics | None, ImageFile | None]:
+    if path.suffix != ".npz":
+        return None, open_images(path)
+    names = npz_names(path)
+    if "mu" not in names and "sigma" not in names:
+        return None, open_images(path)
+    if missing := {"mu", "sigma"} - set(names):
+        raise ValueError(f"{path.name}: has no {missing.pop()}; expected mu and sigma, or arr_0 alone")
+    arrays = {name: read_array(path, name) for name in ("mu", "sigma", "count", "features") if name in names}
+    kinds = {"mu": "f", "sigma": "f", "count": "iu", "features": "U"}
+    for name, array in arrays.items():
+        if array.dtype.kind not in kinds[name] or (
+            name in ("count", "features") and (array.shape or array.nbytes > 4096)
+        ):
+            raise ValueError(
+                f"{path.name}: {name} is {array.dtype} {array.shape}; expected what `write_statistics` writes"
+            )
+    mean_F, covariance_FF = (torch.from_numpy(arrays[name].astype(np.float64, copy=False)) for name in ("mu", "sigma"))
+    count = int(arrays["count"]) if "count" in arrays else None
+    made_by = str(arrays["features"]) if "features" in arrays else features.name
+    if count is not None and count < 2:
+        raise ValueError(f"{path.name}: count is {count}; expected at least 2")
+    if mean_F.ndim != 1 or covariance_FF.shape != (len(mean_F), len(mean_F)):
+        raise ValueError(
+            f"{path.name}: mu and sigma have shapes {tuple(mean_F.shape)} and {tuple(covariance_FF.shape)}; "
+            "expected (F,) and (F, F)"
+        )
+    if not torch.isfinite(mean_F).all() or not torch.isfinite(covariance_FF).all():
+        raise ValueError(f"{path.name}: mu or sigma hold NaN or infinity; expected finite values")
+    if made_by != features.name:
+        raise ValueError(f"{path.name}: statistics of features {shown(made_by)}; expected {features.name!r}")
+    statistics = FeatureStatistics(mean_F, covariance_FF, count)
+    return statistics, open_images(path) if "arr_0" in names else None
+
+
+def _require_fit(file: ImageFile, image_shape: tuple[int, int, int], neighbours: int) -> None:
+    if file.image_shape != image_shape:
+        raise ValueError(
+            f"{file.path.name}: images have shape (c, h, w) = {file.image_shape}; expected {image_shape}, the samples'"
+        )
+    if file.count <= neighbours:
+        raise ValueError(
+            f"{file.path.name}: holds {file.count} images; expected at least {neighbours + 1} "
+            f"({'more than the neighbours' if neighbours > 1 else 'a covariance needs two'})"
+        )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    statistics: FeatureStatistics
+    kept_PF: Tensor
+    logits_NK: Tensor | None
+
+
+def _measure(file: ImageFile, features: Features, batch_size: int, keep: int, width: int | None) -> _Measured:
+    """Features of a file: their statistics, ``keep`` of them at most, and logits where there are labels to compare."""
+    keep = min(keep, file.count)
+    kept_rows = torch.arange(keep) * file.count // max(keep, 1)  # evenly spaced: files are often sorted by class
+    accumulator, kept, logits, first = FeatureAccumulator(), [], [], 0
+    classify = features.classify if file.labels_N is not None else None
+    for images_Nchw in file.batches(batch_size):
+        last = first + len(images_Nchw)
+        if not torch.isfinite(images_Nchw).all():
+            raise ValueError(f"{file.path.name}: images {first} to {last - 1} hold NaN or infinity; expected finite")
+        features_NF = features.extract(images_Nchw).cpu()
+        if width not in (None, features_NF.shape[1]):
+            raise ValueError(
+                f"evaluate: the reference's mu has {width} features; expected {features_NF.shape[1]}, "
+                f"as {features.name!r} gives"
+            )
+        accumulator.update(features_NF)
+        kept.append(features_NF[kept_rows[(kept_rows >= first) & (kept_rows < last)] - first])
+        if classify is not None:
+            logits.append(classify(features_NF).cpu())
+        first = last
+    return _Measured(accumulator.statistics(), torch.cat(kept), torch.cat(logits) if logits else None)

@@ -1,0 +1,161 @@
+"""Features of images, on which Frechet distance, precision and recall are taken. Chosen by name.
+
+| name | features | images |
+|---|---|---|
+| pooled | channel means over an 8x8 grid at most; no network | any images or latents |
+| digits | hidden layer of `ard.evaluation.digit_classifier.DigitClassifier` | (n, 1, 8, 8) |
+| inception | pool-3 layer of the TensorFlow Inception-v3, ported by torch-fidelity; FID's own | (n, 3, h, w) |
+| package.module:function | the user's own | what the function takes |
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ard.storage.images import quantize
+
+POOLED_SIDE = 8
+MOST_POOLED = 2048  # features: the covariance is (F, F)
+INCEPTION = "inception"
+
+
+@dataclass(frozen=True)
+class Features:
+    """A feature extractor and the name under which scores report it."""
+
+    name: str
+    extract: Callable[[Tensor], Tensor]  # images (n, c, h, w) float in [-1, 1], or latents -> (n, F) float32, no grad
+    classify: Callable[[Tensor], Tensor] | None = None  # features (n, F) -> class logits (n, K)
+
+
+def load_features(name: str, *, device: torch.device | str = "cpu", weights: Path | None = None) -> Features:
+    """The extractor of this name, on ``device``.
+
+    "digits" trains the classifier with the defaults of `ClassifierConfig` (seconds, always the same
+    weights). "inception" calls
+    ``torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3(name, ["2048"],
+    feature_extractor_weights_path=weights)``; without ``weights`` torch-fidelity downloads its own.
+    "package.module:function" imports the module and takes its function (images -> features (n, F)).
+
+    weights: file for "inception", else None.
+    Raises ValueError for an unknown name (the valid ones are listed, nearest first), a weights file that is absent or
+    of no use; ImportError where torch-fidelity or the user's module does not import.
+    """
+    loaders: dict[str, Callable[[torch.device, Path | None], Features]] = {
+        "pooled": _pooled,
+        "digits": _digits,
+        INCEPTION: _inception,
+    }
+    if weights is not None and name != INCEPTION:
+        raise ValueError(
+            f"load_features: weights is {str(weights)!r}; expected None for {name!r}, whose file it is not"
+        )
+    if name in loaders:
+        return loaders[name](torch.device(device), weights)
+    if ":" in name:
+        return _imported(name, torch.device(device))
+    forms = [*loaders, "package.module:function"]
+    nearest = difflib.get_close_matches(name, forms, n=len(forms), cutoff=0.0)
+    raise ValueError(f"load_features: name is {name!r}; expected one of {', '.join(nearest)}")
+
+
+def _pooled(device: torch.device, weights: Path | None) -> Features:
+    def extract(images_Nchw: Tensor) -> Tensor:
+        height, width = images_Nchw.shape[-2:]
+        grid = (min(height, POOLED_SIDE), min(width, POOLED_SIDE))
+        if images_Nchw.shape[1] * grid[0] * grid[1] > MOST_POOLED:
+            raise ValueError(
+                f"features 'pooled': images have {images_Nchw.shape[1]} channels; expected at most "
+                f"{MOST_POOLED // (grid[0] * grid[1])}, for {MOST_POOLED} features"
+            )
+        return F.adaptive_avg_pool2d(images_Nchw, grid).flatten(1)
+
+    return Features("pooled", _on_device("pooled", extract, device))
+
+
+def _digits(device: torch.device, weights: Path | None) -> Features:
+    from ard.data import digits
+    from ard.evaluation.digit_classifier import ClassifierConfig, train_classifier
+
+    classifier, _ = train_classifier(digits.load(), ClassifierConfig())
+    classifier.to(device)
+    extract = _on_device("digits", classifier.features, device, digits.IMAGE_SHAPE)
+    return Features("digits", extract, lambda features_NF: classifier.head(features_NF.to(device)).detach())
+
+
+def _inception(device: torch.device, weights: Path | None) -> Features:
+    if weights is not None and not Path(weights).is_file():
+        raise ValueError(f"load_features: weights is {str(weights)!r}; expected a file")
+    try:
+        module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    except ImportError as error:
+        raise ImportError(
+            f"load_features: 'inception' needs torch-fidelity, which does not import ({error}); "
+            "install it with `pip install torch-fidelity`"
+        ) from error
+    try:
+        network = module.FeatureExtractorInceptionV3(
+            "inception-v3-compat",
+            ["2048"],
+            feature_extractor_weights_path=None if weights is None else str(weights),
+        )
+    except Exception as error:  # of many kinds, according to the byte that is wrong
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"load_features: weights {weights or 'of torch-fidelity'} do not load ({reason})") from error
+    network = network.to(device).eval()
+
+    def extract(images_Nchw: Tensor) -> Tensor:
+        return network(quantize(images_Nchw))[0]
+
+    return Features(INCEPTION, _on_device(INCEPTION, extract, device, (3, None, None)))
+
+
+def _imported(name: str, device: torch.device) -> Features:
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise ValueError(f"load_features: name is {name!r}; expected package.module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ImportError(
+            f"load_features: the module of {name!r} does not import ({error}); is its folder on PYTHONPATH?"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"load_features: name is {name!r}, but {module_name} has no function {function_name!r}")
+    return Features(name, _on_device(name, function, device))
+
+
+def _on_device(
+    name: str,
+    extract: Callable[[Tensor], Tensor],
+    device: torch.device,
+    image_shape: tuple[int | None, ...] = (None, None, None),
+) -> Callable[[Tensor], Tensor]:
+    """``extract`` without gradients, on float32 images moved to ``device``, its input and output shapes checked."""
+
+    @torch.no_grad()
+    def checked(images_Nchw: Tensor) -> Tensor:
+        got = tuple(images_Nchw.shape[1:])
+        fits = len(got) == 3 and all(want in (None, have) for want, have in zip(image_shape, got, strict=True))
+        if not fits or not images_Nchw.is_floating_point():
+            expected = ", ".join("any" if size is None else str(size) for size in image_shape)
+            raise ValueError(
+                f"features {name!r}: images are {images_Nchw.dtype} (n, {', '.join(map(str, got))}); "
+                f"expected floating point (n, {expected})"
+            )
+        features_NF = extract(images_Nchw.to(device, torch.float32))
+        if not isinstance(features_NF, Tensor) or features_NF.ndim != 2 or len(features_NF) != len(images_Nchw):
+            shape = tuple(features_NF.shape) if isinstance(features_NF, Tensor) else type(features_NF).__name__
+            raise ValueError(f"features {name!r}: got {shape} for {len(images_Nchw)} images; expected a tensor (n, F)")
+        return features_NF.float()
+
+    return checked

@@ -1,0 +1,178 @@
+"""LightningDiT (arXiv 2501.01423): RMSNorm with weight, rotary positions, SwiGLU. Path and labels as SiT's.
+
+Rotary: a head's first half of D turns with the token's row, its second half with the column; the pair (2i, 2i + 1) of a
+half turns by position * 10000^(-2i / (D / 2)). The tables, (L, D) as cos and sin, are stored with the weights, as the
+published files do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ard.models.config import ClassConfig, ModelConfig
+from ard.models.convention import Convention
+from ard.models.dit import DiTTrunk
+from ard.models.layers import Attend, Attention, Pending
+from ard.models.trunk import Block, FinalLayer, Teacher
+from ard_kernels import gate_residual
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class LightningDiTConfig(ClassConfig):
+    """Sizes of a LightningDiT; the MLP's hidden width is 2/3 of `hidden_size * mlp_ratio`."""
+
+    family: str = field(default="lightningdit", kw_only=True)
+    input_size: int | tuple[int, int] = 16
+    patch_size: int = 1
+    in_channels: int = 32
+
+    CONVENTION: ClassVar = Convention("velocity", "linear", noise_time=0.0, data_time=1.0)
+
+    @property
+    def mlp_hidden_size(self) -> int:
+        return int(2 / 3 * int(self.hidden_size * self.mlp_ratio))
+
+    @property
+    def mlp_weights(self) -> int:
+        return 3 * self.hidden_size * self.mlp_hidden_size
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-6) * weight, over C."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a) * b), (a, b) the halves of w12(y)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w12 = nn.Linear(config.hidden_size, 2 * config.mlp_hidden_size)
+        self.w3 = nn.Linear(config.mlp_hidden_size, config.hidden_size)
+
+    def forward(self, y_BTC: Tensor) -> Tensor:
+        a, b = self.w12(y_BTC).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)
+
+
+class RotaryTables(nn.Module):
+    """cos and sin (L, D) of every token's angles."""
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        for name in ("freqs_cos", "freqs_sin"):
+            self.register_buffer(name, torch.empty(config.tokens, config.head_dim))
+
+    @torch.no_grad()
+    def fill(self, config: ModelConfig) -> None:
+        """The tables from their formula, computed in float64."""
+        rows, columns = config.grid_hw
+        half = config.head_dim // 2
+        frequency = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64, device="cpu") / half)
+        row_L = torch.arange(rows, dtype=torch.float64, device="cpu").repeat_interleave(columns)
+        column_L = torch.arange(columns, dtype=torch.float64, device="cpu").repeat(rows)
+        angles_LD = torch.cat([(at[:, None] * frequency).repeat_interleave(2, dim=1) for at in (row_L, column_L)], 1)
+        self.freqs_cos.copy_(angles_LD.cos())
+        self.freqs_sin.copy_(angles_LD.sin())
+
+
+@dataclass(frozen=True, eq=False)
+class RotatedAttend:
+    """`attend` after q and k of every segment have been turned by the tables: x * cos + (-x_odd, x_even) * sin."""
+
+    attend: Attend
+    cos_LD: Tensor
+    sin_LD: Tensor
+
+    def __call__(self, qkv: Tensor) -> Tensor:
+        qk, v = qkv.split((2, 1), dim=2)  # (B, T, 2, H, D)
+        qk = qk.unflatten(1, (-1, len(self.cos_LD)))
+        even, odd = qk.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+        qk = qk * self.cos_LD[:, None, None] + turned * self.sin_LD[:, None, None]
+        return self.attend(torch.cat([qk.flatten(1, 2).to(v.dtype), v], dim=2))
+
+
+def modulate(y_BTC: Tensor, shift_BSC: Tensor, scale_BSC: Tensor, segment_length: int) -> Tensor:
+    """y * (1 + scale) + shift, a row for each segment."""
+    y_BSLC = y_BTC.unflatten(1, (-1, segment_length))
+    return (y_BSLC * (1 + scale_BSC[:, :, None]) + shift_BSC[:, :, None]).flatten(1, 2)
+
+
+class LightningBlock(Block):
+    """DiT's block with RMSNorm and SwiGLU, in plain PyTorch ops but for attention and the gated residual."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(config.hidden_size), RMSNorm(config.hidden_size)
+        self.attn = Attention(config)
+        self.mlp = SwiGLU(config)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
+
+    def residuals(
+        self, x_BTC: Tensor, pending: Pending | None, attend: Attend, segment_length: int, rows_BSR: Tensor
+    ) -> tuple[Tensor, Pending]:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows_BSR.chunk(6, dim=-1)
+        if pending is not None:
+            x_BTC = gate_residual(x_BTC, *pending, segment_length=segment_length)
+        branch_BTC = self.attn(modulate(self.norm1(x_BTC), shift_a, scale_a, segment_length), attend)
+        x_BTC = gate_residual(x_BTC, branch_BTC, gate_a, segment_length=segment_length)
+        return x_BTC, (self.mlp(modulate(self.norm2(x_BTC), shift_m, scale_m, segment_length)), gate_m)
+
+
+class LightningFinalLayer(FinalLayer):
+    """With a normalization of its own."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.norm_final = RMSNorm(config.hidden_size)
+
+
+class LightningDiTTrunk(DiTTrunk):
+    """DiT's embedders, LightningDiT's blocks and rotary tables."""
+
+    block_class = LightningBlock
+    final_layer_class = LightningFinalLayer
+
+    def __init__(self, config: LightningDiTConfig):
+        super().__init__(config)
+        self.feat_rope = RotaryTables(config)
+
+    def attend_as(self, attend: Attend) -> Attend:
+        return RotatedAttend(attend, self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
+
+    def finish(self, x_BTC: Tensor, pending: Pending, rows_BSR: Tensor, final_layers: Sequence[FinalLayer]) -> Tensor:
+        """linear(RMSNorm(x) * (1 + scale) + shift), the norm's weight that of the segment's layer."""
+        L = self.config.tokens
+        segments = gate_residual(x_BTC, *pending, segment_length=L).split(L, dim=1)
+        outputs = []
+        for final, x_BLC, row_BR in zip(final_layers, segments, rows_BSR.split(1, dim=1), strict=True):
+            assert isinstance(final, LightningFinalLayer)
+            shift, scale = row_BR.chunk(2, dim=-1)
+            outputs.append(final.linear(modulate(final.norm_final(x_BLC), shift, scale, L)))
+        return torch.stack(outputs, dim=1)
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.feat_rope.fill(self.config)
+
+
+class LightningDiT(Teacher, LightningDiTTrunk):
+    """The teacher: x (B, c, h, w), times (B,) in [0, 1], labels (B,) -> velocity (B, c, h, w)."""

@@ -1,0 +1,1 @@
+"""Losses, the loop, and the stages of the method."""

@@ -1,0 +1,141 @@
+"""What a recipe needs before it runs: parameters, FLOPs, memory per GPU, disk. Nothing is allocated or trained."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # private: without it there is no --dry-run
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
+
+from ard.config.choices import autocast
+from ard.config.recipe import Recipe
+from ard.config.sections import micro_batch_size
+from ard.models.families import make_teacher
+from ard.models.flops import flop_table
+from ard.models.student import ARDStudent
+from ard.training.gan import Discriminator
+from ard.training.stages import store_spec
+
+STAGES = ("distill", "gan")
+FLOAT32 = torch.float32.itemsize
+
+
+def plan(recipe: Recipe, *, stage: str = "distill", world_size: int = 1) -> dict[str, Any]:
+    """JSON values: shapes, parameters, FLOPs, memory (bytes per GPU, estimated), disk (bytes).
+
+    stage: "distill" or "gan". Memory counts weights, gradients, AdamW's moments and EMA in float32, and every tensor
+    that the student's forward keeps for its backward, found by running it on shapes alone; not the workspace of
+    libraries, nor fragmentation, nor what the GAN stage keeps of the teacher and the discriminator.
+    """
+    gan = recipe.gan if stage == "gan" else None
+    if stage not in STAGES or (stage == "gan" and gan is None):
+        raise ValueError(f"plan: stage is {stage!r}; expected one of {STAGES}, and a gan section for 'gan'")
+    config = recipe.distill if gan is None else gan.train
+    local = micro_batch_size(config.batch_size, world_size, recipe.execution.accumulation)
+    counts, trajectories = parameters(recipe, stage), store_spec(recipe, "")
+    model, S, trainable = recipe.model, recipe.steps, counts["student, trainable"]
+    forwards = flop_table(model, steps=S, history_layers=recipe.student.history_layers, **_mask(recipe))
+    overhead = forwards["student_training_forward"]["counted"] / forwards["baseline_sampling"]["counted"] - 1.0
+    step, one, two = step_flops(recipe), saved_bytes(recipe, 1), saved_bytes(recipe, 2)
+    held = 5 * trainable * FLOAT32
+    saved = 2 * (counts["student"] + trainable) + 3 * counts.get("discriminator", 0)
+    beside = (counts["teacher"] + 4 * counts["discriminator"]) * FLOAT32 if stage == "gan" else 0
+    return {
+        "stage": stage,
+        "processes": world_size,
+        "shapes": {
+            "states (B, S, c, h, w) of a micro-batch": [local, S, *model.image_shape],
+            "tokens (B, T, C)": [local, S * model.tokens, model.hidden_size],
+            "heads, head width": [model.num_heads, model.head_dim],
+        },
+        "parameters": counts,
+        "flops": {
+            "teacher, one forward": forwards["teacher_forward"]["counted"],
+            "student, one training forward": forwards["student_training_forward"]["counted"],
+            "overhead of the history": overhead,
+            "student, forward and backward of one sample": step,
+            f"one step, batch {config.batch_size}": step * config.batch_size,
+            f"all {config.steps} steps": step * config.batch_size * config.steps,
+            "all trajectories": trajectory_forwards(recipe) * forwards["teacher_forward"]["counted"],
+        },
+        "memory": {
+            "weights, gradients, moments, EMA; DDP": held,
+            "weights, gradients, moments, EMA; FSDP": math.ceil(held / world_size),
+            "teacher; discriminator, its gradients and moments": beside,
+            "kept for backward": one + (two - one) * (local - 1),
+        },
+        "disk": {
+            "trajectories": trajectories.row_bytes * trajectories.count,
+            "checkpoints": (recipe.execution.keep_last + 1) * saved * FLOAT32,
+        },
+    }
+
+
+def parameters(recipe: Recipe, stage: str) -> dict[str, int]:
+    """Counts by model."""
+    with FakeTensorMode():
+        student = _student(recipe)
+        counts = {
+            "teacher": _count(make_teacher(recipe.model)),
+            "student": _count(student),
+            "student, trainable": sum(p.numel() for p in student.parameters() if p.requires_grad),
+        }
+        if stage == "gan" and recipe.gan is not None:
+            counts["discriminator"] = _count(Discriminator(recipe.model.hidden_size, recipe.model.depth, recipe.gan))
+    return counts
+
+
+def trajectory_forwards(recipe: Recipe) -> int:
+    """Teacher forwards for all trajectories; guidance takes two per step."""
+    config = recipe.trajectories
+    return config.count * (config.sampling_steps - config.keep[-1]) * (1 if config.cfg_scale == 1.0 else 2)
+
+
+def step_flops(recipe: Recipe) -> int:
+    """Forward and backward of one sample, counted on shapes; with activation checkpointing the blocks run twice."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        _student(recipe)(*_inputs(recipe, 1)).sum().backward()
+    return counter.get_total_flops()
+
+
+def saved_bytes(recipe: Recipe, batch: int) -> int:
+    """Bytes of the distinct tensors that the student's forward saves for backward, weights excluded."""
+    saved: dict[StorageWeakRef, int] = {}
+
+    def remember(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[StorageWeakRef(storage)] = storage.nbytes()
+        return tensor
+
+    context = autocast(recipe.execution.precision, torch.device("cpu"))
+    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor), context():
+        student = _student(recipe)
+        predictions = student(*_inputs(recipe, batch))
+        weights = {StorageWeakRef(parameter.untyped_storage()) for parameter in student.parameters()}
+        del predictions
+    return sum(size for storage, size in saved.items() if storage not in weights)
+
+
+def _student(recipe: Recipe) -> ARDStudent:
+    student = ARDStudent(
+        recipe.model, steps=recipe.steps, history_layers=recipe.student.history_layers, **_mask(recipe)
+    )
+    for block in student.blocks:
+        block.recompute = recipe.execution.activation_checkpointing
+    return student
+
+
+def _mask(recipe: Recipe) -> dict[str, Any]:
+    return {"window": recipe.student.window, "sink": recipe.student.sink}
+
+
+def _inputs(recipe: Recipe, batch: int) -> tuple[Tensor, ...]:
+    return torch.empty(batch, recipe.steps, *recipe.model.image_shape), *recipe.model.blank_conditions(batch)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

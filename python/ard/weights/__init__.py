@@ -1,0 +1,1 @@
+"""Weights in and out, under any name."""

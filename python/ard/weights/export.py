@@ -1,0 +1,64 @@
+"""`ard export`: weights of any source under public names, or as a diffusers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ard.config.recipe import Recipe
+from ard.models.dit import DiTConfig
+from ard.storage.files import write_tensors
+from ard.weights.diffusers_format import save_diffusers, segment_teacher_state
+from ard.weights.names import infer_config
+from ard.weights.opened import model_config, open_source, require_config
+
+TARGETS = ("public", "diffusers")
+
+
+def export_weights(
+    source: str | Path,
+    out: Path,
+    *,
+    to: str,
+    weights: str = "ema",
+    unfinished: bool = False,
+    recipe: Recipe | None = None,
+    segment: int | None = None,
+) -> str:
+    """Writes the weights of ``source`` to ``out`` and says what was written.
+
+    to: "public" writes a .safetensors file with the released checkpoints' names, teacher or student as they are;
+    "diffusers" a folder for DiTTransformer2DModel, of a teacher or of one ``segment`` of a student (its blocks with
+    that segment's final layer: what the student computes there without history).
+    recipe: gives the heads for a bare file of weights. unfinished: takes a run that has steps to go, too.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"to: got {to!r}; expected one of {TARGETS}")
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; expected a new path")
+    opened = open_source(source, weights, unfinished=unfinished)
+    if recipe and opened.facts:
+        require_config(opened, model_config(opened), recipe.model)
+    if to == "public":
+        if out.suffix != ".safetensors":
+            raise ValueError(f"out: got {out.name!r}; expected a .safetensors file")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(out, opened.state)
+        return f"{out}: {len(opened.state)} tensors"
+    student = any(name.startswith("final_layer2.") for name in opened.state)
+    if student != (segment is not None):
+        raise ValueError(
+            f"segment: got {segment}; expected " + ("a segment of the student" if student else "none for a teacher")
+        )
+    state = dict(opened.state) if segment is None else segment_teacher_state(opened.state, segment)
+    if not opened.facts and not recipe:
+        raise ValueError(f"{source} is a bare file of weights; expected --config beside it, for the number of heads")
+    said = model_config(opened) if opened.facts or not recipe else recipe.model
+    if not isinstance(said, DiTConfig) or said.family != "dit":
+        raise ValueError(f"to: diffusers has a class for the family 'dit'; got a model of {said.family!r}")
+    config = infer_config(state, num_heads=said.num_heads, input_size=said.input_size if opened.facts else None)
+    if opened.facts:
+        require_config(opened, config, said)
+    assert isinstance(config, DiTConfig)
+    save_diffusers(out, state, config)
+    return f"{out}: DiTTransformer2DModel, {len(state)} tensors of {source}"
