@@ -31,7 +31,8 @@ from ard.storage.files import read_sealed_json
 from ard.storage.shards import MANIFEST_NAME
 from ard.training.log import LOG_NAME
 from ard.training.objectives import MicroBatch, Objective
-from ard.training.trainer import Fitted, Run, Trainer
+from ard.training.run_state import Run
+from ard.training.trainer import Fitted, Trainer
 from torch import Tensor, nn
 
 Report = Callable[[Any], Any]

@@ -116,7 +116,7 @@ DRAWN = {
     "triton": {"longest": 24, "segments": 4, "sizes": 1, "dims": [8, 16, 24, 40, 64, 72, 96, 112], "dtypes": DTYPES},
     "cuda": {"longest": 90, "segments": 5, "sizes": 2, "dims": CUDA_HEAD_DIMS, "dtypes": HALVES},
 }
-EXAMPLES = {"torch": (60, 400), "triton": (8, 60), "cuda": (12, 80)}
+EXAMPLES = {"torch": (60, 400), "triton": (8, 30), "cuda": (12, 60)}
 
 
 @on_every_backend

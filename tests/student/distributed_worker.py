@@ -26,7 +26,8 @@ from ard.training.distributed import local, whole
 from ard.training.gan import GanObjective
 from ard.training.objectives import StudentObjective
 from ard.training.optim import trainable
-from ard.training.trainer import NonFiniteError, Run, Stopped, Trainer
+from ard.training.run_state import Run
+from ard.training.trainer import NonFiniteError, Stopped, Trainer
 from ard.weights.opened import random_teacher, state_sha256
 from torch import Tensor
 

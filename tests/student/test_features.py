@@ -31,7 +31,9 @@ def test_digit_features_come_from_a_classifier_that_works():
     features = load_features("digits")
     data = digits.load()
     hidden = features.extract(data.held_out_images)
-    assert hidden.shape == (len(data.held_out_labels), classifiers.DigitClassifier.FEATURES) and not hidden.requires_grad
+    assert (
+        hidden.shape == (len(data.held_out_labels), classifiers.DigitClassifier.FEATURES) and not hidden.requires_grad
+    )
     accuracy = (features.classify(hidden).argmax(dim=1) == data.held_out_labels).double().mean()
     assert accuracy > 0.95 and classifiers.train_classifier(data, classifiers.ClassifierConfig())[1] == accuracy
     with pytest.raises(ValueError, match=r"features 'digits': images are .*\(n, 3, 8, 8\); expected .*\(n, 1, 8, 8\)"):
@@ -139,3 +141,57 @@ def test_images_must_be_four_dimensional_floats():
     for images in (torch.zeros(3, 4, 4), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"features 'pooled': images are .*; expected floating point"):
             load_features("pooled").extract(images)
+
+
+class StandInDino(torch.nn.Module):
+    """Class tokens: the mean of each channel."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.mean(dim=(2, 3))
+
+
+def normalized_grey(level: float) -> list[float]:
+    means, deviations = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return [(level / 255 - mean) / deviation for mean, deviation in zip(means, deviations, strict=True)]
+
+
+def test_dinov2_as_torchscript_gets_normalized_pixels(tmp_path):
+    torch.jit.script(StandInDino()).save(tmp_path / "dino.pt")
+    features = load_features("dinov2", weights=tmp_path / "dino.pt")
+    hidden = features.extract(torch.zeros(2, 3, 8, 8))  # grey: 127 of 255
+    torch.testing.assert_close(hidden, torch.tensor([normalized_grey(127.0)] * 2), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"images are .*\(n, 1, 8, 8\); expected floating point \(n, 3, any, any\)"):
+        features.extract(torch.zeros(1, 1, 8, 8))
+    (tmp_path / "none.pt").write_bytes(b"no script")
+    with pytest.raises(ValueError, match=r"weights .*none\.pt are no TorchScript"):
+        load_features("dinov2", weights=tmp_path / "none.pt")
+    for weights in (None, tmp_path / "absent.pt"):
+        with pytest.raises(ValueError, match=r"expected a TorchScript file or a folder of transformers, of a DINOv2"):
+            load_features("dinov2", weights=weights)
+
+
+def test_dinov2_from_a_folder_of_transformers(tmp_path, monkeypatch):
+    """The class token, of a stand-in for the library; a real one was tried by hand, see the README."""
+    seen = {}
+
+    class AutoModel:
+        @staticmethod
+        def from_pretrained(folder, **options):
+            seen.update(options, folder=folder)
+
+            class Network(torch.nn.Module):
+                def forward(self, pixel_values):
+                    tokens = pixel_values.flatten(2).transpose(1, 2)
+                    return types.SimpleNamespace(last_hidden_state=tokens)
+
+            return Network()
+
+    module = types.ModuleType("transformers")
+    module.AutoModel = AutoModel
+    monkeypatch.setitem(sys.modules, "transformers", module)
+    features = load_features("dinov2", weights=tmp_path)
+    assert seen == {"folder": str(tmp_path), "local_files_only": True, "use_safetensors": True}
+    torch.testing.assert_close(features.extract(torch.zeros(1, 3, 9, 7))[0], torch.tensor(normalized_grey(127.0)))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"a folder for 'dinov2' needs transformers"):
+        load_features("dinov2", weights=tmp_path)

@@ -365,7 +365,9 @@ def test_what_is_no_yaml_file_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"pipe.yaml: is no file; expected a YAML file"):
         read_recipe(tmp_path / "pipe.yaml")
     monkeypatch.chdir(tmp_path)  # long names are cut short
-    with pytest.raises(ValueError, match=r"no such file and no shipped recipe 'path/without'; .*digits, digits_sit, imagenet256"):
+    with pytest.raises(
+        ValueError, match=r"no such file and no shipped recipe 'path/without'; .*digits_sit, imagenet256"
+    ):
         read_recipe(Path("path") / "without")
 
 

@@ -22,7 +22,8 @@ from ard.models.student import ARDStudent
 from ard.training.ema import Ema
 from ard.training.log import RunLog, read_log
 from ard.training.objectives import MicroBatch, Objective, StudentObjective, TeacherObjective
-from ard.training.trainer import Fitted, NonFiniteError, Run, Trainer
+from ard.training.run_state import Run
+from ard.training.trainer import Fitted, NonFiniteError, Trainer
 from fault_runs import snapshot, toy_trainer, train
 from torch import Tensor, nn
 

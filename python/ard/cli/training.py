@@ -265,6 +265,10 @@ def readable(section: str, value: Any) -> str:
 
     if section in ("memory", "disk"):
         return readable_size(value)
+    if isinstance(value, str):
+        return value
+    if section == "trajectories" and isinstance(value, float):
+        return f"{value:.3g}x"
     if isinstance(value, list):
         return " x ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) else f"{value:.4%}"

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ard.evaluation.features import INCEPTION, Features
+from ard.evaluation.features import DINOV2, INCEPTION, Features
 from ard.evaluation.metrics import (
     FeatureAccumulator,
     FeatureStatistics,
@@ -59,7 +59,8 @@ def evaluate(
     """Scores of ``samples`` against ``reference``, as a dict that `ard.storage.files.write_json` takes.
 
         metrics     frechet_distance, precision, recall; "fid", the same distance, only for the features "inception",
-                    and "fid_50k" only if there are exactly 50000 samples besides; "class_consistency" where the
+                    and "fid_50k" only if there are exactly 50000 samples besides; "fd_dinov2", the same again, for
+                    "dinov2"; "class_consistency" where the
                     features classify ("digits") and the samples have labels
         features    name of the extractor
         samples     path (file name), count, sha256, image_shape [c, h, w]
@@ -131,8 +132,10 @@ def _scores(
 
 def distance_names(features: str, count: int, distance: float) -> dict[str, float]:
     """The Frechet distance under the names it may have: FID is defined on Inception features, FID-50k besides on
-    exactly 50000 samples (Heusel et al. 2017)."""
+    exactly 50000 samples (Heusel et al. 2017); FD-DINOv2 on DINOv2's (Stein et al. 2023)."""
     names = ["frechet_distance"]
+    if features == DINOV2:
+        names.append("fd_dinov2")
     if features == INCEPTION:
         names.append("fid")
         if count == FID_50K_COUNT:

@@ -5,6 +5,7 @@
 | pooled | channel means over an 8x8 grid at most; no network | any images or latents |
 | digits | hidden layer of `ard.evaluation.digit_classifier.DigitClassifier` | (n, 1, 8, 8) |
 | inception | pool-3 layer of the TensorFlow Inception-v3, ported by torch-fidelity; FID's own | (n, 3, h, w) |
+| dinov2 | class token of a DINOv2 that you bring (arXiv 2304.07193) | (n, 3, h, w) |
 | package.module:function | the user's own | what the function takes |
 """
 
@@ -24,7 +25,9 @@ from ard.storage.images import quantize
 
 POOLED_SIDE = 8
 MOST_POOLED = 2048  # features: the covariance is (F, F)
-INCEPTION = "inception"
+INCEPTION, DINOV2 = "inception", "dinov2"
+DINOV2_SIDE = 224  # pixels, as FD-DINOv2 is taken (arXiv 2306.04675)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,11 @@ def load_features(name: str, *, device: torch.device | str = "cpu", weights: Pat
     weights). "inception" calls
     ``torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3(name, ["2048"],
     feature_extractor_weights_path=weights)``; without ``weights`` torch-fidelity downloads its own.
+    "dinov2" takes ``weights``: a TorchScript file, normalized images (n, 3, 224, 224) -> class tokens (n, F), which may
+    hold code, so take it from whom you trust; or a folder for ``transformers.AutoModel.from_pretrained`` (safetensors).
     "package.module:function" imports the module and takes its function (images -> features (n, F)).
 
-    weights: file for "inception", else None.
+    weights: file for "inception", file or folder for "dinov2", else None.
     Raises ValueError for an unknown name (the valid ones are listed, nearest first), a weights file that is absent or
     of no use; ImportError where torch-fidelity or the user's module does not import.
     """
@@ -53,8 +58,9 @@ def load_features(name: str, *, device: torch.device | str = "cpu", weights: Pat
         "pooled": _pooled,
         "digits": _digits,
         INCEPTION: _inception,
+        DINOV2: _dinov2,
     }
-    if weights is not None and name != INCEPTION:
+    if weights is not None and name not in (INCEPTION, DINOV2):
         raise ValueError(
             f"load_features: weights is {str(weights)!r}; expected None for {name!r}, whose file it is not"
         )
@@ -116,6 +122,49 @@ def _inception(device: torch.device, weights: Path | None) -> Features:
         return network(quantize(images_Nchw))[0]
 
     return Features(INCEPTION, _on_device(INCEPTION, extract, device, (3, None, None)))
+
+
+def _dinov2(device: torch.device, weights: Path | None) -> Features:
+    if weights is None or not Path(weights).exists():
+        raise ValueError(
+            f"load_features: weights is {weights and str(weights)!r}; expected a TorchScript file or a folder of "
+            "transformers, of a DINOv2"
+        )
+    tokens = _transformers_tokens(weights, device) if Path(weights).is_dir() else _scripted_tokens(weights, device)
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def extract(images_Nchw: Tensor) -> Tensor:
+        pixels = quantize(images_Nchw).float() / 255.0
+        scaled = F.interpolate(pixels, (DINOV2_SIDE, DINOV2_SIDE), mode="bicubic", antialias=True).clamp(0.0, 1.0)
+        return tokens((scaled - mean) / std)
+
+    return Features(DINOV2, _on_device(DINOV2, extract, device, (3, None, None)))
+
+
+def _scripted_tokens(weights: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    try:
+        network = torch.jit.load(str(weights), map_location=device).eval()
+    except Exception as error:  # of many kinds, according to the byte that is wrong
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"load_features: weights {weights} are no TorchScript ({reason})") from error
+    return network
+
+
+def _transformers_tokens(weights: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise ImportError(
+            f"load_features: a folder for 'dinov2' needs transformers, which does not import ({error}); "
+            "install it with `pip install transformers`"
+        ) from error
+    try:
+        network = transformers.AutoModel.from_pretrained(str(weights), local_files_only=True, use_safetensors=True)
+    except Exception as error:  # of many kinds, according to the file that is wrong
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"load_features: weights {weights} do not load ({reason})") from error
+    network = network.to(device).eval()
+    return lambda images_Nchw: network(pixel_values=images_Nchw).last_hidden_state[:, 0]
 
 
 def _imported(name: str, device: torch.device) -> Features:

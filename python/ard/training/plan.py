@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from ard.config.choices import autocast
 from ard.config.recipe import Recipe
 from ard.config.sections import micro_batch_size
+from ard.diffusion.guidance import Guidance
+from ard.diffusion.solvers import solver_of
 from ard.models.families import make_teacher
 from ard.models.flops import flop_table
 from ard.models.student import ARDStudent
+from ard.storage.files import readable_size
 from ard.training.gan import Discriminator
 from ard.training.stages import store_spec
 
@@ -42,6 +46,8 @@ def plan(recipe: Recipe, *, stage: str = "distill", world_size: int = 1) -> dict
     overhead = forwards["student_training_forward"]["counted"] / forwards["baseline_sampling"]["counted"] - 1.0
     step, one, two = step_flops(recipe), saved_bytes(recipe, 1), saved_bytes(recipe, 2)
     held = 5 * trainable * FLOAT32
+    forward, drawn = forwards["teacher_forward"]["counted"], config.steps * config.batch_size
+    stored, online = (n * sample_forwards(recipe) * forward for n in (recipe.trajectories.count, drawn))
     saved = 2 * (counts["student"] + trainable) + 3 * counts.get("discriminator", 0)
     beside = (counts["teacher"] + 4 * counts["discriminator"]) * FLOAT32 if stage == "gan" else 0
     return {
@@ -60,7 +66,16 @@ def plan(recipe: Recipe, *, stage: str = "distill", world_size: int = 1) -> dict
             "student, forward and backward of one sample": step,
             f"one step, batch {config.batch_size}": step * config.batch_size,
             f"all {config.steps} steps": step * config.batch_size * config.steps,
-            "all trajectories": trajectory_forwards(recipe) * forwards["teacher_forward"]["counted"],
+            "all trajectories, stored once": stored,
+            "all trajectories, made online": online,
+        },
+        "trajectories": {
+            "teacher forwards of one": sample_forwards(recipe),
+            "teacher forwards per step, online": sample_forwards(recipe) * config.batch_size,
+            "a step's trajectories over its training, online": sample_forwards(recipe) * forward / step,
+            "disk of the store": readable_size(trajectories.row_bytes * trajectories.count),
+            "cheaper in FLOPs": "online" if online <= stored else "stored",
+            "this recipe": "online" if recipe.trajectories.online else "stored",
         },
         "memory": {
             "weights, gradients, moments, EMA; DDP": held,
@@ -69,7 +84,7 @@ def plan(recipe: Recipe, *, stage: str = "distill", world_size: int = 1) -> dict
             "kept for backward": one + (two - one) * (local - 1),
         },
         "disk": {
-            "trajectories": trajectories.row_bytes * trajectories.count,
+            "trajectories": 0 if recipe.trajectories.online else trajectories.row_bytes * trajectories.count,
             "checkpoints": (recipe.execution.keep_last + 1) * saved * FLOAT32,
         },
     }
@@ -89,10 +104,21 @@ def parameters(recipe: Recipe, stage: str) -> dict[str, int]:
     return counts
 
 
-def trajectory_forwards(recipe: Recipe) -> int:
-    """Teacher forwards for all trajectories; guidance takes two per step."""
-    config = recipe.trajectories
-    return config.count * (config.sampling_steps - config.keep[-1]) * (1 if config.cfg_scale == 1.0 else 2)
+def sample_forwards(recipe: Recipe) -> int:
+    """Teacher forwards of one trajectory: two per evaluation under guidance, and two evaluations in a Heun or midpoint
+    step.
+
+    The last Heun step evaluates at the data's time too.
+    """
+    config, convention = recipe.trajectories, recipe.model.CONVENTION
+    interval = None if config.cfg_interval is None else (config.cfg_interval[0], config.cfg_interval[1])
+    guidance = Guidance(config.cfg_scale, config.cfg_channels, interval)
+    solver, grid = solver_of(convention, config.solver), convention.grid(config.sampling_steps, config.shift)
+    times = []
+    for here, there in list(pairwise(grid))[: config.sampling_steps - config.keep[-1]]:
+        second = {"heun": [there], "midpoint": [(here + there) / 2]}.get(solver, [])
+        times += [here, *second]
+    return sum(2 if guidance.applies(time) else 1 for time in times)
 
 
 def step_flops(recipe: Recipe) -> int:

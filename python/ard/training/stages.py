@@ -36,7 +36,8 @@ from ard.models.trunk import Teacher
 from ard.training.gan import GanObjective, feature_timestep
 from ard.training.objectives import StudentObjective, TeacherObjective
 from ard.training.preview import Preview
-from ard.training.trainer import Fitted, Run, Trainer
+from ard.training.run_state import Run
+from ard.training.trainer import Fitted, Trainer
 
 OnStep = Callable[[int], Any]
 

@@ -8,8 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,15 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ard.common.process import Process
 from ard.config.choices import autocast
-from ard.config.recipe import Recipe, recipe_text
 from ard.config.sections import ExecutionConfig, TrainConfig, micro_batch_size
-from ard.storage import checkpoints
-from ard.storage.files import FolderLock, remove_temporary, write_json, write_text
-from ard.training.distributed import assign, spread, whole
+from ard.storage.files import FolderLock, write_json
+from ard.training.distributed import spread, whole
 from ard.training.ema import Ema
 from ard.training.log import RunLog, summary_writer_class
 from ard.training.objectives import MicroBatch, Objective
-from ard.training.optim import adamw, clip_gradients, load_optimizer, optimizer_tensors
+from ard.training.optim import adamw, clip_gradients
+from ard.training.run_state import Run, RunState
 
 # (updates done, whole averaged weights) -> scalars for the log; called on every rank
 Preview = Callable[[int, dict[str, Tensor]], dict[str, float]]
@@ -45,21 +43,6 @@ class Stopped(SystemExit):
 
     def __str__(self) -> str:
         return self.message
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a run is kept: <folder>/config.yaml, log.jsonl and checkpoints."""
-
-    folder: Path
-    facts: Mapping[str, Any]  # JSON values for readers of its checkpoints: kind, the model's sizes, ...
-    identity: Mapping[str, Any] = field(default_factory=dict)  # what must be equal for the run to continue
-    resume: bool = True  # from the newest good checkpoint; False starts anew and removes those that are there
-    recipe: Recipe | None = None  # for config.yaml
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
 
 
 @dataclass
@@ -103,7 +86,7 @@ class Trainer:
         self._lock = FolderLock(run.folder) if run and self.process.is_main else nullcontext()
         with ExitStack() as refused:
             refused.push(self._lock)
-            self.log = self._resume(run) if run else RunLog(None)
+            self.log = self._begin(run) if run else RunLog(None)
             refused.pop_all()
 
     def fit(
@@ -144,7 +127,7 @@ class Trainer:
                     first, started = self.step, now
                 finished = self.step == config.steps
                 if self.run and (self.step % self.execution.save_every == 0 or stopped or finished):
-                    self._save(self.run)
+                    self._state(self.run).save(self.step, self.log.pending())
                 if on_step:
                     on_step(self.step)
                 if stopped:
@@ -156,6 +139,18 @@ class Trainer:
             text = f"{where}stopped at step {self.step} of {config.steps}{saved}"
             raise Stopped(text, received[0] if received else signal.SIGTERM)
         return Fitted(self.ema, self.log.lines, self.step)
+
+    def _state(self, run: Run) -> RunState:
+        sizes = {"steps": self.config.steps, "keep_last": self.execution.keep_last}
+        return RunState(run, self.process, self.model, self.ema, self.optimizer, self.objective, **sizes)
+
+    def _begin(self, run: Run) -> RunLog:
+        """The run's log, up to its newest good checkpoint, if there is one: that is loaded."""
+        if self.execution.tensorboard:
+            summary_writer_class()
+        self.step, pending = self._state(run).load()
+        folder = run.folder if self.process.is_main else None
+        return RunLog(folder, self.step, pending, tensorboard=self.execution.tensorboard)
 
     def _backward(self, batch: Tensor, received: list[int]) -> dict[str, float]:
         """Gradients of the step; the objective's scalars, means over all ranks; "stop" > 0 if any rank must stop."""
@@ -204,106 +199,6 @@ class Trainer:
             f"values. No update was made. Samples whose loss is not finite: {samples or 'none'}, of the batch "
             f"{batch.tolist()}.{where}"
         )
-
-    def _save(self, run: Run) -> None:
-        """Writes a checkpoint; every rank takes part in collecting, the main one writes."""
-        parts = {
-            "model": self._collected(self.model.state_dict()),
-            "ema": self._collected(self.ema.state),
-            "optimizer": self._collected(optimizer_tensors(self.model, self.optimizer)),
-            "rng": self._generator_states(),
-            **self.objective.tensors(),
-        }
-        if self.process.is_main:
-            facts = {**run.facts, "steps": self.config.steps, "identity": dict(run.identity)}
-            facts["log"] = self.log.pending()
-            checkpoints.save(run.checkpoints, self.step, parts, facts, keep_last=self.execution.keep_last)
-        self.process.barrier()
-
-    def _collected(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors, on the CPU of the main rank; one at a time is whole on the others."""
-        collected = {}
-        for name, tensor in tensors.items():
-            full = whole(tensor)
-            if self.process.is_main:
-                collected[name] = full.cpu()
-        return collected
-
-    def _resume(self, run: Run) -> RunLog:
-        """Loads the newest good checkpoint, if there is one; the log up to there."""
-        if self.execution.tensorboard:
-            summary_writer_class()
-        checkpoint, pending = checkpoints.newest(run.checkpoints) if run.resume else None, None
-        self._require_agreement(run, checkpoint)
-        if checkpoint:
-            require_same(checkpoint, run.identity)
-            self.step, pending = checkpoint.step, checkpoint.facts["log"]
-            state = self.model.state_dict()
-            for name, value in checkpoint.read("model").items():
-                assign(state[name], value)
-            self.ema.load(checkpoint.read("ema"))
-            load_optimizer(self.model, self.optimizer, checkpoint.read("optimizer"))
-            self.objective.load(checkpoint.read)
-            self._set_generators(checkpoint.read("rng"))
-        self.process.barrier()
-        if self.process.is_main:  # nothing has been written so far: a refusal changes nothing
-            run.folder.mkdir(parents=True, exist_ok=True)
-            remove_temporary(run.folder)
-            if not run.resume:
-                checkpoints.remove_all(run.checkpoints)
-            if run.recipe:
-                write_text(run.folder / "config.yaml", recipe_text(run.recipe))
-            if checkpoint:  # what was finished may have steps to go now
-                checkpoints.set_steps(checkpoint, self.config.steps)
-            checkpoints.tidy(run.checkpoints, self.step, keep_last=self.execution.keep_last)
-        folder = run.folder if self.process.is_main else None
-        return RunLog(folder, self.step, pending, tensorboard=self.execution.tensorboard)
-
-    def _require_agreement(self, run: Run, checkpoint: checkpoints.Checkpoint | None) -> None:
-        """Raises ValueError on every rank unless all of them have found the same checkpoint."""
-        mark = [checkpoint.step, int(checkpoint.sha256["model"][:15], 16)] if checkpoint else [0, 0]
-        marks = self.process.gather(torch.tensor([mark], device=self.process.device))
-        if not (marks == marks[0]).all():
-            raise ValueError(
-                f"{run.checkpoints}: the processes found different newest checkpoints, of steps "
-                f"{marks[:, 0].tolist()}; expected one folder that all of them see"
-            )
-
-    def _generator_states(self) -> dict[str, Tensor]:
-        """States of torch's generators, a row per rank. (The trainer itself draws from (seed, step) alone.)"""
-        states = {"cpu": self.process.gather(torch.get_rng_state()[None])}
-        if self.process.device.type == "cuda":
-            states["cuda"] = self.process.gather(torch.cuda.get_rng_state(self.process.device)[None])
-        return states
-
-    def _set_generators(self, states: Mapping[str, Tensor]) -> None:
-        """A rank that was not there when the states were saved keeps its own. (torch crashes on rows: copies.)"""
-        if self.process.rank < len(states["cpu"]):
-            torch.set_rng_state(states["cpu"][self.process.rank].clone())
-            if self.process.device.type == "cuda" and "cuda" in states:
-                torch.cuda.set_rng_state(states["cuda"][self.process.rank].clone(), self.process.device)
-
-
-def require_same(checkpoint: checkpoints.Checkpoint, identity: Mapping[str, Any]) -> None:
-    """Raises ValueError naming the first setting in which a checkpoint's run differs."""
-    stored, asked = flattened(checkpoint.facts["identity"]), flattened(identity)
-    for name in sorted(stored.keys() | asked.keys()):
-        if stored.get(name) != asked.get(name):
-            raise ValueError(
-                f"{checkpoint.folder.parent.parent} is a run with {name}={stored.get(name)!r}; expected "
-                f"{asked.get(name)!r} to continue it. Choose another folder, or start it anew"
-            )
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys; tuples as lists."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(flattened(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 @contextmanager
