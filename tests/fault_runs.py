@@ -124,6 +124,11 @@ def snapshot(folder: Path) -> dict[str, Any]:
     return content
 
 
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (folder / LOG_NAME).read_text().splitlines()]
+
+
 def litter(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob(".*")]
 

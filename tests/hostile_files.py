@@ -29,13 +29,12 @@ from ard.data.latents import LatentSpec, write_latents
 from ard.models.dit import DiT, DiTConfig
 from ard.models.student import ARDStudent
 from ard.storage import checkpoints
-from ard.storage.files import read_sealed_json, write_json, write_sealed_json
+from ard.storage.files import read_sealed_json, write_json, write_sealed_json, write_tensors
 from ard.storage.images import write_npz
 from ard.storage.shards import MANIFEST_NAME
 from ard.training import stages
 from ard.weights.diffusers_format import CLASS_NAME, WEIGHTS_NAME, save_diffusers
 from ard.weights.opened import open_teacher
-from ard.weights.public import save_safetensors
 from safetensors.torch import load_file, save_file
 
 Case = Callable[[Path], list[str]]
@@ -127,8 +126,8 @@ def good_files(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(recipe_text(recipe))
     teacher = DiT(recipe.model)
     student = ARDStudent.from_teacher(teacher, steps=recipe.steps, history_layers=1)
-    save_safetensors(teacher, folder / "teacher.safetensors")
-    save_safetensors(student, folder / "student.safetensors")
+    write_tensors(folder / "teacher.safetensors", teacher.state_dict())
+    write_tensors(folder / "student.safetensors", student.state_dict())
     save_diffusers(
         folder / "dit", DiT(wide := DiTConfig(input_size=4, hidden_size=8, depth=2, num_heads=1)).state_dict(), wide
     )

@@ -6,7 +6,8 @@ import os
 import pytest
 import torch
 from ard import ARDStudent, DiT, DiTConfig
-from ard.weights.public import load_student, load_teacher, read_state, save_safetensors
+from ard.storage.files import write_tensors
+from ard.weights.public import load_student, load_teacher, read_state
 from safetensors.torch import load_file
 
 CONFIGS = {
@@ -46,7 +47,7 @@ def assert_same_weights(actual, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_teacher_round_trips_bit_exactly(tmp_path, name, dtype):
     teacher = teacher_of(name).to(dtype)
-    save_safetensors(teacher, tmp_path / "teacher.safetensors")
+    write_tensors(tmp_path / "teacher.safetensors", teacher.state_dict())
     loaded = load_teacher(tmp_path / "teacher.safetensors", num_heads=CONFIGS[name].num_heads)
     assert_same_weights(loaded, teacher)
     assert loaded.config.mlp_hidden_size == teacher.config.mlp_hidden_size
@@ -61,14 +62,14 @@ def test_teacher_round_trips_bit_exactly(tmp_path, name, dtype):
     )
     assert all(getattr(loaded.config, size) == getattr(teacher.config, size) for size in sizes)
     assert not loaded.training and not loaded.pos_embed.requires_grad and loaded.blocks[0].mlp.fc1.weight.requires_grad
-    save_safetensors(loaded, tmp_path / "again.safetensors")
+    write_tensors(tmp_path / "again.safetensors", loaded.state_dict())
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "teacher.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_student_round_trips_and_samples_the_same(tmp_path, steps):
     student = ARDStudent.from_teacher(teacher_of(), steps=steps, history_layers=2, window=2, sink=1).eval()
-    save_safetensors(student, tmp_path / "student.safetensors")
+    write_tensors(tmp_path / "student.safetensors", student.state_dict())
     loaded = load_student(tmp_path / "student.safetensors", num_heads=4, history_layers=2, window=2, sink=1)
     assert loaded.steps == steps
     assert_same_weights(loaded, student)
@@ -169,14 +170,14 @@ def test_other_files_are_refused(tmp_path):
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "teacher.safetensors"
     teacher = teacher_of()
-    save_safetensors(teacher, path)
+    write_tensors(path, teacher.state_dict())
 
     def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_safetensors(DiT(CONFIGS["sigma"]), path)
+        write_tensors(path, DiT(CONFIGS["sigma"]).state_dict())
     assert [entry.name for entry in tmp_path.iterdir()] == ["teacher.safetensors"]
     assert torch.equal(load_file(path)["pos_embed"], teacher.pos_embed)
 

@@ -23,7 +23,7 @@ from _pytest.mark import ParameterSet
 from ard.common.process import Process
 from ard.common.streams import batch_indices
 from ard.storage.checkpoints import newest, verified
-from ard.training.log import read_log
+from fault_runs import read_log
 from student import distributed_worker
 from student.distributed_worker import BATCH, COUNT, RATE, STEPS, Case, run_case
 from student.training_runs import DOUBLE, GAN_GROUPS, GROUPS, Runs, execution

@@ -21,7 +21,6 @@ import pytest
 import torch
 from ard.models.config import Condition
 from ard.storage import checkpoints
-from ard.training.log import read_log
 from ard.training.trainer import Stopped
 from fault_runs import (
     SPEC,
@@ -33,6 +32,7 @@ from fault_runs import (
     generate_as,
     in_memory,
     litter,
+    read_log,
     snapshot,
     toy_trainer,
     train,

@@ -20,11 +20,11 @@ from ard.models.config import Condition
 from ard.models.dit import DiT, DiTConfig
 from ard.models.student import ARDStudent
 from ard.training.ema import Ema
-from ard.training.log import RunLog, read_log
+from ard.training.log import RunLog
 from ard.training.objectives import MicroBatch, Objective, StudentObjective, TeacherObjective
 from ard.training.run_state import Run
 from ard.training.trainer import Fitted, NonFiniteError, Trainer
-from fault_runs import snapshot, toy_trainer, train
+from fault_runs import read_log, snapshot, toy_trainer, train
 from torch import Tensor, nn
 
 CONFIG = DiTConfig(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ard.common.process import Process
-from ard.training.log import read_log
+from fault_runs import read_log
 from student.distributed_worker import STEPS, run_case
 from student.training_runs import DOUBLE, GAN_GROUPS, GROUPS, Runs, execution
 from torch._dynamo.utils import counters

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ard.common.process import Process
 from ard.storage.checkpoints import Checkpoint, newest
-from ard.training.log import read_log
+from fault_runs import read_log
 from student.distributed_worker import STEPS, Case, run_case, tiny_store
 
 GROUPS = ("model", "ema", "optimizer")

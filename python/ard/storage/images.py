@@ -163,15 +163,6 @@ def read_array(path: Path, name: str) -> np.ndarray:
     return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran_order else "C")
 
 
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """All images, uint8 (N, h, w, c), and the labels, int64 (N,) or None, in memory."""
-    images_Nhwc, first = np.empty(read_header(path).shape, np.uint8), 0
-    for batch in iterate_npz(path, batch_size=1024):
-        images_Nhwc[first : first + len(batch)] = batch
-        first += len(batch)
-    return images_Nhwc, read_labels(path)
-
-
 @contextmanager
 def _open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
     if not Path(path).is_file():

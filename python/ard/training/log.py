@@ -85,11 +85,6 @@ class RunLog:
                 writer.close()
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log."""
-    return _whole_lines(folder / LOG_NAME)
-
-
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """Lines of a JSONL file; a last line that a kill has cut off is left out."""
     text = path.read_text()

@@ -29,6 +29,7 @@ from ard.models.dit import DiT, DiTConfig
 from ard.models.layers import sincos_position_embedding
 from ard.models.student import final_layer_name
 from ard.storage.files import atomic_folder, json_text, parse_json, read_tensors, shown, write_json, write_tensors
+from ard.weights.names import listing
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
@@ -58,7 +59,6 @@ _SIZES = (
 )
 _PATCHES = "pos_embed.proj.weight"
 _LARGEST_SIZE, _LARGEST_POSITIONS = 1 << 20, 1 << 25  # of a config; of the computed table, 160 x 160 for DiT-XL
-_NAMES_SHOWN = 8
 
 
 def to_diffusers(state: Mapping[str, Tensor], config: DiTConfig) -> tuple[dict[str, Tensor], dict]:
@@ -158,7 +158,7 @@ def load_diffusers(folder: str | os.PathLike) -> tuple[dict[str, Tensor], DiTCon
     for path, names in weight_files(folder).items():
         loaded = read_tensors(path)
         if names is not None and (odd := sorted(names ^ loaded.keys())):
-            raise ValueError(f"load_diffusers: {path} and {INDEX_NAME} disagree about {_listing(odd)}")
+            raise ValueError(f"load_diffusers: {path} and {INDEX_NAME} disagree about {listing(odd)}")
         tensors.update(loaded)
     return from_diffusers(tensors, content)
 
@@ -173,7 +173,7 @@ def segment_teacher_state(student_state: Mapping[str, Tensor], segment: int) -> 
     steps = len(finals)
     if finals != {final_layer_name(s) for s in range(steps)} or not steps:
         raise ValueError(
-            f"segment_teacher_state: final layers are [{_listing(sorted(finals))}]; "
+            f"segment_teacher_state: final layers are [{listing(sorted(finals))}]; "
             "expected final_layer, final_layer2, ... without a gap"
         )
     if not 0 <= segment < steps:
@@ -290,7 +290,7 @@ def _read_config(content: Mapping) -> DiTConfig:
     if class_name not in (CLASS_NAME, _LEGACY_CLASS_NAME):
         raise ValueError(f"from_diffusers: _class_name is {shown(class_name)}; expected {CLASS_NAME!r}")
     if missing := [key for key in (*_SIZES, *_FIXED) if key not in content]:
-        raise ValueError(f"from_diffusers: config lacks {_listing(missing)}")
+        raise ValueError(f"from_diffusers: config lacks {listing(missing)}")
     for key, value in _FIXED.items():
         if content[key] != value:
             raise ValueError(f"from_diffusers: {key} is {shown(content[key])}; expected {value!r}")
@@ -349,15 +349,15 @@ def _require_tensors(caller: str, tensors: Mapping[str, Tensor], shapes: Mapping
     """Raise unless `tensors` has exactly these names and shapes, in one floating dtype."""
     problems = []
     if missing := [name for name in shapes if name not in tensors]:
-        problems.append(f"missing keys {_listing(missing)}")
+        problems.append(f"missing keys {listing(missing)}")
     if unexpected := [name for name in tensors if name not in shapes]:
-        problems.append(f"unexpected keys {_listing(unexpected)}")
+        problems.append(f"unexpected keys {listing(unexpected)}")
     if wrong := [
         f"{name}: expected {shape}, got {tuple(tensors[name].shape)}"
         for name, shape in shapes.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]:
-        problems.append(f"wrong shapes [{_listing(wrong)}]")
+        problems.append(f"wrong shapes [{listing(wrong)}]")
     dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
     if len(dtypes) > 1 or not all(tensor.is_floating_point() for tensor in tensors.values()):
         problems.append(f"dtypes are [{', '.join(dtypes)}], expected one floating dtype")
@@ -388,8 +388,3 @@ def _own(tensor: Tensor) -> Tensor:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.detach().contiguous().view(torch.uint8), b.detach().contiguous().view(torch.uint8))
-
-
-def _listing(names: list[str]) -> str:
-    listed = ", ".join(name[:100] for name in names[:_NAMES_SHOWN])
-    return listed if len(names) <= _NAMES_SHOWN else f"{listed} and {len(names) - _NAMES_SHOWN} more"

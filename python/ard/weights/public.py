@@ -18,7 +18,7 @@ from ard.models.config import ModelConfig
 from ard.models.families import make_teacher
 from ard.models.student import ARDStudent
 from ard.models.trunk import Teacher
-from ard.storage.files import DamagedFile, read_tensors, write_tensors
+from ard.storage.files import DamagedFile, read_tensors
 from ard.weights.names import infer_config, listing, numbers, public_state
 
 StateSource = str | os.PathLike | Mapping[str, Tensor]
@@ -114,11 +114,6 @@ def read_state(path_or_state: StateSource) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping):
         raise ValueError(f"checkpoint: {path.name!r} holds a {type(loaded).__name__}; expected a state dict")
     return _flat_copy(loaded, path.name, largest=size)
-
-
-def save_safetensors(module: nn.Module, path: str | os.PathLike) -> None:
-    """Write the module's state dict so that `path` always holds a whole file."""
-    write_tensors(Path(path), module.state_dict())
 
 
 def _flat_copy(state: Mapping, source: str, largest: int | None = None) -> dict[str, Tensor]:
