@@ -1,6 +1,6 @@
 """The student as its public re-implementation computes it, in plain eager PyTorch: the baseline of our speed claims.
 
-Same weights and results as `ard.student.ARDStudent`, other work: the adaLN linears run on all tokens (only one row per
+Same weights and results as `ard.ARDStudent`, other work: the adaLN linears run on all tokens (only one row per
 segment is distinct), training attends densely over T x T under an additive float mask in every layer, sampling grows
 its keys and values with `cat`, and residual, norm and modulation are separate ops. For DiT-XL/2 one training forward
 costs 1.59x the FLOPs of four teacher forwards that way, sampling 1.50x.

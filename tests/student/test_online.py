@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ard.config.recipe import Recipe, read_recipe
+from ard.config.recipe import Recipe, read_recipe, recipe_text
 from ard.data.trajectories import OnlineTrajectories
 from ard.models.lightningdit import LightningDiTConfig
 from ard.models.sit import SiTConfig
@@ -17,6 +17,7 @@ from ard.storage.checkpoints import newest
 from ard.training import stages
 from ard.training.plan import plan, sample_forwards
 from ard.weights.opened import open_student, random_teacher
+from command_line import ard
 from fault_runs import Child, Report, in_memory, snapshot
 
 tmp_path = in_memory
@@ -115,6 +116,17 @@ def test_a_student_is_opened_as_it_was_trained(tmp_path, family):
     torch.testing.assert_close(student(states, torch.tensor([0, 1, 2])), samples, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"has model\.family='\w+'; expected 'dit'"):
         open_student(tmp_path / "run", read_recipe("digits"))
+
+
+def test_the_command_distils_online_and_says_how_fast(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(recipe_text(recipe_of("sit", online=True)))
+    arguments = ["-c", str(tmp_path / "tiny.yaml"), "--random-teacher", "distill.steps=2"]
+    result = ard("distill", "--out", str(tmp_path / "run"), *arguments)
+    assert result.exit_code == 0, result.output
+    assert "2 steps done; loss " in result.stdout and "samples_per_second " in result.stdout
+    assert not list(tmp_path.rglob("shard-*"))
+    refused = ard("trajectories", *arguments)
+    assert refused.exit_code == 1 and "trajectories.online is set" in refused.output
 
 
 def test_the_plan_prices_both_ways():

@@ -238,7 +238,8 @@ def say_end(fitted: Fitted, folder: Path, process: Process) -> None:
     if not process.is_main:
         return
     last = fitted.log[-1] if fitted.log else {}
-    scores = ", ".join(f"{name} {last[name]:.4g}" for name in ("loss", "frechet_to_teacher") if name in last)
+    shown = ("loss", "frechet_to_teacher", "samples_per_second")
+    scores = ", ".join(f"{name} {last[name]:.4g}" for name in shown if name in last)
     typer.echo(f"{folder}: {fitted.step} steps done; {scores}")
 
 

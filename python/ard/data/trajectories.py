@@ -114,6 +114,7 @@ def rows_of_batch(batch: TrajectoryBatch, spec: StoreSpec, indices: Sequence[int
     return {**rows, **{each.name: rows for each, rows in zip(spec.conditions, batch.conditions, strict=True)}}
 
 
+LEAST_ROWS = 8
 # (noise, *conditions) on any device -> trajectories
 MakeBatch = Callable[..., TrajectoryBatch]
 
@@ -188,8 +189,8 @@ class TrajectoryStore(ShardedStore):
 class OnlineTrajectories:
     """Trajectories made when they are asked for: the noise, conditions and states that a store of ``spec`` would hold.
 
-    make_batch: as in `generate_store`; it gets ``batch_size`` rows at a time, the last of them repeated to fill up,
-    since a matrix product's rounding may depend on its size. Results are on ``device``.
+    make_batch: as in `generate_store`; it gets ``batch_size`` rows at a time, and LEAST_ROWS at least, the last one
+    repeated: on a CPU other matrix products take fewer rows, and round otherwise. Results are on ``device``.
     """
 
     def __init__(self, spec: StoreSpec, make_batch: MakeBatch, batch_size: int, device: torch.device):
@@ -207,7 +208,7 @@ class OnlineTrajectories:
         return states, targets, tuple(rows[condition.name] for condition in self.spec.conditions)
 
     def _rows(self, indices: list[int]) -> dict[str, Tensor]:
-        filled = indices + indices[-1:] * (self._batch_size - len(indices))
+        filled = indices + indices[-1:] * (LEAST_ROWS - len(indices))
         tensors = (self.spec.noise(filled), *self.spec.conditions_of(filled))
         batch = self._make_batch(*(tensor.to(self._device) for tensor in tensors))
         return {name: rows[: len(indices)] for name, rows in rows_of_batch(batch, self.spec, indices).items()}
