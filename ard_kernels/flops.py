@@ -36,6 +36,9 @@ class ModelShape(Protocol):
     def mlp_weights(self) -> int: ...  # of a block's MLP: 2 * hidden_size * its width, with SwiGLU 3 times
 
     @property
+    def other_flops(self) -> int: ...  # of one forward, beside the parts that are counted here
+
+    @property
     def frequency_embedding_size(self) -> int: ...  # sinusoidal features of the timestep
 
 
@@ -52,7 +55,7 @@ def teacher_forward(config: ModelShape) -> int:
     linears = 2 * L * (3 * C * C + C * C + config.mlp_weights)
     block = linears + 2 * C * 6 * C + attention(L, L, C)
     final = 2 * C * 2 * C + 2 * L * C * config.out_channels * p * p
-    return patch_embed + timestep_embed + config.depth * block + final
+    return patch_embed + timestep_embed + config.depth * block + final + config.other_flops
 
 
 def baseline_sampling(config: ModelShape, steps: int) -> int:

@@ -59,9 +59,10 @@ class SamplingConfig(Ranged):
 
     def conditions(self, indices: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
         """Conditions of global indices: labels, the classes in turn."""
-        (condition,) = model.conditions
-        if not condition.classes:
-            raise ValueError(f"{condition.name} have no classes to sample in turn; expected a class-conditional model")
+        condition, *others = model.conditions
+        if others or not condition.classes:
+            names = ", ".join(map(str, model.conditions))
+            raise ValueError(f"conditions are {names}; expected labels, whose classes are sampled in turn")
         classes = torch.tensor(self.classes or tuple(range(condition.classes)))
         if int(classes.min()) < 0 or int(classes.max()) >= condition.classes:
             raise ValueError(f"classes: got {described(self.classes)}; expected within [0, {condition.classes - 1}]")
@@ -176,12 +177,14 @@ def _assemble(folder: Path, content: dict[str, Any], batch_size: int) -> None:
     parts, path = ShardedStore(folder / PARTS, "samples", SampleSpec), folder / content["file"]
     parts.verify()
     every = torch.arange(len(parts))
-    labels, shown = parts.read("labels", every), parts.read("images", every[:GRID_SAMPLES])
+    conditions = {condition.name: parts.read(condition.name, every) for condition in parts.spec.conditions}
+    shown = parts.read("images", every[:GRID_SAMPLES])
     if path.suffix == ".npz":
         batches = (parts.read("images", rows).numpy() for rows in every.split(batch_size))
-        write_npz(path, batches, len(parts), labels=labels.numpy())
+        labels = conditions.get("labels")
+        write_npz(path, batches, len(parts), labels=None if labels is None else labels.numpy())
     else:
-        write_tensors(path, {"images": parts.read("images", every), "labels": labels})
+        write_tensors(path, {"images": parts.read("images", every), **conditions})
         shown = torch.from_numpy(to_uint8(latent_preview(shown)))
     write_grid(folder / "grid.png", shown.numpy(), columns=round(len(shown) ** 0.5))
     content["sha256"] = file_sha256(path)

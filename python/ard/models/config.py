@@ -52,9 +52,9 @@ class Condition:
 
     def check(self, tensor: Tensor, batch: int) -> None:
         """Raises ValueError unless ``tensor`` is (batch, *shape), and integers where they are asked for."""
-        fits = tuple(tensor.shape) == (batch, *self.shape)
-        whole = not tensor.is_floating_point() and tensor.dtype is not torch.bool
-        if not fits or (self.dtype == "int64" and not whole):
+        fits, got = tuple(tensor.shape) == (batch, *self.shape), tensor.dtype
+        kind = "bool" if got is torch.bool else "float" if got.is_floating_point else "int"
+        if not fits or not self.dtype.startswith(kind):
             expected = "(" + ", ".join(map(str, (batch, *self.shape))) + ("," if not self.shape else "") + ")"
             raise ValueError(
                 f"{self.name}: got {tuple(tensor.shape)} {tensor.dtype}; expected {expected} of torch.{self.dtype}"
@@ -172,6 +172,11 @@ class ModelConfig(Ranged):
     @property
     def mlp_hidden_size(self) -> int:
         return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def other_flops(self) -> int:
+        """FLOPs of one forward beside DiT's parts, at batch 1."""
+        return 0
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ from ard.models.convention import TRAIN_STEPS, Convention
 from ard.models.layers import (
     Attend,
     Attention,
+    Context,
     LabelEmbedder,
     Mlp,
     PatchEmbed,
@@ -77,7 +78,13 @@ class DiTBlock(Block):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
 
     def residuals(
-        self, x_BTC: Tensor, pending: Pending | None, attend: Attend, segment_length: int, rows_BSR: Tensor
+        self,
+        x_BTC: Tensor,
+        pending: Pending | None,
+        attend: Attend,
+        segment_length: int,
+        rows_BSR: Tensor,
+        context: Context,
     ) -> tuple[Tensor, Pending]:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows_BSR.chunk(6, dim=-1)
         if pending is None:

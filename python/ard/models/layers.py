@@ -13,6 +13,8 @@ from ard.models.config import ClassConfig, ModelConfig
 
 # packed q, k, v (B, T, 3, H, D) -> out (B, T, H, D)
 Attend = Callable[[Tensor], Tensor]
+# what blocks read besides their modulation, (B, ...) each, the same in every segment
+Context = tuple[Tensor, ...]
 # branch (B, T, C) and gate (B, S, C) of a residual that the next fused op adds: h = x + gate * branch
 Pending = tuple[Tensor, Tensor]
 

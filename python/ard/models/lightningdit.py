@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ard.models.config import ClassConfig, ModelConfig
 from ard.models.convention import Convention
 from ard.models.dit import DiTTrunk
-from ard.models.layers import Attend, Attention, Pending
+from ard.models.layers import Attend, Attention, Context, Pending
 from ard.models.trunk import Block, FinalLayer, Teacher
 from ard_kernels import gate_residual
 
@@ -127,7 +127,13 @@ class LightningBlock(Block):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
 
     def residuals(
-        self, x_BTC: Tensor, pending: Pending | None, attend: Attend, segment_length: int, rows_BSR: Tensor
+        self,
+        x_BTC: Tensor,
+        pending: Pending | None,
+        attend: Attend,
+        segment_length: int,
+        rows_BSR: Tensor,
+        context: Context,
     ) -> tuple[Tensor, Pending]:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows_BSR.chunk(6, dim=-1)
         if pending is not None:

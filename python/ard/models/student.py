@@ -129,7 +129,8 @@ class ARDStudent(Trunk):
             return partial(block_causal_attention_packed, segment_length=L, **self.routing.mask(layer))
 
         c_BSC = self.condition(self.timesteps(S, states_BSchw.device), *conditions)
-        tokens_BSLP = self.transform(self.embed(states_BSchw), attend, self.final_layers[:S], c_BSC=c_BSC)
+        x_BTC, context = self.embed(states_BSchw), self.context(*conditions)
+        tokens_BSLP = self.transform(x_BTC, attend, self.final_layers[:S], c_BSC=c_BSC, context=context)
         return self.unpatchify(tokens_BSLP, self.config.in_channels)
 
     def new_cache(self, batch: int) -> HistoryCache:
@@ -164,6 +165,7 @@ class ARDStudent(Trunk):
             return partial(self.routing.attention_packed, layer, segment_length=L, cache=cache)
 
         # Rows depend on times and conditions only: adaLN weights, a third of DiT, are read once and not S times.
+        context = self.context(*conditions)
         c_BSC = self.condition(self.timesteps(self.steps, noise_Bchw.device), *conditions)
         block_rows = [block.adaLN_modulation(c_BSC) for block in self.blocks]
         final_rows_BSR = self.final_rows(c_BSC, final_layers)
@@ -176,6 +178,7 @@ class ARDStudent(Trunk):
                 final_layers[s : s + 1],
                 block_rows=[rows_BSR[:, s : s + 1] for rows_BSR in block_rows],
                 final_rows_BSR=final_rows_BSR[:, s : s + 1],
+                context=context,
             )
             state_Bchw = self.unpatchify(tokens_BSLP, self.config.in_channels)[:, 0]
             predictions.append(state_Bchw)

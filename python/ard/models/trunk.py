@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ard.models.config import ModelConfig
-from ard.models.layers import Attend, Pending, linear
+from ard.models.layers import Attend, Context, Pending, linear
 from ard_kernels import block_causal_attention_packed, gate_residual
 
 
@@ -37,7 +37,13 @@ class Block(nn.Module):
         self.recompute = False  # keep the inputs only, and run again in backward (activation checkpointing)
 
     def residuals(
-        self, x_BTC: Tensor, pending: Pending | None, attend: Attend, segment_length: int, rows_BSR: Tensor
+        self,
+        x_BTC: Tensor,
+        pending: Pending | None,
+        attend: Attend,
+        segment_length: int,
+        rows_BSR: Tensor,
+        context: Context,
     ) -> tuple[Tensor, Pending]:
         """x plus the pending residual plus this block's first; and this block's last, pending."""
         raise NotImplementedError
@@ -51,9 +57,10 @@ class Block(nn.Module):
         segment_length: int,
         c_BSC: Tensor | None = None,
         rows_BSR: Tensor | None = None,
+        context: Context = (),
     ) -> tuple[Tensor, Pending]:
         """Give either the conditioning `c_BSC` or its rows `rows_BSR = adaLN_modulation(c_BSC)`."""
-        inputs = (x_BTC, pending, attend, segment_length, c_BSC, rows_BSR)
+        inputs = (x_BTC, pending, attend, segment_length, c_BSC, rows_BSR, context)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._modulated, *inputs, use_reentrant=False, preserve_rng_state=False)
         return self._modulated(*inputs)
@@ -66,9 +73,10 @@ class Block(nn.Module):
         segment_length: int,
         c_BSC: Tensor | None,
         rows_BSR: Tensor | None,
+        context: Context,
     ) -> tuple[Tensor, Pending]:
         rows_BSR = self.adaLN_modulation(c_BSC) if rows_BSR is None else rows_BSR
-        return self.residuals(x_BTC, pending, attend, segment_length, rows_BSR)
+        return self.residuals(x_BTC, pending, attend, segment_length, rows_BSR, context)
 
 
 class FinalLayer(nn.Module):
@@ -102,6 +110,10 @@ class Trunk(nn.Module):
     def condition(self, t_BS: Tensor, *conditions: Tensor) -> Tensor:
         """Conditioning (B, S, C) of times (B, S), or (1, S) when samples share them, and the family's conditions."""
         raise NotImplementedError
+
+    def context(self, *conditions: Tensor) -> Context:
+        """What blocks read besides the conditioning, (B, ...) each, the same in every segment: text and its mask."""
+        return ()
 
     def null_conditions(self, *conditions: Tensor) -> tuple[Tensor, ...]:
         """What these conditions are replaced by in the unconditional branch of guidance."""
@@ -138,6 +150,7 @@ class Trunk(nn.Module):
         c_BSC: Tensor | None = None,
         block_rows: Sequence[Tensor] | None = None,
         final_rows_BSR: Tensor | None = None,
+        context: Context = (),
     ) -> Tensor:
         """All blocks, then final layer s on segment s: (B, T, C) -> (B, S, L, P).
 
@@ -150,7 +163,8 @@ class Trunk(nn.Module):
         for layer, block in enumerate(self.blocks):
             rows_BSR = None if block_rows is None else block_rows[layer]
             mix = self.attend_as(attend(layer))
-            x_BTC, pending = block(x_BTC, pending, mix, segment_length=L, c_BSC=c_BSC, rows_BSR=rows_BSR)
+            how = {"c_BSC": c_BSC, "rows_BSR": rows_BSR, "context": context}
+            x_BTC, pending = block(x_BTC, pending, mix, segment_length=L, **how)
         assert pending is not None  # depth >= 1
         if final_rows_BSR is None:
             assert c_BSC is not None
@@ -228,15 +242,16 @@ class Teacher(Trunk):
             return partial(block_causal_attention_packed, segment_length=self.config.tokens)
 
         c_BSC = self.condition(t_B[:, None], *conditions)
-        tokens_BSLP = self.transform(self.embed(x_Bchw[:, None]), attend, [self.final_layer], c_BSC=c_BSC)
+        x_BTC, context = self.embed(x_Bchw[:, None]), self.context(*conditions)
+        tokens_BSLP = self.transform(x_BTC, attend, [self.final_layer], c_BSC=c_BSC, context=context)
         return self.unpatchify(tokens_BSLP, self.predicted_channels)[:, 0]
 
-    def block_outputs(self, x_Bchw: Tensor, c_BSC: Tensor) -> list[Tensor]:
+    def block_outputs(self, x_Bchw: Tensor, c_BSC: Tensor, context: Context = ()) -> list[Tensor]:
         """Tokens (B, L, C) after every block; c_BSC from `condition`, S = 1."""
         L, x_BTC, outputs = self.config.tokens, self.embed(x_Bchw[:, None]), []
         attend = self.attend_as(partial(block_causal_attention_packed, segment_length=L))
         for block in self.blocks:
-            x_BTC, (branch_BTC, gate_BSC) = block(x_BTC, None, attend, segment_length=L, c_BSC=c_BSC)
+            x_BTC, (branch_BTC, gate_BSC) = block(x_BTC, None, attend, segment_length=L, c_BSC=c_BSC, context=context)
             x_BTC = gate_residual(x_BTC, branch_BTC, gate_BSC, segment_length=L)
             outputs.append(x_BTC)
         return outputs

@@ -151,7 +151,7 @@ class GanObjective(StudentObjective):
         adversarial = micro.step >= self.config.start
         with autocast(), torch.set_grad_enabled(adversarial):
             c_BC = self.condition(*conditions)
-            features = self.features(fake.requires_grad_(adversarial), c_BC)
+            features = self.features(fake.requires_grad_(adversarial), c_BC, *conditions)
         if adversarial:
             self.discriminator.requires_grad_(False)
             with autocast():
@@ -175,7 +175,7 @@ class GanObjective(StudentObjective):
         with autocast():
             with torch.no_grad():
                 real_c_BC = self.condition(*conditions)
-                real_features = self.features(wide(latents), real_c_BC)
+                real_features = self.features(wide(latents), real_c_BC, *conditions)
             on_real = self.discriminator(real_features, real_c_BC)
             on_fake = self.discriminator(fake_features, c_BC.detach())
         loss = F.relu(1.0 - on_real).mean() + F.relu(1.0 + on_fake).mean()
@@ -202,9 +202,9 @@ class GanObjective(StudentObjective):
         t_B1 = torch.full((len(conditions[0]), 1), time, device=conditions[0].device)
         return self.teacher.condition(t_B1, *conditions)[:, 0]
 
-    def features(self, x_Bchw: Tensor, c_BC: Tensor) -> list[Tensor]:
+    def features(self, x_Bchw: Tensor, c_BC: Tensor, *conditions: Tensor) -> list[Tensor]:
         """Tokens after every block of the teacher, (B, L, C) each; c_BC from `condition`."""
-        return self.teacher.block_outputs(x_Bchw, c_BC[:, None])
+        return self.teacher.block_outputs(x_Bchw, c_BC[:, None], self.teacher.context(*conditions))
 
     def reduce(self) -> dict[str, float]:
         # The step's backward has reached every head.

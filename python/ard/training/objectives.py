@@ -104,11 +104,11 @@ class TeacherObjective(Objective):
         dropped = torch.from_numpy(draw.random(len(data)) < self.label_dropout)
         noise = torch.from_numpy(draw.standard_normal(tuple(data.shape), dtype=np.float32))
         t, x_t, target = self._interpolated(torch.from_numpy(drawn), data, noise)
-        conditions = []
-        for condition in self.conditions:
-            given = condition[micro.batch]
-            (null,) = self.null(given)
-            conditions.append(torch.where(dropped.view(-1, *[1] * (given.ndim - 1)), null, given))
+        given = [condition[micro.batch] for condition in self.conditions]
+        conditions = [
+            torch.where(dropped.view(-1, *[1] * (kept.ndim - 1)), null, kept)
+            for kept, null in zip(given, self.null(*given), strict=True)
+        ]
         rows = (tensor[micro.rows].to(self.device) for tensor in (target, x_t, t, *conditions))
         target, *inputs = rows
         return sample_mse(model(*inputs)[:, : data.shape[1]], target)

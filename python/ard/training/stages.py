@@ -59,7 +59,11 @@ def train_teacher(
         raise ValueError("recipe: teacher.train is missing; expected the settings of the teacher's training")
     if tuple(images.shape[1:]) != model.image_shape:
         raise ValueError(f"model is of {model.image_shape}; expected {tuple(images.shape[1:])}, the images of {data}")
-    (condition,), num_classes = model.conditions, int(labels.max()) + 1
+    (condition, *others), num_classes = model.conditions, int(labels.max()) + 1
+    if others or not condition.classes:
+        raise ValueError(
+            f"model.family={model.family!r} takes {', '.join(map(str, model.conditions))}; expected labels"
+        )
     if condition.classes != num_classes:
         raise ValueError(f"model.num_classes is {condition.classes}; expected {num_classes}, those of {data}")
     with torch.random.fork_rng(devices=[]):
