@@ -135,6 +135,8 @@ def test_the_plan_prices_both_ways():
     assert stored["trajectories"]["teacher forwards per step, online"] == 120
     assert stored["trajectories"]["cheaper in FLOPs"] == "stored"  # 40 trajectories, of which 240 rows are drawn
     assert stored["disk"]["trajectories"] > 0 == online["disk"]["trajectories"]
+    beside = "teacher; discriminator, its gradients and moments"
+    assert online["memory"][beside] == 4 * online["parameters"]["teacher"] and stored["memory"][beside] == 0
     flops = online["flops"]
     assert flops["all trajectories, made online"] == 6 * flops["all trajectories, stored once"]
 

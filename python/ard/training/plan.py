@@ -49,7 +49,8 @@ def plan(recipe: Recipe, *, stage: str = "distill", world_size: int = 1) -> dict
     forward, drawn = forwards["teacher_forward"]["counted"], config.steps * config.batch_size
     stored, online = (n * sample_forwards(recipe) * forward for n in (recipe.trajectories.count, drawn))
     saved = 2 * (counts["student"] + trainable) + 3 * counts.get("discriminator", 0)
-    beside = (counts["teacher"] + 4 * counts["discriminator"]) * FLOAT32 if stage == "gan" else 0
+    frozen = counts["teacher"] if stage == "gan" or recipe.trajectories.online else 0
+    beside = (frozen + 4 * counts.get("discriminator", 0)) * FLOAT32
     return {
         "stage": stage,
         "processes": world_size,

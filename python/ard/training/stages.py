@@ -6,7 +6,6 @@ Each takes a recipe and opened inputs, and works on all processes. `ard demo` ru
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -142,16 +141,15 @@ def require_spec(trajectories: Trajectories, spec: StoreSpec) -> None:
 def online_trajectories(
     recipe: Recipe, teacher: Teacher, teacher_sha256: str, device: torch.device
 ) -> OnlineTrajectories:
-    """The trajectories that `make_trajectories` would store, made as they are read by a copy of the teacher.
+    """The trajectories that `make_trajectories` would store, made as they are read.
 
-    With execution.compile its blocks are compiled.
+    The teacher is moved to ``device``; with execution.compile its blocks are compiled.
     """
-    own = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+    config, teacher = recipe.trajectories, teacher.to(device)
     if recipe.execution.compile:
-        for block in own.blocks:
+        for block in teacher.blocks:
             block.compile()
-    config = recipe.trajectories
-    make_batch = sampler(own, config, config.keep, device)
+    make_batch = sampler(teacher, config, config.keep, device)
     return OnlineTrajectories(store_spec(recipe, teacher_sha256), make_batch, config.batch_size, device)
 
 
