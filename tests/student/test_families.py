@@ -22,10 +22,11 @@ from ard.models.families import FAMILIES, Family, make_teacher
 from ard.models.flops import flop_table
 from ard.models.layers import PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from ard.models.lightningdit import LightningDiTConfig
-from ard.models.sit import SiTConfig
+from ard.models.sit import REPAConfig, SiTConfig
 from ard.models.trunk import Teacher, Trunk
 from ard.storage.files import read_tensors, write_tensors
 from ard.training.objectives import MicroBatch, StudentObjective
+from ard.weights.names import infer_config
 from student.test_model import MASKS, allowed_pairs, dense_model, randomized
 from torch import Tensor
 
@@ -192,14 +193,43 @@ def test_names_of_lightningdit():
     assert LightningDiTConfig().mlp_hidden_size == 3072 and LightningDiTConfig().head_dim == 72
 
 
-def test_a_repa_file_is_a_sit_with_projectors():
-    state = make_teacher(SIT).state_dict()
+def test_a_repa_file_has_projectors_and_runs_the_other_way():
+    state = make_teacher(REPAConfig(**{**vars(SIT), "family": "repa"})).state_dict()
     repa = {"ema": {**state, "projectors.0.0.weight": torch.zeros(3, 3)}}
-    loaded = load_teacher(repa, num_heads=2, family="sit", input_size=8)
+    loaded = load_teacher(repa, num_heads=2, family="repa", input_size=8)
     assert loaded.state_dict().keys() == state.keys()
+    with pytest.raises(ValueError, match=r"has projectors\.\*, as REPA's; expected family='repa'"):
+        load_teacher(repa, num_heads=2, family="sit", input_size=8)
     with pytest.raises(ValueError, match=r"unexpected keys projectors"):
         load_teacher(repa, num_heads=2, input_size=8)
-    with pytest.raises(ValueError, match=r"family: got 'sti'; expected one of dit, sit, lightningdit"):
+    (noise, _, labels), teacher = drawn(SIT), double(loaded)
+    x = noise
+    with torch.no_grad():
+        for i in range(5):  # REPA's own sampler: t from 1 to 0, x + (t_next - t) * v, all channels guided
+            t = torch.full((3,), 1 - i / 5, dtype=torch.float64)
+            v, null = teacher(x, t, labels), teacher(x, t, torch.full_like(labels, SIT.num_classes))
+            x = x - (null + 1.5 * (v - null)) / 5
+    got = trajectory(teacher, noise, labels, times=6, cfg_scale=1.5, cfg_channels=None)
+    torch.testing.assert_close(got[:, -1], x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("width", [64, 1024, 1152, 1792])
+def test_a_whole_mlp_ratio_is_found_again(width):
+    config = LightningDiTConfig(input_size=2, in_channels=2, hidden_size=width, depth=1, num_heads=width // 32)
+    with torch.device("meta"):
+        state = make_teacher(config).state_dict()
+    assert infer_config(state, num_heads=width // 32, family="lightningdit") == config
+
+
+def test_rotary_tables_of_a_file_are_compared_with_the_grid():
+    state = make_teacher(LIGHTNING).state_dict()
+    how = {"num_heads": 2, "family": "lightningdit", "input_size": LIGHTNING.input_size}
+    load_teacher({name: tensor.bfloat16() for name, tensor in state.items()}, **how)
+    wrong = {**state, "feat_rope.freqs_sin": torch.zeros_like(state["feat_rope.freqs_sin"])}
+    with pytest.raises(ValueError, match=r"feat_rope\.freqs_sin differs by .* from that of \(4, 6\) tokens"):
+        load_teacher(wrong, **how)
+
+    with pytest.raises(ValueError, match=r"family: got 'sti'; expected one of dit, sit, repa, lightningdit"):
         load_teacher(state, num_heads=2, family="sti")
 
 
@@ -381,7 +411,7 @@ def test_a_family_steered_by_text(monkeypatch, tmp_path):
 def test_a_config_is_of_its_own_family():
     with pytest.raises(ValueError, match=r"SiTConfig: family is 'dit'; expected 'sit'"):
         SiTConfig(family="dit")
-    with pytest.raises(ValueError, match=r"model\.family is 'dot'; expected one of dit, sit, lightningdit"):
+    with pytest.raises(ValueError, match=r"model\.family is 'dot'; expected one of dit, sit, repa, lightningdit"):
         read_recipe("digits", ["model.family=dot"])
     assert isinstance(read_recipe("digits", ["model.family=sit", "gan.feature_timestep=null"]).model, SiTConfig)
     with pytest.raises(TypeError, match=r"ARDStudent: config is a dict"):

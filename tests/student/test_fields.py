@@ -167,6 +167,14 @@ def test_guidance_outside_its_interval_costs_one_forward():
     assert stand.seen == [(0.0, 3), (0.25, 3), (0.5, 6), (0.75, 6)]
 
 
+def test_an_interval_end_that_a_grid_rounds_away_is_in_it():
+    down = Convention("velocity", "linear", noise_time=1.0, data_time=0.0, velocity_to_noise=True)
+    assert down.grid(10)[8:] != (0.2, 0.1, 0.0) and down.grid(10, 0.3)[-1] == 0.0
+    (noise, labels), stand = inputs(), Stand(down, field_of)
+    trajectory(stand, noise, labels, times=11, cfg_scale=2.0, cfg_interval=(0.7, 0.1))
+    assert [len_ for _, len_ in stand.seen] == [3, 3, 3, 6, 6, 6, 6, 6, 6, 6]
+
+
 def test_kept_times():
     flow = SiTConfig().CONVENTION
     assert flow.kept_times(25, (15, 10, 5, 0)) == (0.4, 0.6, 0.8, 1.0)
@@ -182,6 +190,8 @@ def test_kept_times():
         ({"times": 1}, r"times: got 1; expected at least 2"),
         ({"shift": -1.0}, r"grid: got steps=25, shift=-1\.0; expected"),
         ({"cfg_interval": (0.1,)}, r"cfg_interval: got \[0\.1\]; expected two times"),
+        ({"cfg_interval": (500, 1000)}, r"cfg_interval: got \[500\.0, 1000\.0\]; expected two times within \[0, 1\]"),
+        ({"cfg_interval": (0.1, float("nan"))}, r"cfg_interval: got \[0\.1, nan\]; expected two times within \[0, 1\]"),
         ({"cfg_channels": -1}, r"cfg_channels: got -1"),
     ],
 )

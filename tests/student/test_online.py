@@ -79,6 +79,26 @@ def test_kept_states_are_rounded_as_stored_and_refused_alike():
         broken.pairs(torch.arange(4))
 
 
+def test_a_float32_teacher_stays_one_inside_the_students_autocast(tmp_path):
+    recipe = recipe_of("sit", online=True)
+    teacher, sha256 = random_teacher(recipe.model)
+    made = stages.online_trajectories(recipe, teacher, sha256, torch.device("cpu"))
+    alone = made.pairs(torch.arange(8))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = made.pairs(torch.arange(8))
+    assert torch.equal(alone[1], inside[1])
+
+
+def test_a_teacher_of_another_family_or_size_is_refused(tmp_path):
+    recipe = recipe_of("sit")
+    for other in (MODELS["lightningdit"], replace(MODELS["sit"], num_heads=1)):
+        teacher, sha256 = random_teacher(other)
+        with pytest.raises(ValueError, match=r"teacher is a \w+Config\(.*; expected the recipe's SiTConfig\("):
+            stages.make_trajectories(recipe, teacher, sha256, tmp_path / "store")
+    heads = replace(recipe, model=replace(recipe.model, num_heads=1))
+    assert stages.store_spec(recipe, "") != stages.store_spec(heads, "")
+
+
 def test_other_trajectories_than_the_recipes_are_refused(tmp_path):
     recipe = recipe_of("sit", online=True)
     teacher, sha256 = random_teacher(recipe.model)

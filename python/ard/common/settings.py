@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 import numbers
 import os
@@ -144,3 +146,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"config: {where} is {described(value)}; expected {kind.__name__}")
     return value
+
+
+def fingerprint(settings: DataclassInstance) -> str:
+    """12 hexadecimal digits that differ between settings; a name for a store's folder."""
+    content = json.dumps(dataclasses.asdict(settings), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]

@@ -55,6 +55,14 @@ class Recipe:
             raise ValueError(
                 f"trajectories.shift is {trajectories.shift}; expected 0 for model.family={model.family!r}"
             )
+        if trajectories.cfg_interval is not None:
+            first, last = convention.check_interval(trajectories.cfg_interval, "trajectories.cfg_interval")
+            times = convention.grid(trajectories.sampling_steps, trajectories.shift)[:-1]
+            if trajectories.cfg_scale != 1.0 and not any(first <= time <= last for time in times):
+                raise ValueError(
+                    f"trajectories.cfg_interval is {[first, last]}; expected one with a step in it: none of "
+                    f"{trajectories.sampling_steps} would be guided"
+                )
         ends = sorted((convention.noise_time, convention.data_time))
         time = self.gan.feature_timestep if self.gan else None
         if time is not None and not ends[0] <= time <= ends[1]:
@@ -90,11 +98,12 @@ class Recipe:
         if (self.student.times or ("even" if convention.schedule == "ddpm" else "kept")) == "even":
             return None
         kept = convention.kept_times(trajectories.sampling_steps, trajectories.keep, trajectories.shift)
-        return (convention.noise_time, *kept[:-1])
+        return (convention.grid(trajectories.sampling_steps, trajectories.shift)[0], *kept[:-1])
 
     def student_facts(self) -> dict[str, Any]:
         """What a reader of a student's checkpoint needs to build it."""
         student = {**dataclasses.asdict(self.student), "steps": self.steps, "timesteps": self.segment_times}
+        del student["times"]  # which timesteps say
         return {"kind": "student", "model": dataclasses.asdict(self.model), "student": student}
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ard.common.process import Process
+from ard.common.settings import fingerprint
 from ard.common.streams import noise_at
 from ard.config.choices import DTYPES
 from ard.data.real_images import image_files, load_image
-from ard.data.trajectories import fingerprint
 from ard.models.config import Condition, Conditioned, ModelConfig, condition_tensors
 from ard.storage.files import write_json
 from ard.storage.shards import ShardedStore, ShardSpec, Tensors, write_shards

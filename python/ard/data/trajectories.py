@@ -6,28 +6,22 @@ shard size, the number of samples or of processes. The format on disk is that of
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ard.common.process import Process
+from ard.common.settings import fingerprint
 from ard.common.streams import noise_at
 from ard.config.choices import DTYPES, STATE_KINDS, check_keep
 from ard.diffusion.trajectories import TrajectoryBatch
 from ard.models.config import Condition, Conditioned, condition_tensors
 from ard.storage.shards import ShardedStore, ShardSpec, Tensors, shard_count, write_shards
-
-
-def fingerprint(spec: Any) -> str:
-    """12 hexadecimal digits that differ between specs; a name for a store's folder."""
-    return hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -45,6 +39,7 @@ class StoreSpec(Conditioned, ShardSpec):
     cfg_channels: int
     cfg_interval: tuple[float, float] | None = None
     family: str = "dit"
+    model: str = ""  # fingerprint of its config: no tensor shows the number of heads
     solver: str = "ddim"
     shift: float = 0.0
     teacher_sha256: str = ""  # of the teacher's weights
@@ -201,10 +196,11 @@ class OnlineTrajectories:
 
     def pairs(self, indices: Tensor, state: str = "x0") -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         require_stored(self.spec, state)
-        parts = [self._rows(part.tolist()) for part in indices.split(self._batch_size)]
-        rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        targets = rows[state]
-        states = torch.cat([rows["noise"][:, None], targets[:, :-1]], dim=1)
+        with torch.autocast(self._device.type, enabled=False):  # the student's: the teacher has its own
+            parts = [self._rows(part.tolist()) for part in indices.split(self._batch_size)]
+            rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            targets = rows[state]
+            states = torch.cat([rows["noise"][:, None], targets[:, :-1]], dim=1)
         return states, targets, tuple(rows[condition.name] for condition in self.spec.conditions)
 
     def _rows(self, indices: list[int]) -> dict[str, Tensor]:

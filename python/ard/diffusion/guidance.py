@@ -16,8 +16,8 @@ class Guidance:
     """unconditional + scale * (conditional - unconditional) on the first ``channels`` channels, None for all; the
     conditional output on the others. scale 1 needs no unconditional forward.
 
-    interval: (first, last) times, in the family's units and in either order, between which guidance applies; None for
-    always. DiT and SiT guide 3 of 4 latent channels, LightningDiT from a time on.
+    interval: the times, in the family's units, between which guidance applies, to rounding; None for always. DiT and
+    SiT guide 3 of 4 latent channels, LightningDiT from a time on.
     """
 
     scale: float = 1.0
@@ -29,7 +29,10 @@ class Guidance:
             raise ValueError(f"cfg_channels: got {self.channels}; expected None or at least 0")
 
     def applies(self, time: float) -> bool:
-        return self.scale != 1.0 and (self.interval is None or min(self.interval) <= time <= max(self.interval))
+        if self.scale == 1.0 or self.interval is None:
+            return self.scale != 1.0
+        rounding = 1e-9 * max(1.0, *map(abs, self.interval))  # a grid's 0.1 may be 0.09999999999999998
+        return self.interval[0] - rounding <= time <= self.interval[1] + rounding
 
 
 def guided(teacher: Teacher, x_Bchw: Tensor, time: float, conditions: Sequence[Tensor], guidance: Guidance) -> Tensor:

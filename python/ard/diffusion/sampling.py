@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ard.common.process import Process
-from ard.common.settings import COUNT, SEED, Ranged
+from ard.common.settings import COUNT, SEED, Ranged, fingerprint
 from ard.common.streams import noise_at
 from ard.config.choices import autocast
 from ard.models.config import Condition, Conditioned, ModelConfig, condition_tensors
@@ -81,6 +81,7 @@ class SampleSpec(Conditioned, ShardSpec):
     seed: int
     classes: tuple[int, ...]
     precision: str
+    model: str  # fingerprint of the config
     weights_sha256: str
     history_layers: int
     window: int | None
@@ -139,6 +140,7 @@ def write_samples(
         seed=config.seed,
         classes=config.classes,
         precision=config.precision,
+        model=fingerprint(student.config),
         weights_sha256=state_sha256(student.state_dict()),
         history_layers=student.routing.history_layers,
         window=student.routing.window,

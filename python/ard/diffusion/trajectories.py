@@ -111,8 +111,6 @@ def trajectory(
 def _interval(teacher: Teacher, interval: Interval) -> tuple[float, float] | None:
     if interval is None:
         return None
-    if isinstance(interval, (int, float)):
-        return float(interval), teacher.config.CONVENTION.data_time
-    if len(interval) != 2:
-        raise ValueError(f"cfg_interval: got {list(interval)}; expected two times, or the first alone")
-    return float(interval[0]), float(interval[1])
+    convention = teacher.config.CONVENTION
+    ends = (interval, convention.data_time) if isinstance(interval, (int, float)) else interval
+    return convention.check_interval([float(time) for time in ends])

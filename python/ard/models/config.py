@@ -53,8 +53,8 @@ class Condition:
     def check(self, tensor: Tensor, batch: int) -> None:
         """Raises ValueError unless ``tensor`` is (batch, *shape), and integers where they are asked for."""
         fits, got = tuple(tensor.shape) == (batch, *self.shape), tensor.dtype
-        kind = "bool" if got is torch.bool else "float" if got.is_floating_point else "int"
-        if not fits or not self.dtype.startswith(kind):
+        alike = got in (torch.int64, torch.int32) if self.dtype == "int64" else got == self.torch_dtype
+        if not fits or not (alike or (got.is_floating_point and self.torch_dtype.is_floating_point)):
             expected = "(" + ", ".join(map(str, (batch, *self.shape))) + ("," if not self.shape else "") + ")"
             raise ValueError(
                 f"{self.name}: got {tuple(tensor.shape)} {tensor.dtype}; expected {expected} of torch.{self.dtype}"

@@ -70,7 +70,17 @@ class Convention:
             raise ValueError(f"grid: got steps={steps}, shift={shift}; expected at least 1 and a number >= 0")
         even = [i / steps for i in range(steps + 1)]
         positions = [shift * p / (1.0 + (shift - 1.0) * p) for p in even] if shift else even
-        return tuple(self.noise_time + p * (self.data_time - self.noise_time) for p in positions)
+        inner = [self.noise_time + p * (self.data_time - self.noise_time) for p in positions[1:-1]]
+        return (self.noise_time, *inner, self.data_time)
+
+    def check_interval(self, interval: Sequence[float], where: str = "cfg_interval") -> tuple[float, float]:
+        """Its earlier and later time, in order of size. Raises ValueError unless both are times of the path."""
+        least, most = sorted((self.noise_time, self.data_time))
+        if len(interval) != 2 or not all(least <= time <= most for time in interval):  # NaN is none
+            raise ValueError(
+                f"{where}: got {list(interval)}; expected two times within [{least:g}, {most:g}], the family's"
+            )
+        return min(interval), max(interval)
 
     def kept_times(self, steps: int, keep: Sequence[int], shift: float = 0.0) -> tuple[float, ...]:
         """Times at which the trajectory stands after its steps of these indices; index 0 is the last step."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ard.models.config import ModelConfig
 from ard.models.dit import DiT, DiTConfig, DiTTrunk
 from ard.models.lightningdit import LightningDiT, LightningDiTConfig, LightningDiTTrunk
-from ard.models.sit import SiT, SiTConfig
+from ard.models.sit import REPAConfig, SiT, SiTConfig
 from ard.models.trunk import Teacher, Trunk
 
 
@@ -21,6 +21,7 @@ class Family:
 FAMILIES = {
     "dit": Family(DiTConfig, DiTTrunk, DiT),
     "sit": Family(SiTConfig, DiTTrunk, SiT),
+    "repa": Family(REPAConfig, DiTTrunk, SiT),
     "lightningdit": Family(LightningDiTConfig, LightningDiTTrunk, LightningDiT),
 }
 

@@ -175,6 +175,16 @@ class LightningDiTTrunk(DiTTrunk):
             outputs.append(final.linear(modulate(final.norm_final(x_BLC), shift, scale, L)))
         return torch.stack(outputs, dim=1)
 
+    def check_buffers(self) -> None:
+        """The rotary tables must be those of the grid, to the rounding of their dtype and of float32 angles."""
+        expected = RotaryTables(self.config)
+        expected.fill(self.config)
+        for name, table in expected.named_buffers():
+            given = self.feat_rope.get_buffer(name)
+            error = float((given.cpu().double() - table.double()).abs().max())
+            if not error <= 1e-5 + torch.finfo(given.dtype).eps:
+                raise ValueError(f"feat_rope.{name} differs by {error:.3g} from that of {self.config.grid_hw} tokens")
+
     def initialize_weights(self) -> None:
         super().initialize_weights()
         self.feat_rope.fill(self.config)

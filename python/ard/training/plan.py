@@ -112,7 +112,7 @@ def sample_forwards(recipe: Recipe) -> int:
     The last Heun step evaluates at the data's time too.
     """
     config, convention = recipe.trajectories, recipe.model.CONVENTION
-    interval = None if config.cfg_interval is None else (config.cfg_interval[0], config.cfg_interval[1])
+    interval = None if config.cfg_interval is None else convention.check_interval(config.cfg_interval)
     guidance = Guidance(config.cfg_scale, config.cfg_channels, interval)
     solver, grid = solver_of(convention, config.solver), convention.grid(config.sampling_steps, config.shift)
     times = []

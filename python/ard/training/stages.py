@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ard.common.process import Process
+from ard.common.settings import fingerprint
 from ard.config.choices import autocast
 from ard.config.recipe import Recipe, plain
 from ard.config.sections import TrainConfig, TrajectoriesConfig
@@ -31,7 +32,7 @@ from ard.diffusion.solvers import solver_of
 from ard.diffusion.trajectories import TrajectoryBatch, generate
 from ard.models.families import make_teacher
 from ard.models.student import ARDStudent
-from ard.models.trunk import Teacher
+from ard.models.trunk import Teacher, Trunk
 from ard.training.gan import GanObjective, feature_timestep
 from ard.training.objectives import StudentObjective, TeacherObjective
 from ard.training.preview import Preview
@@ -120,6 +121,7 @@ def store_spec(recipe: Recipe, teacher_sha256: str) -> StoreSpec:
         cfg_channels=config.cfg_channels,
         cfg_interval=config.cfg_interval,
         family=model.family,
+        model=fingerprint(model),
         solver=solver_of(model.CONVENTION, config.solver),
         shift=config.shift,
         teacher_sha256=teacher_sha256,
@@ -127,6 +129,12 @@ def store_spec(recipe: Recipe, teacher_sha256: str) -> StoreSpec:
         dtype=config.dtype,
         precision=config.precision,
     )
+
+
+def require_model(recipe: Recipe, model: Trunk, what: str) -> None:
+    """Raises ValueError unless the model is the recipe's, in family and sizes."""
+    if model.config != recipe.model:
+        raise ValueError(f"{what} is a {model.config}; expected the recipe's {recipe.model}")
 
 
 def require_spec(trajectories: Trajectories, spec: StoreSpec) -> None:
@@ -145,6 +153,7 @@ def online_trajectories(
 
     The teacher is moved to ``device``; with execution.compile its blocks are compiled.
     """
+    require_model(recipe, teacher, "teacher")
     config, teacher = recipe.trajectories, teacher.to(device)
     if recipe.execution.compile:
         for block in teacher.blocks:
@@ -182,6 +191,7 @@ def make_trajectories(
 ) -> TrajectoryStore:
     """Generates, or finishes, the store of this teacher and these settings."""
     process = process or Process()
+    require_model(recipe, teacher, "teacher")
     return generate_store(
         folder,
         store_spec(recipe, teacher_sha256),
@@ -204,6 +214,7 @@ def distill(
     on_step: OnStep | None = None,
 ) -> tuple[ARDStudent, Fitted]:
     """A student that starts as a copy of the teacher, after regression on the trajectories."""
+    require_model(recipe, teacher, "teacher")
     require_spec(trajectories, store_spec(recipe, teacher_sha256))
     process, config, student_config = process or Process(), recipe.distill, recipe.student
     student = ARDStudent.from_teacher(
@@ -239,6 +250,8 @@ def finetune(
     process, config = process or Process(), recipe.gan
     if config is None:
         raise ValueError("recipe: gan is missing; expected the settings of the GAN fine-tune")
+    require_model(recipe, teacher, "teacher")
+    require_model(recipe, student, "student")
     require_spec(trajectories, store_spec(recipe, teacher_sha256))
     require_groups(recipe, process)
     student, teacher = student.to(process.device), teacher.to(process.device)

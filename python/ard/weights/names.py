@@ -21,9 +21,14 @@ Sizes = dict[str, Any]
 
 
 def public_state(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
-    """The tensors of the model itself: REPA's files hold the projectors of its training loss besides a SiT."""
-    beside = "projectors." if family == "sit" else None
-    return {name: tensor for name, tensor in state.items() if beside is None or not name.startswith(beside)}
+    """The tensors of the model itself: REPA's files hold the projectors of its training loss beside it.
+
+    Raises ValueError for such a file as a "sit", which would be walked the wrong way.
+    """
+    projectors = {name for name in state if name.startswith("projectors.")}
+    if projectors and family == "sit":
+        raise ValueError("checkpoint: has projectors.*, as REPA's; expected family='repa', whose time runs down")
+    return {name: tensor for name, tensor in state.items() if family != "repa" or name not in projectors}
 
 
 def infer_config(
@@ -104,11 +109,13 @@ def _dit(state: Mapping[str, Tensor], num_heads: int, input_size: int | tuple[in
 def _lightningdit(state: Mapping[str, Tensor], num_heads: int, input_size: int | tuple[int, int] | None) -> Sizes:
     sizes = _class_conditional(state, num_heads, input_size, "w12")
     halves, odd = divmod(state["blocks.0.mlp.w12.weight"].shape[0], 2)
-    # The hidden width is 2/3 of a whole number, rounded down: the least one that gives it.
-    full = next((n for n in range(halves * 3 // 2, halves * 3 // 2 + 3) if int(2 / 3 * n) == halves), None)
+    # The hidden width is 2/3 of a whole number, rounded down: of those that give it, the one nearest to a whole ratio.
+    width = sizes["hidden_size"]
+    fits = [n for n in range(halves * 3 // 2, halves * 3 // 2 + 3) if int(2 / 3 * n) == halves]
+    full = min(fits, key=lambda n: abs(n / width - round(n / width)), default=None)
     if odd or full is None:
         raise ValueError(f"checkpoint: blocks.0.mlp.w12.weight has {2 * halves + odd} rows; expected two halves")
-    return {**sizes, "mlp_ratio": _ratio(full, sizes["hidden_size"])}
+    return {**sizes, "mlp_ratio": _ratio(full, width)}
 
 
 def _ratio(hidden: int, width: int) -> float:
@@ -120,6 +127,7 @@ def _ratio(hidden: int, width: int) -> float:
 SIZES: dict[str, Callable[[Mapping[str, Tensor], int, int | tuple[int, int] | None], Sizes]] = {
     "dit": _dit,
     "sit": _dit,
+    "repa": _dit,
     "lightningdit": _lightningdit,
 }
 

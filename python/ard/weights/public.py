@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ard.models.config import ModelConfig
 from ard.models.families import make_teacher
 from ard.models.student import ARDStudent
-from ard.models.trunk import Teacher
+from ard.models.trunk import Teacher, Trunk
 from ard.storage.files import DamagedFile, read_tensors
 from ard.weights.names import infer_config, listing, numbers, public_state
 
 StateSource = str | os.PathLike | Mapping[str, Tensor]
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound=Trunk)
 
 _NESTING_KEYS = ("ema", "model")  # training checkpoints of the DiT release; the averaged weights come first
 _ZIP = b"PK\x03\x04"
@@ -39,7 +39,7 @@ def load_teacher(
 
     path_or_state: a file, or a state dict with the public checkpoints' names (its tensors are copied).
     num_heads: the one size that no tensor shows.
-    family: "dit", "sit" (SiT, REPA) or "lightningdit". The first two have the same tensors: only you know which it is.
+    family: "dit", "sit", "repa" or "lightningdit". The first three have the same tensors: only you know which it is.
     input_size: latent size; only needed for a grid that is not square.
     Raises ValueError naming missing and unexpected keys and shape mismatches.
     """
@@ -149,6 +149,10 @@ def _assign(model: Model, state: Mapping[str, Tensor], caller: str) -> Model:
     if problems:
         raise ValueError(f"{caller}: " + "; ".join(problems))
     model.load_state_dict(state, assign=True)
+    try:
+        model.check_buffers()
+    except ValueError as error:
+        raise ValueError(f"{caller}: {error}") from error
     return model.eval()
 
 
