@@ -116,7 +116,7 @@ def _exit_status(main, arguments: list[str]) -> int:
 
 
 def _serve() -> None:
-    for module in ("cli", "demo", "evaluate", "latents", "plan", "sampling", "vae"):
+    for module in ("cli", "demo.run", "evaluation.evaluate", "data.latents", "training.plan", "diffusion.sampling"):
         importlib.import_module(f"ard.{module}")
     for module in ("sklearn.datasets", "torch._dynamo", "diffusers.models.autoencoders.autoencoder_kl"):
         with suppress(ImportError):

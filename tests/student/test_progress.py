@@ -119,7 +119,9 @@ def test_in_a_terminal_it_is_a_bar():
 
 
 def test_the_library_needs_neither_typer_nor_rich_for_lines():
-    code = "import sys\nsys.modules['typer'] = sys.modules['rich'] = None\nfrom ard.common.progress import progress_bar\n"
+    code = (
+        "import sys\nsys.modules['typer'] = sys.modules['rich'] = None\nfrom ard.common.progress import progress_bar\n"
+    )
     code += "with progress_bar('x', 1) as advance: advance()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines() == ["x: 0 of 1, started", "x: 1 of 1, done in 0:00:00"]

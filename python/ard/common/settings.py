@@ -1,6 +1,7 @@
 """Nested mappings into frozen dataclasses: an unknown key is answered with the nearest valid one.
 
-A dataclass says in ``RANGES`` which values its numbers may have, as intervals: ``{"steps": "[1, 1000]"}``.
+A dataclass says in ``RANGES`` which values its numbers may have, as intervals: ``{"steps": "[1, 1000]"}``; and in
+``VARIANTS``, for a field that may be of several dataclasses, a function from the mapping to the one that it means.
 """
 
 from __future__ import annotations
@@ -94,8 +95,7 @@ def build(cls: type[Config], values: object, where: str = "") -> Config:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"config: {where or 'the file'} is {described(values)}; expected a mapping")
-    cls = variant(cls, values)
-    hints = typing.get_type_hints(cls)
+    kinds = {name: field_kind(cls, name, values.get(name)) for name in typing.get_type_hints(cls)}
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
         require_known(cls, key, where)
@@ -103,14 +103,15 @@ def build(cls: type[Config], values: object, where: str = "") -> Config:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise ValueError(f"config: missing key {_join(where, name)!r}")
-    converted = {key: _convert(hints[key], value, _join(where, key)) for key, value in values.items()}
+    converted = {key: _convert(kinds[key], value, _join(where, key)) for key, value in values.items()}
     require_ranges(where, converted, getattr(cls, "RANGES", {}))
     return cls(**converted)
 
 
-def variant(cls: Any, values: Mapping[str, Any]) -> Any:
-    """``cls``, or which of its subclasses the values mean, if it can say that."""
-    return cls.variant(values) if hasattr(cls, "variant") else cls
+def field_kind(cls: type, name: str, value: object) -> Any:
+    """The type of a field; where the class's ``VARIANTS`` has a function for it, the one that says for this mapping."""
+    choose = getattr(cls, "VARIANTS", {}).get(name)
+    return choose(value) if choose and isinstance(value, Mapping) else typing.get_type_hints(cls)[name]
 
 
 def _join(where: str, key: Any) -> str:

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from ard.common.settings import build, merge, require_known, variant
+from ard.common.settings import build, field_kind, merge, require_known
 from ard.config.sections import (
     ExecutionConfig,
     GanConfig,
@@ -27,6 +27,7 @@ from ard.config.sections import (
     TrajectoriesConfig,
 )
 from ard.models.config import ModelConfig
+from ard.models.families import config_class
 from ard_kernels.common.arguments import described
 
 FOREIGN_SECTIONS = ("demo",)
@@ -42,6 +43,8 @@ class Recipe:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     preview: PreviewConfig = field(default_factory=lambda: PreviewConfig(every=0))
     gan: GanConfig | None = None
+
+    VARIANTS: ClassVar = {"model": config_class}
 
     def __post_init__(self) -> None:
         model, trajectories, student = self.model, self.trajectories, self.student
@@ -136,10 +139,9 @@ def parse_override(cls: type, text: str, values: Mapping[str, Any] | None = None
         if section is None:
             above = ".".join(names[:depth])
             raise ValueError(f"config: unknown key {described(key)}; {above!r} is no section; expected {above}=value")
-        section = variant(section, below if isinstance(below, Mapping) else {})
         require_known(section, name, ".".join(names[:depth]))
-        kind = typing.get_type_hints(section)[name]
         below = below.get(name) if isinstance(below, Mapping) else None
+        kind = field_kind(section, name, below)
     kinds = (kind, *typing.get_args(kind)) if typing.get_origin(kind) is not tuple else (kind,)
     if str not in kinds:
         from ard.config.yaml_files import parse_yaml  # what trains without a recipe does without PyYAML

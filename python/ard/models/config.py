@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -141,18 +141,6 @@ class ModelConfig(Ranged):
             raise ValueError(
                 f"{name}: mlp_ratio is {self.mlp_ratio}; expected at least 1 / hidden_size={self.hidden_size}"
             )
-
-    @classmethod
-    def variant(cls, values: Mapping[str, Any]) -> type[ModelConfig]:
-        """The class of the family that a mapping names; "dit" where it names none. `build` calls it."""
-        if cls is not ModelConfig:
-            return cls
-        from ard.models.families import FAMILIES  # families are above their configs
-
-        family = values.get("family", "dit")
-        if family not in FAMILIES:
-            raise ValueError(f"model.family is {described(family)}; expected one of {', '.join(FAMILIES)}")
-        return FAMILIES[family].config
 
     @property
     def conditions(self) -> tuple[Condition, ...]:

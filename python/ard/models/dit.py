@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -71,10 +71,12 @@ class DiTBlock(Block):
     every residual + LayerNorm + modulation is one pass over the tokens.
     """
 
+    mlp_class: Callable[[ModelConfig], nn.Module] = Mlp
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.attn = Attention(config)
-        self.mlp = Mlp(config)
+        self.mlp = self.mlp_class(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
 
     def residuals(

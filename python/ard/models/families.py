@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ard.models.config import ModelConfig
 from ard.models.dit import DiT, DiTConfig, DiTTrunk
 from ard.models.lightningdit import LightningDiT, LightningDiTConfig, LightningDiTTrunk
 from ard.models.sit import REPAConfig, SiT, SiTConfig
 from ard.models.trunk import Teacher, Trunk
+from ard_kernels.common.arguments import described
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,14 @@ FAMILIES = {
     "repa": Family(REPAConfig, DiTTrunk, SiT),
     "lightningdit": Family(LightningDiTConfig, LightningDiTTrunk, LightningDiT),
 }
+
+
+def config_class(values: Mapping[str, Any]) -> type[ModelConfig]:
+    """That of the family which a mapping of settings names; DiT's where it names none."""
+    family = values.get("family", "dit")
+    if family not in FAMILIES:
+        raise ValueError(f"model.family is {described(family)}; expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[family].config
 
 
 def make_teacher(config: ModelConfig) -> Teacher:

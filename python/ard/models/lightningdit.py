@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ard.models.config import ClassConfig, ModelConfig
 from ard.models.convention import Convention
-from ard.models.dit import DiTTrunk
-from ard.models.layers import Attend, Attention, Context, Pending
-from ard.models.trunk import Block, FinalLayer, Teacher
+from ard.models.dit import DiTBlock, DiTTrunk
+from ard.models.layers import Attend, Context, Pending
+from ard.models.trunk import FinalLayer, Teacher
 from ard_kernels import gate_residual
 
 NORM_EPS = 1e-6
@@ -116,15 +116,14 @@ def modulate(y_BTC: Tensor, shift_BSC: Tensor, scale_BSC: Tensor, segment_length
     return (y_BSLC * (1 + scale_BSC[:, :, None]) + shift_BSC[:, :, None]).flatten(1, 2)
 
 
-class LightningBlock(Block):
+class LightningBlock(DiTBlock):
     """DiT's block with RMSNorm and SwiGLU, in plain PyTorch ops but for attention and the gated residual."""
 
+    mlp_class = SwiGLU
+
     def __init__(self, config: ModelConfig):
-        super().__init__()
+        super().__init__(config)
         self.norm1, self.norm2 = RMSNorm(config.hidden_size), RMSNorm(config.hidden_size)
-        self.attn = Attention(config)
-        self.mlp = SwiGLU(config)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
 
     def residuals(
         self,

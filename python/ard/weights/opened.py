@@ -16,7 +16,7 @@ from ard.common.settings import build
 from ard.config.recipe import Recipe, plain
 from ard.config.sections import StudentConfig
 from ard.models.config import ModelConfig
-from ard.models.families import make_teacher
+from ard.models.families import config_class, make_teacher
 from ard.models.student import ARDStudent
 from ard.models.trunk import Teacher
 from ard.storage import checkpoints
@@ -134,8 +134,9 @@ def open_student(
 
 def model_config(source: Source) -> ModelConfig:
     """The sizes that a run's facts say."""
+    values = source.facts.get("model")
     try:
-        return build(ModelConfig, source.facts.get("model"))
+        return build(config_class(values) if isinstance(values, Mapping) else ModelConfig, values)
     except ValueError as error:
         raise ValueError(f"{source.path}: the model of its facts is none ({str(error)[:200]})") from error
 
