@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from ard.config.recipe import read_recipe, recipe_text
 from ard.data.latents import LatentSpec, write_latents
+from ard.models.config import Condition
 from ard.models.dit import DiT, DiTConfig
 from ard.models.student import ARDStudent
 from ard.storage import checkpoints
@@ -138,7 +139,7 @@ def good_files(folder: Path) -> None:
     )  # fmt: skip
     opened, sha256 = open_teacher(folder / "teacher.safetensors", recipe.model)
     stages.make_trajectories(recipe, opened, sha256, folder / "store")
-    spec = LatentSpec(16, 8, (1, 8, 8), 10, source="none", encoder="none")
+    spec = LatentSpec(16, 8, (1, 8, 8), (Condition("labels", classes=10),), source="none", encoder="none")
     write_latents(folder / "real", spec, lambda rows: (torch.randn(len(rows), 1, 8, 8), torch.tensor([*rows]) % 10))
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **blocks).save_pretrained(folder / "vae")
