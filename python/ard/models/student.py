@@ -28,7 +28,7 @@ def final_layer_name(segment: int) -> str:
 
 @functools.cache
 def _class_of(family: str) -> type[ARDStudent]:
-    return type(f"ARDStudent_{family}", (ARDStudent, FAMILIES[family].trunk), {"__doc__": ARDStudent.__doc__})
+    return type("ARDStudent", (ARDStudent, FAMILIES[family].trunk), {"__doc__": ARDStudent.__doc__})
 
 
 class ARDStudent(Trunk):
