@@ -103,8 +103,12 @@ def in_memory(tmp_path):
         yield Path(folder)
 
 
-# For `dying`: at every change on disk it takes minutes, amid the writing of every file seconds.
-TORN = [True, pytest.param(False, marks=pytest.mark.slow)]
+# For `dying`: amid the writing of every file (0) takes seconds, at every third change on disk or at each minutes.
+DEATHS = [
+    pytest.param(0, id="torn"),
+    pytest.param(3, id="every third", marks=pytest.mark.slow),
+    pytest.param(1, id="every", marks=pytest.mark.exhaustive),
+]
 SAVES = 200
 
 

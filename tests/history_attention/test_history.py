@@ -111,7 +111,7 @@ def test_splits_fit_the_workspace(row_tiles, column_tiles, multiprocessors):
 DRAWN = {
     "torch": {"longest": 20, "sizes": 2, "dims": [8, 24, 72], "dtypes": DTYPES, "examples": (20, 100)},
     "cpu": {"longest": 20, "sizes": 2, "dims": [8, 24, 72], "dtypes": DTYPES, "examples": (20, 100)},
-    "triton": {"longest": 20, "sizes": 2, "dims": [8, 24, 72], "dtypes": DTYPES, "examples": (10, 40)},
+    "triton": {"longest": 20, "sizes": 2, "dims": [8, 24, 72], "dtypes": DTYPES, "examples": (10, 25)},
     "cuda": {"longest": 70, "sizes": 1, "dims": [64, 72, 128], "dtypes": HALVES, "examples": (10, 25)},
 }
 

@@ -121,8 +121,8 @@ EIGHTS = st.integers(1, 40).map(lambda eights: 8 * eights)
 DRAWN = {
     "torch": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (30, 200)},
     "cpu": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (30, 200)},
-    "triton": {"longest": 12, "batch": 2, "widths": NARROW, "examples": (4, 30)},
-    "cuda": {"longest": 16, "batch": 3, "widths": EIGHTS, "examples": (15, 60)},
+    "triton": {"longest": 12, "batch": 2, "widths": NARROW, "examples": (4, 15)},
+    "cuda": {"longest": 16, "batch": 3, "widths": EIGHTS, "examples": (15, 40)},
 }
 
 

@@ -23,8 +23,8 @@ from ard.models.config import Condition
 from ard.storage import checkpoints
 from ard.training.trainer import Stopped
 from fault_runs import (
+    DEATHS,
     SPEC,
-    TORN,
     Child,
     dying,
     finished_samples,
@@ -120,14 +120,14 @@ def test_generation_killed_at_random_continues_and_ends_the_same(tmp_path, kills
         assert store.read("labels", torch.arange(60)).tolist() == list(range(60))
 
 
-def deaths(work: Callable, start: Path | None, tmp_path: Path, torn: bool) -> list[Path]:
-    """Folders in which ``work``, begun from a copy of ``start``, has died at its first, second, ... change on disk."""
+def deaths(work: Callable, start: Path | None, tmp_path: Path, every: int) -> list[Path]:
+    """Folders where ``work``, from a copy of ``start``, has died at every n-th change on disk, or (0) amid a file."""
     folders = []
-    for number in itertools.count():
+    for number in itertools.count(step=every or 1):
         folders.append(tmp_path / f"died-{number}")
         if start:
             shutil.copytree(start, folders[-1])
-        _, finished = Child(dying, work, number, torn, folders[-1]).kill_after(None)
+        _, finished = Child(dying, work, number, not every, folders[-1]).kill_after(None)
         if finished:
             return folders[:-1]
 
@@ -138,17 +138,17 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("torn", TORN)
+@pytest.mark.parametrize("every", DEATHS)
 @pytest.mark.parametrize("damaged", [False, True])
-def test_a_death_at_any_change_of_a_save_keeps_a_good_checkpoint(tmp_path, damaged, torn):
+def test_a_death_at_any_change_of_a_save_keeps_a_good_checkpoint(tmp_path, damaged, every):
     """The save also removes a checkpoint, and, if the newest was damaged, replaces that one."""
     work, start = partial(train, steps=3, keep_last=2), tmp_path / "start"
     train(tmp_path / "undisturbed", steps=3, keep_last=2)
     train(start, steps=3 if damaged else 2, keep_last=2)
     if damaged:
         damage(start / "checkpoints/step-00000003/model.safetensors")
-    folders = deaths(work, start, tmp_path, torn)
-    assert len(folders) >= (7 if torn else 40), "a save flushes 6 files and log.jsonl"
+    folders = deaths(work, start, tmp_path, every)
+    assert len(folders) >= (40 // every if every else 7), "a save flushes 6 files and log.jsonl"
     for folder in folders:
         if damaged:
             with warnings.catch_warnings(record=True) as caught:
@@ -162,24 +162,24 @@ def test_a_death_at_any_change_of_a_save_keeps_a_good_checkpoint(tmp_path, damag
         assert snapshot(folder) == snapshot(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("torn", TORN)
-def test_a_death_at_any_change_of_a_fresh_start_can_be_started_anew(tmp_path, torn):
+@pytest.mark.parametrize("every", DEATHS)
+def test_a_death_at_any_change_of_a_fresh_start_can_be_started_anew(tmp_path, every):
     """``resume=False`` removes what is there; died in between and begun again, it still starts at the first step."""
     work, start = partial(train, steps=1, resume=False), tmp_path / "start"
     train(tmp_path / "undisturbed", steps=1)
     train(start, steps=2, learning_rate=0.5)
-    folders = deaths(work, start, tmp_path, torn)
-    assert len(folders) >= (7 if torn else 40)
+    folders = deaths(work, start, tmp_path, every)
+    assert len(folders) >= (40 // every if every else 7)
     for folder in folders:
         work(folder)
         assert snapshot(folder) == snapshot(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("torn", TORN)
-def test_a_death_at_any_change_of_a_generation_loses_one_shard_at_most(tmp_path, torn):
+@pytest.mark.parametrize("every", DEATHS)
+def test_a_death_at_any_change_of_a_generation_loses_one_shard_at_most(tmp_path, every):
     generate(tmp_path / "undisturbed")
-    folders = deaths(generate, None, tmp_path, torn)
-    assert len(folders) >= (2 + 2 * SPEC.shards if torn else 40)
+    folders = deaths(generate, None, tmp_path, every)
+    assert len(folders) >= (40 // every if every else 2 + 2 * SPEC.shards)
     finished = []
     for folder in folders:
         finished.append(finished_samples(folder) if folder.exists() else set())

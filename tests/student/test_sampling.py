@@ -19,7 +19,7 @@ from ard.models.dit import DiTConfig
 from ard.models.student import ARDStudent
 from ard.storage.images import to_uint8
 from ard.weights.opened import random_teacher
-from fault_runs import TORN, Child, dying
+from fault_runs import DEATHS, Child, dying
 from safetensors.torch import load_file
 
 
@@ -102,21 +102,21 @@ def test_two_ranks_write_the_samples_of_one(tmp_path):
 
 
 @pytest.mark.usefixtures("pillow")
-@pytest.mark.parametrize("torn", TORN)
-def test_a_sampling_that_dies_at_any_change_on_disk_goes_on(tmp_path, torn):
+@pytest.mark.parametrize("every", DEATHS)
+def test_a_sampling_that_dies_at_any_change_on_disk_goes_on(tmp_path, every):
     Child(sample, tmp_path / "whole").kill_after(None)
     whole, finished, number, first = (tmp_path / "whole/samples.npz").read_bytes(), False, 0, []
     while not finished:
         folder = tmp_path / str(number)
-        _, finished = Child(dying, sample, number, torn, folder).kill_after(None)
+        _, finished = Child(dying, sample, number, not every, folder).kill_after(None)
         assert finished or not (folder / "sample.json").exists() or (folder / "samples.npz").read_bytes() == whole
         done: list[int] = []
         sample(folder, done.append)
         first.append(done[0])  # what was there before
         assert (folder / "samples.npz").read_bytes() == whole and sum(done) == MANY.count
         assert sorted(path.name for path in folder.iterdir()) == FILES
-        number += 1
-    assert number > (5 if torn else 30) and max(first) == MANY.count and first[0] == 0
+        number += every or 1
+    assert number > (30 if every else 5) and max(first) == MANY.count and first[0] == 0
 
 
 def test_shards_of_other_samples_are_refused(tmp_path):
