@@ -30,11 +30,11 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP) $(if $(f
 demo: install
 	$(BIN)/ard demo --out runs/demo
 
-# A worker for each core and one more, as some wait for other processes; each has one thread. Whole files go to each at
-# first, so that what a file shares is made once. The slow tests wait for disks and for processes that they kill.
+# A worker for each core, each with one thread; whole files to each at first, so that what a file shares is made once.
+# The slow tests wait for disks and for processes that they kill: twice as many.
 CORES := $(shell nproc)
+WORKERS = $(CORES)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
-WORKERS = $(shell expr $(CORES) + 1)
 test: install
 	$(PYTEST) -m 'not slow and not exhaustive'
 
