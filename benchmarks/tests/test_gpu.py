@@ -137,6 +137,7 @@ def test_a_program_goes_on_behind_what_ended_it(tmp_path, fault):
     assert status == ("passed" if fault == "pass" else "failed")
 
 
+@pytest.mark.slow
 def test_a_stage_is_cut_at_its_end_or_has_crashed_by_itself(tmp_path):
     command = WORK.format(path=str(tmp_path / "planted.jsonl"), seconds=60, fault="time.sleep(60)")
     status, journal = run_of(tmp_path, command, seconds=12.0)

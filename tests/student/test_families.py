@@ -251,6 +251,7 @@ def test_flops_by_formula_are_those_counted(family, history_layers, window, sink
         assert values["analytic"] == values["counted"], row
 
 
+@pytest.mark.slow
 def test_compiled_blocks_of_lightningdit():
     """Rotated attention is an object made at each call: it must not make each call compile anew."""
     config = replace(LIGHTNING, depth=2)

@@ -39,7 +39,7 @@ from fault_runs import (
     trajectories,
 )
 
-FEW = 5  # in the quick tests
+FEW = 3  # in the quick tests
 KILLS = [FEW, pytest.param(20, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.exhaustive)]
 
 tmp_path = in_memory
@@ -139,7 +139,7 @@ def damage(path: Path) -> None:
 
 
 @pytest.mark.parametrize("every", DEATHS)
-@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("damaged", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_death_at_any_change_of_a_save_keeps_a_good_checkpoint(tmp_path, damaged, every):
     """The save also removes a checkpoint, and, if the newest was damaged, replaces that one."""
     work, start = partial(train, steps=3, keep_last=2), tmp_path / "start"
@@ -162,6 +162,7 @@ def test_a_death_at_any_change_of_a_save_keeps_a_good_checkpoint(tmp_path, damag
         assert snapshot(folder) == snapshot(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", DEATHS)
 def test_a_death_at_any_change_of_a_fresh_start_can_be_started_anew(tmp_path, every):
     """``resume=False`` removes what is there; died in between and begun again, it still starts at the first step."""

@@ -107,7 +107,8 @@ def test_other_trajectories_than_the_recipes_are_refused(tmp_path):
         stages.distill(recipe, teacher, sha256, other, tmp_path / "run")
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [10])
 def test_an_online_student_killed_at_random_continues_and_ends_the_same(tmp_path, kills):
     """LightningDiT, whose rotary tables are buffers."""
     distill(tmp_path / "whole", "lightningdit", online=True)

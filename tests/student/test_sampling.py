@@ -101,6 +101,7 @@ def test_two_ranks_write_the_samples_of_one(tmp_path):
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == FILES
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pillow")
 @pytest.mark.parametrize("every", DEATHS)
 def test_a_sampling_that_dies_at_any_change_on_disk_goes_on(tmp_path, every):
