@@ -76,6 +76,7 @@ def pytest_with_journal(folder, *arguments):
     return subprocess.run([*command, str(folder)], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_crash_and_a_hang_cost_their_own_tests(tmp_path):
     (tmp_path / "test_faulty.py").write_text(FAULTY_TESTS)
     done = pytest_with_journal(tmp_path, "-n", "1")
@@ -164,6 +165,7 @@ def test_a_killed_run_leaves_no_process(tmp_path):
     assert len(started) == 2 and not any(map(alive, started))
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_is_over_in_time(tmp_path):
     begin = time.monotonic()
     done = gpu_check(tmp_path / "out", "--minutes", "0.1", "--only", "build", **planted_hang(tmp_path))

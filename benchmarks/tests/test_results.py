@@ -216,6 +216,7 @@ def run_planted(tmp_path, wrong, *arguments):
     return done.stdout + done.stderr, json.loads(file.read_text()) if file.exists() else None
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_file_a_table_and_the_plugins_json(tmp_path):
     text, content = run_planted(tmp_path, False)
     assert "3 passed, 1 skipped" in text, text
