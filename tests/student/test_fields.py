@@ -38,7 +38,7 @@ class Stand(nn.Module):
         return (torch.full_like(labels, 3),)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        self.seen.append((float(t[0]), len(x)))
+        self.seen += [(float(time), len(x)) for time in t[:1]]
         position = t.double() / 1000 if self.config.CONVENTION.schedule == "ddpm" else self.position(t)
         return self.velocity(x, position[:, None, None, None], labels[:, None, None, None])
 
@@ -175,6 +175,11 @@ def test_an_interval_end_that_a_grid_rounds_away_is_in_it():
     assert [len_ for _, len_ in stand.seen] == [3, 3, 3, 6, 6, 6, 6, 6, 6, 6]
 
 
+def test_an_empty_batch():
+    noise, labels = inputs()
+    assert trajectory(Stand(FLOW, field_of), noise[:0], labels[:0], times=3, cfg_scale=2.0).shape == (0, 3, *SHAPE)
+
+
 def test_kept_times():
     flow = SiTConfig().CONVENTION
     assert flow.kept_times(25, (15, 10, 5, 0)) == (0.4, 0.6, 0.8, 1.0)
@@ -193,6 +198,7 @@ def test_kept_times():
         ({"cfg_interval": (500, 1000)}, r"cfg_interval: got \[500\.0, 1000\.0\]; expected two times within \[0, 1\]"),
         ({"cfg_interval": (0.1, float("nan"))}, r"cfg_interval: got \[0\.1, nan\]; expected two times within \[0, 1\]"),
         ({"cfg_channels": -1}, r"cfg_channels: got -1"),
+        ({"cfg_scale": float("nan")}, r"cfg_scale: got nan; expected a finite number"),
     ],
 )
 def test_bad_options(options, message):

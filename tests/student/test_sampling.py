@@ -16,6 +16,7 @@ from ard.common.process import Process
 from ard.common.streams import noise_at
 from ard.diffusion.sampling import LEAST_SHARD, SamplingConfig, parse_classes, sampler, write_samples
 from ard.models.dit import DiTConfig
+from ard.models.sit import SiTConfig
 from ard.models.student import ARDStudent
 from ard.storage.images import to_uint8
 from ard.weights.opened import random_teacher
@@ -128,6 +129,10 @@ def test_shards_of_other_samples_are_refused(tmp_path):
     other.pos_embed.data.add_(1.0)
     with pytest.raises(ValueError, match=r"holds samples with weights_sha256="):
         write_samples(other, tmp_path, MANY)
+    sit = ARDStudent(SiTConfig(**{**vars(other.config), "family": "sit"}), **student_of().settings)
+    sit.load_state_dict(student_of().state_dict())  # the same weights, walked another way
+    with pytest.raises(ValueError, match=r"holds samples with model="):
+        write_samples(sit, tmp_path, MANY)
 
 
 def test_bf16_sampling_stays_near(device):

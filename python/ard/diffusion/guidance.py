@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ class Guidance:
     interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"cfg_scale: got {self.scale}; expected a finite number")
         if self.channels is not None and self.channels < 0:
             raise ValueError(f"cfg_channels: got {self.channels}; expected None or at least 0")
 
@@ -52,7 +55,7 @@ def guided(teacher: Teacher, x_Bchw: Tensor, time: float, conditions: Sequence[T
     output = teacher(x_model, t, *conditions)[:, :channels].to(x_Bchw.dtype)
     if not applies:
         return output
-    conditional, unconditional = output.split(B)
+    conditional, unconditional = output[:B], output[B:]
     n = channels if guidance.channels is None else guidance.channels
     mixed = unconditional[:, :n] + guidance.scale * (conditional[:, :n] - unconditional[:, :n])
     return torch.cat([mixed, conditional[:, n:]], dim=1)

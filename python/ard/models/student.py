@@ -31,6 +31,12 @@ def _class_of(family: str) -> type[ARDStudent]:
     return type("ARDStudent", (ARDStudent, FAMILIES[family].trunk), {"__doc__": ARDStudent.__doc__})
 
 
+def _blank(family: str) -> ARDStudent:
+    """An instance without contents, which `pickle` and `copy` fill."""
+    cls = _class_of(family)
+    return cls.__new__(cls)
+
+
 class ARDStudent(Trunk):
     """Few-step student of any family: an instance is of a subclass that joins this one and the family's trunk.
 
@@ -63,6 +69,12 @@ class ARDStudent(Trunk):
             raise ValueError(f"ARDStudent: steps is {steps}; expected at least 1")
         if timesteps is not None and len(timesteps) != steps:
             raise ValueError(f"ARDStudent: timesteps are {list(timesteps)}; expected steps={steps} of them")
+        ends = sorted((config.CONVENTION.noise_time, config.CONVENTION.data_time))
+        if any(not ends[0] <= time <= ends[1] for time in timesteps or ()):  # NaN is none
+            raise ValueError(
+                f"ARDStudent: timesteps are {list(timesteps or ())}; expected within [{ends[0]:g}, {ends[1]:g}], the "
+                f"times of family={config.family!r}"
+            )
         super().__init__(config)
         self.steps = steps
         self.segment_times = None if timesteps is None else tuple(map(float, timesteps))
@@ -70,6 +82,13 @@ class ARDStudent(Trunk):
         for segment in range(steps):
             self.add_module(final_layer_name(segment), self.final_layer_class(config))
         self.initialize_weights()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Its class is made here and has no name to import: pickled by family. (FSDP makes another class of it.)"""
+        family = self.config.family
+        if type(self) is not _class_of(family):
+            return super().__reduce_ex__(protocol)
+        return _blank, (family,), self.__dict__
 
     @property
     def settings(self) -> dict[str, Any]:
