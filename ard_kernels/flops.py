@@ -36,7 +36,13 @@ class ModelShape(Protocol):
     def mlp_weights(self) -> int: ...  # of a block's MLP: 2 * hidden_size * its width, with SwiGLU 3 times
 
     @property
-    def other_flops(self) -> int: ...  # of one forward, beside the parts that are counted here
+    def modulation_flops(self) -> int: ...  # of one segment's rows; DiT: 2 * C * 6C in each block, 2 * C * 2C at the end
+
+    @property
+    def other_flops(self) -> int: ...  # of one segment, beside the parts that are counted here
+
+    @property
+    def context_flops(self) -> int: ...  # of a sample, once for all its segments: keys and values of text
 
     @property
     def frequency_embedding_size(self) -> int: ...  # sinusoidal features of the timestep
@@ -47,20 +53,25 @@ def attention(tokens: int, segment_length: int, width: int, window: int | None =
     return 4 * width * useful_pairs([segment_length], tokens, window, sink)
 
 
-def teacher_forward(config: ModelShape) -> int:
-    """One forward of the teacher."""
+def segment_forward(config: ModelShape) -> int:
+    """All that the L tokens of one segment take, without history."""
     L, C, p = config.tokens, config.hidden_size, config.patch_size
     patch_embed = 2 * L * C * config.in_channels * p * p
     timestep_embed = 2 * config.frequency_embedding_size * C + 2 * C * C
     linears = 2 * L * (3 * C * C + C * C + config.mlp_weights)
-    block = linears + 2 * C * 6 * C + attention(L, L, C)
-    final = 2 * C * 2 * C + 2 * L * C * config.out_channels * p * p
-    return patch_embed + timestep_embed + config.depth * block + final + config.other_flops
+    block = linears + attention(L, L, C)
+    final = 2 * L * C * config.out_channels * p * p
+    return patch_embed + timestep_embed + config.modulation_flops + config.depth * block + final + config.other_flops
+
+
+def teacher_forward(config: ModelShape) -> int:
+    """One forward of the teacher."""
+    return segment_forward(config) + config.context_flops
 
 
 def baseline_sampling(config: ModelShape, steps: int) -> int:
-    """`steps` teacher-sized forwards: plain step distillation (N = 0)."""
-    return steps * teacher_forward(config)
+    """`steps` teacher-sized forwards: plain step distillation (N = 0). What is of a sample alone is counted once."""
+    return steps * segment_forward(config) + config.context_flops
 
 
 def history(config: ModelShape, steps: int, history_layers: int, window: int | None = None, sink: int = 0) -> int:

@@ -39,8 +39,8 @@ class Gan:
         return batch_indices(0, step, BATCH, len(self.objective.real), "real")
 
     def logits(self, images, labels):
-        c_BC = self.objective.condition(labels)
-        return self.discriminator(self.objective.features(images, c_BC), c_BC)
+        summary_BC, features = self.objective.features(images, labels)
+        return self.discriminator(features, summary_BC)
 
     def gradients(self, loss, module: nn.Module) -> list[Tensor]:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -91,7 +91,8 @@ def test_before_its_start_the_gan_only_trains_the_heads(gan):
 
 
 def test_features_are_the_tokens_after_each_block(gan):
-    images, outputs = gan.states[:, 0], gan.objective.features(gan.states[:, 0], gan.objective.condition(gan.labels))
+    images = gan.states[:, 0]
+    _, outputs = gan.objective.features(images, gan.labels)
     for depth in range(1, len(outputs) + 1):
         teacher, tokens = tiny_teacher(torch.float64, gan.device), outputs[depth - 1]
         teacher.blocks = teacher.blocks[:depth]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 # One Philox key per use of randomness: streams with the same seed never overlap.
-STREAMS = {"noise": 1, "order": 2, "teacher": 3, "real": 4, "posterior": 5}
+STREAMS = {"noise": 1, "order": 2, "teacher": 3, "real": 4, "posterior": 5, "prompts": 6, "scenes": 7, "cells": 8}
 
 
 def random_stream(seed: int, stream: str, index: int = 0) -> np.random.Generator:
@@ -43,8 +43,12 @@ def batch_indices(seed: int, step: int, batch_size: int, count: int, stream: str
 
     The stream visits all samples once per epoch, in an order drawn from (seed, epoch); a batch may span two epochs.
     """
+    return shuffled(seed, range(step * batch_size, (step + 1) * batch_size), count, stream)
+
+
+def shuffled(seed: int, positions: Sequence[int], count: int, stream: str) -> torch.Tensor:
+    """What stands at these positions of that stream, int64 in [0, count): each number once in every ``count`` places."""
     if count < 1:
-        raise ValueError(f"batch_indices: count={count}; expected at least one sample")
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    indices = [_epoch_permutation(seed, int(p // count), count, stream)[p % count] for p in positions]
+        raise ValueError(f"shuffled: count={count}; expected at least one sample")
+    indices = [_epoch_permutation(seed, int(p) // count, count, stream)[int(p) % count] for p in positions]
     return torch.from_numpy(np.array(indices, dtype=np.int64))

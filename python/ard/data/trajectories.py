@@ -1,7 +1,8 @@
 """Stores of teacher trajectories, which the student is distilled from.
 
 Noise and conditions of trajectory ``i`` are pure functions of ``(seed, i)``: they do not depend on the batch size, the
-shard size, the number of samples or of processes. The format on disk is that of `ard.storage.shards`.
+shard size, the number of samples or of processes. The format on disk is that of `ard.storage.shards`. What is kept of the
+conditions, and what stands for them, is the matter of a `ConditionSource`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ard.common.process import Process
 from ard.common.settings import fingerprint
 from ard.common.streams import noise_at
 from ard.config.choices import DTYPES, STATE_KINDS, check_keep
+from ard.data.conditions import ConditionSource, named, source_for
 from ard.diffusion.trajectories import TrajectoryBatch
 from ard.models.config import Condition, Conditioned, condition_tensors
 from ard.storage.shards import ShardedStore, ShardSpec, Tensors, shard_count, write_shards
@@ -32,7 +34,7 @@ class StoreSpec(Conditioned, ShardSpec):
     shard_size: int  # trajectories per shard; the last shard may be smaller
     seed: int  # of the noise
     image_shape: tuple[int, int, int]  # (channels, height, width)
-    conditions: tuple[Condition, ...]  # labels of sample i are i mod their classes
+    conditions: tuple[Condition, ...]  # as they are stored
     sampling_steps: int  # teacher steps
     keep: tuple[int, ...]  # indices of the steps whose states are stored, noisiest first
     cfg_scale: float
@@ -40,6 +42,8 @@ class StoreSpec(Conditioned, ShardSpec):
     cfg_interval: tuple[float, float] | None = None
     family: str = "dit"
     model: str = ""  # fingerprint of its config: no tensor shows the number of heads
+    prompts: str = ""  # fingerprint of the source of the conditions, where they are numbers of prompts
+    negative_prompt: str | None = None  # in place of the null conditions
     solver: str = "ddim"
     shift: float = 0.0
     teacher_sha256: str = ""  # of the teacher's weights
@@ -84,19 +88,9 @@ class StoreSpec(Conditioned, ShardSpec):
         """Noise of global indices, float32 (n, *image_shape)."""
         return noise_at(self.seed, indices, self.image_shape)
 
-    def conditions_of(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
-        """Conditions of global indices, (n, ...) each; labels int64 (n,), all classes equally often."""
-        return tuple(_cycled(condition, indices) for condition in self.conditions)
 
-
-def _cycled(condition: Condition, indices: Sequence[int]) -> Tensor:
-    if not condition.classes:
-        raise ValueError(f"StoreSpec: {condition.name} has no classes to take in turn; expected labels")
-    return torch.tensor([int(index) % condition.classes for index in indices], dtype=torch.int64)
-
-
-def rows_of_batch(batch: TrajectoryBatch, spec: StoreSpec, indices: Sequence[int]) -> dict[str, Tensor]:
-    """The tensors of ``spec`` of the trajectories of these indices, rounded as they are stored, on the batch's device.
+def states_of_batch(batch: TrajectoryBatch, spec: StoreSpec, indices: Sequence[int]) -> dict[str, Tensor]:
+    """Noise and states of the trajectories of these indices, rounded as they are stored, on the batch's device.
 
     Raises ValueError where one is not finite.
     """
@@ -106,7 +100,7 @@ def rows_of_batch(batch: TrajectoryBatch, spec: StoreSpec, indices: Sequence[int
             f"{', '.join(broken)} of the trajectories {min(indices)} to {max(indices)} are not finite as "
             f"{spec.dtype}; expected finite states"
         )
-    return {**rows, **{each.name: rows for each, rows in zip(spec.conditions, batch.conditions, strict=True)}}
+    return rows
 
 
 LEAST_ROWS = 8
@@ -119,6 +113,7 @@ def generate_store(
     spec: StoreSpec,
     make_batch: MakeBatch,
     *,
+    source: ConditionSource | None = None,
     batch_size: int = 256,
     process: Process | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -127,12 +122,15 @@ def generate_store(
 
     folder: made if absent; if it holds a store, its spec must equal ``spec``.
     make_batch: (noise (n, *image), *conditions) -> trajectories: `ard.diffusion.generate` with the teacher bound.
+    source: of the conditions; labels in turn by default.
     on_progress: see `ard.storage.shards.write_shards`.
     """
+    source = source_for(spec.conditions, spec.prompts, source)
 
     def make_rows(indices: range) -> dict[str, Tensor]:
-        batch = make_batch(spec.noise(indices), *spec.conditions_of(indices))
-        return {name: rows.cpu() for name, rows in rows_of_batch(batch, spec, indices).items()}
+        stored = source.drawn(spec.seed, indices)
+        rows = states_of_batch(make_batch(spec.noise(indices), *source.tensors(*stored)), spec, indices)
+        return {**{name: tensor.cpu() for name, tensor in rows.items()}, **named(spec.conditions, stored)}
 
     write_shards(
         Path(folder),
@@ -144,7 +142,7 @@ def generate_store(
         process=process,
         on_progress=on_progress,
     )
-    return TrajectoryStore(folder)
+    return TrajectoryStore(folder, source)
 
 
 class Trajectories(Protocol):
@@ -153,6 +151,9 @@ class Trajectories(Protocol):
     spec: StoreSpec
 
     def __len__(self) -> int: ...
+
+    def conditions(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """The model's conditions (n, ...) of these trajectories."""
 
     def pairs(self, indices: Tensor, state: str = "x0") -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """(states, targets, conditions) of a training batch.
@@ -163,12 +164,20 @@ class Trajectories(Protocol):
 
 
 class TrajectoryStore(ShardedStore):
-    """Tensors noise (n, *image), x0 and/or ode (n, S, *image), and the conditions (n, ...) by name."""
+    """Tensors noise (n, *image), x0 and/or ode (n, S, *image), and the conditions (n, ...) by name, as they are stored.
+
+    source: of the conditions, without which those of a store of prompts stay numbers and are not given.
+    """
 
     KIND = "trajectories"
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, source: ConditionSource | None = None):
         super().__init__(folder, self.KIND, StoreSpec)
+        self._source = source
+
+    def conditions(self, indices: Tensor) -> tuple[Tensor, ...]:
+        source = source_for(self.spec.conditions, self.spec.prompts, self._source)
+        return source.tensors(*(self.read(condition.name, indices) for condition in self.spec.conditions))
 
     def pairs(self, indices: Tensor, state: str = "x0") -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """See `Trajectories`; float32 or float16, as stored."""
@@ -177,8 +186,7 @@ class TrajectoryStore(ShardedStore):
         states = torch.empty_like(targets)
         self.read("noise", indices, out=states[:, 0])
         states[:, 1:] = targets[:, :-1]
-        conditions = tuple(self.read(condition.name, indices) for condition in self.spec.conditions)
-        return states, targets, conditions
+        return states, targets, self.conditions(indices)
 
 
 class OnlineTrajectories:
@@ -188,8 +196,16 @@ class OnlineTrajectories:
     repeated: on a CPU other matrix products take fewer rows, and round otherwise. Results are on ``device``.
     """
 
-    def __init__(self, spec: StoreSpec, make_batch: MakeBatch, batch_size: int, device: torch.device):
+    def __init__(
+        self,
+        spec: StoreSpec,
+        make_batch: MakeBatch,
+        batch_size: int,
+        device: torch.device,
+        source: ConditionSource | None = None,
+    ):
         self.spec, self._make_batch, self._batch_size, self._device = spec, make_batch, batch_size, device
+        self._source = source_for(spec.conditions, spec.prompts, source)
 
     def __len__(self) -> int:
         return self.spec.count
@@ -201,13 +217,16 @@ class OnlineTrajectories:
             rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             targets = rows[state]
             states = torch.cat([rows["noise"][:, None], targets[:, :-1]], dim=1)
-        return states, targets, tuple(rows[condition.name] for condition in self.spec.conditions)
+        return states, targets, self.conditions(indices)
+
+    def conditions(self, indices: Tensor) -> tuple[Tensor, ...]:
+        tensors = self._source.tensors(*self._source.drawn(self.spec.seed, indices.tolist()))
+        return tuple(tensor.to(self._device) for tensor in tensors)
 
     def _rows(self, indices: list[int]) -> dict[str, Tensor]:
         filled = indices + indices[-1:] * (LEAST_ROWS - len(indices))
-        tensors = (self.spec.noise(filled), *self.spec.conditions_of(filled))
-        batch = self._make_batch(*(tensor.to(self._device) for tensor in tensors))
-        return {name: rows[: len(indices)] for name, rows in rows_of_batch(batch, self.spec, indices).items()}
+        batch = self._make_batch(self.spec.noise(filled).to(self._device), *self.conditions(torch.tensor(filled)))
+        return {name: rows[: len(indices)] for name, rows in states_of_batch(batch, self.spec, indices).items()}
 
 
 def require_stored(spec: StoreSpec, state: str) -> None:

@@ -162,8 +162,18 @@ class ModelConfig(Ranged):
         return int(self.hidden_size * self.mlp_ratio)
 
     @property
+    def modulation_flops(self) -> int:
+        """FLOPs of one segment's modulation rows, of all blocks and of the final layer."""
+        return 2 * self.hidden_size * (6 * self.hidden_size * self.depth + 2 * self.hidden_size)
+
+    @property
     def other_flops(self) -> int:
-        """FLOPs of one forward beside DiT's parts, at batch 1."""
+        """FLOPs of one segment beside DiT's parts, at batch 1."""
+        return 0
+
+    @property
+    def context_flops(self) -> int:
+        """FLOPs of what a sample needs once, for all its segments: keys and values of text."""
         return 0
 
     @property

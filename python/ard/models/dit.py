@@ -98,26 +98,58 @@ class DiTBlock(Block):
         return x_BTC, (self.mlp(y_BTC), gate_m)
 
 
-class DiTTrunk(Trunk):
-    """Embedders and blocks; families with the same embedders replace the block and what finishes."""
+class PatchTrunk(Trunk):
+    """Patches with fixed sin-cos positions, embedded times, blocks, a modulated LayerNorm at the end."""
 
-    block_class: type[Block] = DiTBlock
+    block_class: type[Block]
     fixed = ("pos_embed",)
 
-    def __init__(self, config: ClassConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(config)
-        self.y_embedder = LabelEmbedder(config)
+        self.add_embedders(config)
         self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.hidden_size), requires_grad=False)
         make: Any = self.block_class
         blocks = nn.ModuleList(make(config) for _ in range(config.depth))
         self.blocks = cast("Sequence[Block]", blocks)  # nn.ModuleList does not say of what
 
+    def add_embedders(self, config: Any) -> None:
+        """Those of the family's conditions."""
+
+    def positions(self) -> Tensor:
+        """The table (L, C) that `pos_embed` holds, float64."""
+        return sincos_position_embedding(self.config.hidden_size, self.config.grid_hw)
+
     def embed(self, states_BSchw: Tensor) -> Tensor:
         B, S = states_BSchw.shape[:2]
         x_MLC = self.x_embedder(states_BSchw.flatten(0, 1)) + self.pos_embed
         return x_MLC.view(B, S * self.config.tokens, self.config.hidden_size)
+
+    def finish(self, x_BTC: Tensor, pending: Pending, rows_BSR: Tensor, final_layers: Sequence[FinalLayer]) -> Tensor:
+        """linear(LN(x) * (1 + scale) + shift); the token op spans all segments."""
+        L = self.config.tokens
+        shift_BSC, scale_BSC = rows_BSR.expand(len(x_BTC), -1, -1).chunk(2, dim=-1)
+        _, y_BTC = gate_residual_adaln(x_BTC, *pending, shift_BSC, scale_BSC, segment_length=L)
+        segments = y_BTC.split(L, dim=1)
+        return torch.stack([f.linear(y_BLC) for f, y_BLC in zip(final_layers, segments, strict=True)], dim=1)
+
+    @torch.no_grad()
+    def initialize_patches(self) -> None:
+        """The positions; and the patches' projection, as a linear."""
+        self.pos_embed.copy_(self.positions()[None])
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        assert self.x_embedder.proj.bias is not None
+        nn.init.zeros_(self.x_embedder.proj.bias)
+
+
+class DiTTrunk(PatchTrunk):
+    """DiT's embedders and blocks; families with the same embedders replace the block and what finishes."""
+
+    block_class: type[Block] = DiTBlock
+
+    def add_embedders(self, config: ClassConfig) -> None:
+        self.y_embedder = LabelEmbedder(config)
 
     def condition(self, t_BS: Tensor, *conditions: Tensor) -> Tensor:
         """c_s = t_emb(t_s) + y_emb(y), (B, S, C)."""
@@ -128,22 +160,11 @@ class DiTTrunk(Trunk):
         """The null label, of the embedding's last row."""
         return tuple(torch.full_like(labels_B, self.config.num_classes) for labels_B in conditions)
 
-    def finish(self, x_BTC: Tensor, pending: Pending, rows_BSR: Tensor, final_layers: Sequence[FinalLayer]) -> Tensor:
-        """linear(LN(x) * (1 + scale) + shift); the token op spans all segments."""
-        L = self.config.tokens
-        shift_BSC, scale_BSC = rows_BSR.chunk(2, dim=-1)
-        _, y_BTC = gate_residual_adaln(x_BTC, *pending, shift_BSC, scale_BSC, segment_length=L)
-        segments = y_BTC.split(L, dim=1)
-        return torch.stack([f.linear(y_BLC) for f, y_BLC in zip(final_layers, segments, strict=True)], dim=1)
-
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """As the DiT reference: Xavier linears, normal(0.02) embeddings, zero adaLN and final linears."""
         self.initialize_linears()
-        self.pos_embed.copy_(sincos_position_embedding(self.config.hidden_size, self.config.grid_hw)[None])
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        assert self.x_embedder.proj.bias is not None
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        self.initialize_patches()
         for weight in (
             self.y_embedder.embedding_table.weight,
             linear(self.t_embedder.mlp, 0).weight,

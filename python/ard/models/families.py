@@ -9,6 +9,7 @@ from typing import Any
 from ard.models.config import ModelConfig
 from ard.models.dit import DiT, DiTConfig, DiTTrunk
 from ard.models.lightningdit import LightningDiT, LightningDiTConfig, LightningDiTTrunk
+from ard.models.pixart import PixArt, PixArtConfig, PixArtTrunk
 from ard.models.sit import REPAConfig, SiT, SiTConfig
 from ard.models.trunk import Teacher, Trunk
 from ard_kernels.common.arguments import described
@@ -26,6 +27,7 @@ FAMILIES = {
     "sit": Family(SiTConfig, DiTTrunk, SiT),
     "repa": Family(REPAConfig, DiTTrunk, SiT),
     "lightningdit": Family(LightningDiTConfig, LightningDiTTrunk, LightningDiT),
+    "pixart": Family(PixArtConfig, PixArtTrunk, PixArt),
 }
 
 

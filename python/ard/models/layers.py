@@ -15,20 +15,25 @@ from ard.models.config import ClassConfig, ModelConfig
 Attend = Callable[[Tensor], Tensor]
 # what blocks read besides their modulation, (B, ...) each, the same in every segment
 Context = tuple[Tensor, ...]
+# what a block computes of times and conditions alone: modulation rows (B or 1, S, R), and its own form of the context
+Prepared = tuple[Tensor, Context]
 # branch (B, T, C) and gate (B, S, C) of a residual that the next fused op adds: h = x + gate * branch
 Pending = tuple[Tensor, Tensor]
 
 
-def sincos_position_embedding(channels: int, grid_hw: tuple[int, int]) -> Tensor:
+def sincos_position_embedding(
+    channels: int, grid_hw: tuple[int, int], step_hw: tuple[float, float] = (1.0, 1.0)
+) -> Tensor:
     """Fixed 2-D sin-cos positions (L, C) in float64, tokens in row-major order.
 
     The first half of C encodes the column, the second half the row, each as [sin, cos] (the public checkpoints' order).
+    step_hw: between the positions of neighbouring rows, and columns.
     """
     rows, columns = grid_hw
     quarter = channels // 4
     omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
-    row_L = torch.arange(rows, dtype=torch.float64, device="cpu").repeat_interleave(columns)
-    column_L = torch.arange(columns, dtype=torch.float64, device="cpu").repeat(rows)
+    row_L = step_hw[0] * torch.arange(rows, dtype=torch.float64, device="cpu").repeat_interleave(columns)
+    column_L = step_hw[1] * torch.arange(columns, dtype=torch.float64, device="cpu").repeat(rows)
     angles = [position_L[:, None] * omega for position_L in (column_L, row_L)]
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
 
@@ -60,12 +65,15 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps (...,) -> (..., C): MLP over [cos, sin](t * 10000^(-i / half)), i < half = frequency_size / 2."""
+    """Numbers (...,) -> (..., width): MLP over [cos, sin](t * 10000^(-i / half)), i < half = frequency_size / 2.
 
-    def __init__(self, config: ModelConfig):
+    width: C by default.
+    """
+
+    def __init__(self, config: ModelConfig, width: int | None = None):
         super().__init__()
         self.frequency_size = config.frequency_embedding_size
-        width = config.hidden_size
+        width = config.hidden_size if width is None else width
         self.mlp = nn.Sequential(nn.Linear(self.frequency_size, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
@@ -102,13 +110,19 @@ class Attention(nn.Module):
         return self.proj(attend(qkv).reshape(B, T, C))
 
 
-class Mlp(nn.Module):
-    """fc2(gelu_tanh(fc1(y)))."""
+class TwoLayers(nn.Module):
+    """fc2(gelu_tanh(fc1(y))) over the last dimension."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(y), approximate="tanh"))
+
+
+class Mlp(TwoLayers):
+    """A block's MLP, of C channels."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.mlp_hidden_size)
-        self.fc2 = nn.Linear(config.mlp_hidden_size, config.hidden_size)
-
-    def forward(self, y_BTC: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(y_BTC), approximate="tanh"))
+        super().__init__(config.hidden_size, config.mlp_hidden_size, config.hidden_size)

@@ -7,7 +7,7 @@ a time of its own, in its family's units.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -167,12 +167,19 @@ class ARDStudent(Trunk):
         )
 
     @torch.no_grad()
-    def sample(self, noise_Bchw: Tensor, *conditions: Tensor, cache: HistoryCache | None = None) -> Tensor:
+    def sample(
+        self,
+        noise_Bchw: Tensor,
+        *conditions: Tensor,
+        cache: HistoryCache | None = None,
+        on_step: Callable[[int, Tensor], Tensor | None] | None = None,
+    ) -> Tensor:
         """S cached forwards of L tokens, each reading the previous prediction; equals `forward` on its own predictions.
 
         noise_Bchw: (B, c, h, w); conditions as in `forward`. Returns all predictions (B, S, c, h, w); the last is the
         image.
         cache: from `new_cache(B)`, to reuse its memory between calls; it is reset here.
+        on_step: called with (s, prediction) after each step; what it returns, if not None, takes the prediction's place.
         """
         self.check_inputs("noise", noise_Bchw, conditions, ("B",))
         L, final_layers = self.config.tokens, self.final_layers
@@ -183,10 +190,12 @@ class ARDStudent(Trunk):
         def attend(layer: int) -> Attend:
             return partial(self.routing.attention_packed, layer, segment_length=L, cache=cache)
 
-        # Rows depend on times and conditions only: adaLN weights, a third of DiT, are read once and not S times.
+        # What depends on times and conditions only is made once and not S times: rows (adaLN weights are a third of DiT),
+        # keys and values of text.
         context = self.context(*conditions)
         c_BSC = self.condition(self.timesteps(self.steps, noise_Bchw.device), *conditions)
-        block_rows = [block.adaLN_modulation(c_BSC) for block in self.blocks]
+        shared = self.shared(c_BSC)
+        prepared = [block.prepare(shared, context) for block in self.blocks]
         final_rows_BSR = self.final_rows(c_BSC, final_layers)
 
         state_Bchw, predictions = noise_Bchw, []
@@ -195,10 +204,11 @@ class ARDStudent(Trunk):
                 self.embed(state_Bchw[:, None]),
                 attend,
                 final_layers[s : s + 1],
-                block_rows=[rows_BSR[:, s : s + 1] for rows_BSR in block_rows],
+                prepared=[(rows_BSR[:, s : s + 1], read) for rows_BSR, read in prepared],
                 final_rows_BSR=final_rows_BSR[:, s : s + 1],
-                context=context,
             )
             state_Bchw = self.unpatchify(tokens_BSLP, self.config.in_channels)[:, 0]
+            replaced = on_step(s, state_Bchw) if on_step else None
+            state_Bchw = state_Bchw if replaced is None else replaced
             predictions.append(state_Bchw)
         return torch.stack(predictions, dim=1)

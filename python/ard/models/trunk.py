@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ard.models.config import ModelConfig
-from ard.models.layers import Attend, Context, Pending, linear
+from ard.models.layers import Attend, Context, Pending, Prepared, linear
 from ard_kernels import block_causal_attention_packed, gate_residual
 
 
 class Block(nn.Module):
     """A transformer block that leaves its last residual pending, so that the next op adds it and normalizes at once.
 
-    A family's block has `adaLN_modulation`, from conditioning (B, S, C) to its rows (B, S, R), and `residuals`.
+    A family's block gives `residuals`, and has `adaLN_modulation`, from conditioning (B, S, C) to its rows (B, S, R), or
+    another `rows`.
     """
 
     adaLN_modulation: nn.Module
@@ -35,6 +36,18 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.recompute = False  # keep the inputs only, and run again in backward (activation checkpointing)
+
+    def rows(self, c: Tensor) -> Tensor:
+        """Modulation rows (B, S, R) of what `Trunk.shared` gives."""
+        return self.adaLN_modulation(c)
+
+    def read(self, context: Context) -> Context:
+        """The form in which this block reads the context: keys and values of text."""
+        return context
+
+    def prepare(self, c: Tensor, context: Context) -> Prepared:
+        """What depends on times and conditions only, so that a sampler computes it once for all steps."""
+        return self.rows(c), self.read(context)
 
     def residuals(
         self,
@@ -55,12 +68,12 @@ class Block(nn.Module):
         attend: Attend,
         *,
         segment_length: int,
-        c_BSC: Tensor | None = None,
-        rows_BSR: Tensor | None = None,
+        c: Tensor | None = None,
         context: Context = (),
+        prepared: Prepared | None = None,
     ) -> tuple[Tensor, Pending]:
-        """Give either the conditioning `c_BSC` or its rows `rows_BSR = adaLN_modulation(c_BSC)`."""
-        inputs = (x_BTC, pending, attend, segment_length, c_BSC, rows_BSR, context)
+        """Give either `c`, of `Trunk.shared`, and the context, or `prepared = prepare(c, context)`."""
+        inputs = (x_BTC, pending, attend, segment_length, c, context, prepared)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._modulated, *inputs, use_reentrant=False, preserve_rng_state=False)
         return self._modulated(*inputs)
@@ -71,21 +84,33 @@ class Block(nn.Module):
         pending: Pending | None,
         attend: Attend,
         segment_length: int,
-        c_BSC: Tensor | None,
-        rows_BSR: Tensor | None,
+        c: Tensor | None,
         context: Context,
+        prepared: Prepared | None,
     ) -> tuple[Tensor, Pending]:
-        rows_BSR = self.adaLN_modulation(c_BSC) if rows_BSR is None else rows_BSR
-        return self.residuals(x_BTC, pending, attend, segment_length, rows_BSR, context)
+        if prepared is None:
+            assert c is not None
+            prepared = self.prepare(c, context)
+        return self.residuals(x_BTC, pending, attend, segment_length, *prepared)
 
 
 class FinalLayer(nn.Module):
     """linear(norm(x) * (1 + scale) + shift): its parts, which `Trunk.finish` calls; a family may add a weight."""
 
+    adaLN_modulation: nn.Module
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
+        self.add_modulation(config)
         self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
+
+    def add_modulation(self, config: ModelConfig) -> None:
+        """The weights of `rows`."""
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
+
+    def rows(self, c_BC: Tensor) -> Tensor:
+        """(shift, scale) of a segment, (B, 2C), of its conditioning."""
+        return self.adaLN_modulation(c_BC)
 
 
 class Trunk(nn.Module):
@@ -108,12 +133,23 @@ class Trunk(nn.Module):
         raise NotImplementedError
 
     def condition(self, t_BS: Tensor, *conditions: Tensor) -> Tensor:
-        """Conditioning (B, S, C) of times (B, S), or (1, S) when samples share them, and the family's conditions."""
+        """Conditioning (B, S, C) of times (B, S), or (1, S) when samples share them, and the family's conditions.
+
+        (1, S, C), where samples share the times and no condition enters here.
+        """
         raise NotImplementedError
+
+    def shared(self, c_BSC: Tensor) -> Tensor:
+        """What the blocks' `rows` read: the conditioning itself, or a projection of it that all blocks share."""
+        return c_BSC
 
     def context(self, *conditions: Tensor) -> Context:
         """What blocks read besides the conditioning, (B, ...) each, the same in every segment: text and its mask."""
         return ()
+
+    def summary(self, c_BC: Tensor, context: Context) -> Tensor:
+        """All that steers a sample as one vector (B, C), which a discriminator projects on."""
+        return c_BC
 
     def null_conditions(self, *conditions: Tensor) -> tuple[Tensor, ...]:
         """What these conditions are replaced by in the unconditional branch of guidance."""
@@ -151,23 +187,22 @@ class Trunk(nn.Module):
         final_layers: Sequence[FinalLayer],
         *,
         c_BSC: Tensor | None = None,
-        block_rows: Sequence[Tensor] | None = None,
-        final_rows_BSR: Tensor | None = None,
         context: Context = (),
+        prepared: Sequence[Prepared] | None = None,
+        final_rows_BSR: Tensor | None = None,
     ) -> Tensor:
         """All blocks, then final layer s on segment s: (B, T, C) -> (B, S, L, P).
 
         `attend(layer)` is how that layer mixes tokens. In training it holds the mask and not the layer's number: equal
-        values share one compiled graph. Modulation comes from `c_BSC`, or from the rows that `adaLN_modulation` and
+        values share one compiled graph. Modulation comes from `c_BSC`, or from what each block's `prepare` and
         `final_rows` have computed beforehand.
         """
         L = self.config.tokens
         pending: Pending | None = None
+        shared = None if c_BSC is None else self.shared(c_BSC)
         for layer, block in enumerate(self.blocks):
-            rows_BSR = None if block_rows is None else block_rows[layer]
-            mix = self.attend_as(attend(layer))
-            how = {"c_BSC": c_BSC, "rows_BSR": rows_BSR, "context": context}
-            x_BTC, pending = block(x_BTC, pending, mix, segment_length=L, **how)
+            how = {"c": shared, "context": context} if prepared is None else {"prepared": prepared[layer]}
+            x_BTC, pending = block(x_BTC, pending, self.attend_as(attend(layer)), segment_length=L, **how)
         assert pending is not None  # depth >= 1
         if final_rows_BSR is None:
             assert c_BSC is not None
@@ -177,7 +212,7 @@ class Trunk(nn.Module):
     @staticmethod
     def final_rows(c_BSC: Tensor, final_layers: Sequence[FinalLayer]) -> Tensor:
         """Modulation rows (B, S, 2C); row s is computed by final layer s."""
-        rows_BR = [f.adaLN_modulation(c_BC) for f, c_BC in zip(final_layers, c_BSC.unbind(1), strict=True)]
+        rows_BR = [f.rows(c_BC) for f, c_BC in zip(final_layers, c_BSC.unbind(1), strict=True)]
         return torch.stack(rows_BR, dim=1)
 
     def unpatchify(self, tokens_BSLP: Tensor, channels: int) -> Tensor:
@@ -252,9 +287,9 @@ class Teacher(Trunk):
     def block_outputs(self, x_Bchw: Tensor, c_BSC: Tensor, context: Context = ()) -> list[Tensor]:
         """Tokens (B, L, C) after every block; c_BSC from `condition`, S = 1."""
         L, x_BTC, outputs = self.config.tokens, self.embed(x_Bchw[:, None]), []
-        attend = self.attend_as(partial(block_causal_attention_packed, segment_length=L))
+        attend, shared = self.attend_as(partial(block_causal_attention_packed, segment_length=L)), self.shared(c_BSC)
         for block in self.blocks:
-            x_BTC, (branch_BTC, gate_BSC) = block(x_BTC, None, attend, segment_length=L, c_BSC=c_BSC, context=context)
+            x_BTC, (branch_BTC, gate_BSC) = block(x_BTC, None, attend, segment_length=L, c=shared, context=context)
             x_BTC = gate_residual(x_BTC, branch_BTC, gate_BSC, segment_length=L)
             outputs.append(x_BTC)
         return outputs

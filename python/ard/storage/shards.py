@@ -56,7 +56,6 @@ class ShardSpec:
 
     count: int  # rows
     shard_size: int  # rows per shard; the last one may have fewer
-    image_shape: tuple[int, int, int]
 
     def tensors(self, rows: int) -> Tensors:
         """What a shard of so many rows holds."""
@@ -331,7 +330,7 @@ class ShardedStore:
         shards, places = (numbers.tolist() for numbers in np.divmod(indices.numpy(), self._shard_size))
         first = self._array(0, name)
         rows = torch.empty((len(indices), *first.shape[1:]), dtype=self._dtypes[name]) if out is None else out
-        target = rows.numpy()
+        target = _as_numpy(rows)
         for number, (shard, place) in enumerate(zip(shards, places, strict=True)):
             target[number] = self._array(shard, name)[place]
         return rows
@@ -363,8 +362,13 @@ class ShardedStore:
                 tensor = file.get_tensor(name)
             if error := self.spec.wrong_values(name, tensor):
                 raise DamagedFile(f"{self.folder / shard_name(shard)}: {error}")
-            array = arrays[shard] = tensor.numpy()
+            array = arrays[shard] = _as_numpy(tensor)
         return array
+
+
+def _as_numpy(tensor: Tensor) -> np.ndarray:
+    """The same memory; bfloat16, which NumPy has not, as the integers of its bits."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _build_spec(path: Path, spec_class: type, values: dict[str, Any]) -> Any:
@@ -375,8 +379,9 @@ def _build_spec(path: Path, spec_class: type, values: dict[str, Any]) -> Any:
         spec: Any = build(spec_class, values)
     except ValueError as error:
         raise DamagedFile(f"{path}: the spec is none ({str(error)[:200]})") from error
-    if any(not 1 <= size <= _LARGEST_COUNT for size in spec.image_shape):
-        raise DamagedFile(f"{path}: image_shape is {list(spec.image_shape)}; expected sizes of at least 1")
+    for name, (_, shape) in spec.tensors(1).items():
+        if any(not 1 <= size <= _LARGEST_COUNT for size in shape):
+            raise DamagedFile(f"{path}: {name} is of {list(shape[1:])}; expected sizes of at least 1")
     return spec
 
 

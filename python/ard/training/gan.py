@@ -1,6 +1,6 @@
 """GAN fine-tune of the student ("R+G", arXiv 2504.11295): regression, and hinge losses on the teacher's features.
 
-    heads        one per block of the teacher, on the block's tokens; projected on the conditioning c
+    heads        one per block of the teacher, on the block's tokens; projected on the conditioning c (with text, c + mean text)
     L_D          mean relu(1 - D(real)) + mean relu(1 + D(fake))
     L_gan        -mean D(fake), fake = the student's final state
     L_G          L_rec + factor * w * L_gan,  w = |dL_rec/dW| / (|dL_gan/dW| + 1e-4) clamped, W the last head's weight
@@ -71,7 +71,7 @@ class HeadBlock(nn.Sequential):
 
 
 class Head(nn.Module):
-    """Tokens (B, L, C) and conditioning (B, C) -> one logit per token (B, L), by projection (arXiv 1802.05637)."""
+    """Tokens (B, L, C) and `Trunk.summary` (B, C) -> one logit per token (B, L), by projection (arXiv 1802.05637)."""
 
     def __init__(self, channels: int, config: GanConfig):
         super().__init__()
@@ -150,12 +150,11 @@ class GanObjective(StudentObjective):
         fake = predictions[:, -1].detach()
         adversarial = micro.step >= self.config.start
         with autocast(), torch.set_grad_enabled(adversarial):
-            c_BC = self.condition(*conditions)
-            features = self.features(fake.requires_grad_(adversarial), c_BC, *conditions)
+            summary_BC, features = self.features(fake.requires_grad_(adversarial), *conditions)
         if adversarial:
             self.discriminator.requires_grad_(False)
             with autocast():
-                generator = -self.discriminator(features, c_BC).mean()
+                generator = -self.discriminator(features, summary_BC).mean()
             (gan_gradient,) = torch.autograd.grad(generator, fake)
             self.discriminator.requires_grad_(True)
             weight = self.adaptive_weight(gradient[:, -1], gan_gradient, last_BLC[0])
@@ -163,10 +162,10 @@ class GanObjective(StudentObjective):
             scalars |= {"generator_loss": generator.detach(), "generator_weight": weight}
         outputs.backward((gradient * share).to(outputs.dtype))
 
-        return scalars | self.discriminator_backward([x.detach() for x in features], c_BC, micro, share, autocast)
+        return scalars | self.discriminator_backward([x.detach() for x in features], summary_BC, micro, share, autocast)
 
     def discriminator_backward(
-        self, fake_features: list[Tensor], c_BC: Tensor, micro: MicroBatch, share: float, autocast: Autocast
+        self, fake_features: list[Tensor], summary_BC: Tensor, micro: MicroBatch, share: float, autocast: Autocast
     ) -> dict[str, Tensor]:
         """Adds the gradient of the hinge loss; the fake features are those of the generator's pass."""
         order = batch_indices(self.seed, micro.step, len(micro.batch), len(self.real), "real")
@@ -174,10 +173,9 @@ class GanObjective(StudentObjective):
         latents, conditions = latents.to(self.device), tuple(each.to(self.device) for each in conditions)
         with autocast():
             with torch.no_grad():
-                real_c_BC = self.condition(*conditions)
-                real_features = self.features(wide(latents), real_c_BC, *conditions)
-            on_real = self.discriminator(real_features, real_c_BC)
-            on_fake = self.discriminator(fake_features, c_BC.detach())
+                real_summary_BC, real_features = self.features(wide(latents), *conditions)
+            on_real = self.discriminator(real_features, real_summary_BC)
+            on_fake = self.discriminator(fake_features, summary_BC.detach())
         loss = F.relu(1.0 - on_real).mean() + F.relu(1.0 + on_fake).mean()
         (loss * share).backward()
         return {
@@ -202,9 +200,10 @@ class GanObjective(StudentObjective):
         t_B1 = torch.full((len(conditions[0]), 1), time, device=conditions[0].device)
         return self.teacher.condition(t_B1, *conditions)[:, 0]
 
-    def features(self, x_Bchw: Tensor, c_BC: Tensor, *conditions: Tensor) -> list[Tensor]:
-        """Tokens after every block of the teacher, (B, L, C) each; c_BC from `condition`."""
-        return self.teacher.block_outputs(x_Bchw, c_BC[:, None], self.teacher.context(*conditions))
+    def features(self, x_Bchw: Tensor, *conditions: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What steers the samples, (B, C); tokens after every block of the teacher, (B, L, C) each."""
+        c_BC, context = self.condition(*conditions), self.teacher.context(*conditions)
+        return self.teacher.summary(c_BC, context), self.teacher.block_outputs(x_Bchw, c_BC[:, None], context)
 
     def reduce(self) -> dict[str, float]:
         # The step's backward has reached every head.
