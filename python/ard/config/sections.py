@@ -125,7 +125,9 @@ class TrajectoriesConfig(Ranged):
     count: int
     shard_size: int
     batch_size: int  # of one process
-    seed: int  # of the noise
+    seed: int  # of the noise, and of the order of prompts
+    prompts: str | None = None  # store of `ard prompts encode`, for a family that is steered by text
+    negative_prompt: str | None = None  # of that store, in place of the model's null conditions; "" is the empty one
     online: bool = False  # made by `ard distill`, batch by batch, and not stored
     sampling_steps: int = 25  # teacher steps
     keep: tuple[int, ...] = (15, 10, 5, 0)  # steps whose states are the student's targets, counted down to the last, 0
@@ -152,7 +154,7 @@ class TrajectoriesConfig(Ranged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expand_paths(self, "trajectories", ("folder",))
+        expand_paths(self, "trajectories", ("folder", "prompts"))
         known = {"dtype": (self.dtype, list(DTYPES)), "precision": (self.precision, PRECISIONS)}
         require_one_of("trajectories", {**known, "solver": (self.solver, (None, *SOLVERS))})
         try:
