@@ -223,7 +223,6 @@ def given_prompts(
     from ard.data.prompts import check_prompt, read_prompts, write_prompts
     from ard.models.pixart import PixArtConfig
     from ard.storage.shards import MANIFEST_NAME
-    from ard.weights.text_encoder import T5TextEncoder
 
     if store is not None and prompt:
         raise ValueError("--prompts and --prompt are both given; expected one of them")
@@ -231,6 +230,8 @@ def given_prompts(
     if store is not None and not (store / MANIFEST_NAME).is_file():
         prompt = read_prompts(store)
     if prompt:
+        from ard.weights.text_encoder import T5TextEncoder  # needs transformers
+
         model = student.config
         if not isinstance(model, PixArtConfig):
             raise ValueError(f"--prompt is given for a student of the family {model.family!r}; expected none")

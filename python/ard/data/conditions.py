@@ -37,7 +37,7 @@ class ConditionSource(Protocol):
 class Classes:
     """Labels, all classes equally often: i mod the classes."""
 
-    fingerprint = None
+    fingerprint: str | None = None
 
     def __init__(self, conditions: Sequence[Condition]):
         self.stored = tuple(conditions)
@@ -62,8 +62,9 @@ class Prompts:
     """Text of a store of prompts: all equally often, in an order drawn from the seed."""
 
     def __init__(self, store: PromptStore):
-        self.store, self.fingerprint = store, store.spec.fingerprint()
-        self.stored = (Condition("prompt", classes=store.spec.prompts),)
+        self.store = store
+        self.fingerprint: str | None = store.spec.fingerprint()
+        self.stored: tuple[Condition, ...] = (Condition("prompt", classes=store.spec.prompts),)
 
     def drawn(self, seed: int, indices: Sequence[int]) -> tuple[Tensor, ...]:
         return (shuffled(seed, indices, self.store.spec.prompts, "prompts"),)

@@ -118,7 +118,7 @@ def write_prompts(
     shard_size: int = 1024,
     batch_size: int = 32,
     process: Process | None = None,
-    on_progress: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> PromptStore:
     """Encodes each distinct prompt once, and '' and ``negative`` beside them; goes on where an equal call was killed.
 

@@ -20,7 +20,7 @@ from ard.common.process import Process
 from ard.common.settings import COUNT, SEED, Ranged, fingerprint
 from ard.common.streams import noise_at
 from ard.config.choices import autocast
-from ard.data.conditions import Classes, ConditionSource, Prompts, named
+from ard.data.conditions import Classes, Prompts, named
 from ard.models.config import Condition, Conditioned, condition_tensors
 from ard.models.student import ARDStudent
 from ard.storage.files import file_sha256, remove_folder, remove_temporary, write_json, write_tensors
@@ -100,13 +100,13 @@ def write_samples(
     """Samples, every rank its share, into samples.npz (or .safetensors), grid.png and sample.json in ``folder``.
 
     Goes on where an equal call was killed. prompts: of a student that is steered by text; its images stand in
-    ``folder`` one by one, too, as images/<number of the prompt>-<sample>.png. codec: decodes latents; a student of pixels
-    needs none. facts: for sample.json. Returns its content; "images_per_second" is of all processes, without start and
-    writing, None if nothing was left to sample.
+    ``folder`` one by one, too, as images/<number of the prompt>-<sample>.png. codec: decodes latents; a student of
+    pixels needs none. facts: for sample.json. Returns its content; "images_per_second" is of all processes, without
+    start and writing, None if nothing was left to sample.
     """
     process = process or Process()
     shape = student.config.image_shape
-    source: ConditionSource = prompts or Classes(student.config.conditions)
+    source = prompts or Classes(student.config.conditions)
     source.in_turn(range(1), config.classes)  # raises for a class that is none
     pixels = codec is not None or student.config.in_channels in IMAGE_CHANNELS
     scale, channels = (codec.downsampling, 3) if codec else (1, shape[0])

@@ -169,7 +169,7 @@ class PixArtBlock(Block):
     def rows(self, c: Tensor) -> Tensor:
         return c + self.scale_shift_table.flatten()
 
-    def read(self, context: Context) -> Context:
+    def read_context(self, context: Context) -> Context:
         y_BNC, mask_BN = context
         return *self.cross_attn.keys_values(y_BNC), mask_BN
 
@@ -255,8 +255,8 @@ class PixArtTrunk(PatchTrunk):
         text_BNE, mask_BN = conditions
         if not self.config.learned_null:
             raise ValueError(
-                "null_conditions: the model has no null text (diffusers' folders have none); expected that of a negative "
-                "prompt, such as trajectories.negative_prompt=''"
+                "null_conditions: the model has no null text (diffusers' folders have none); expected that of a "
+                "negative prompt, such as trajectories.negative_prompt=''"
             )
         return self.y_embedder.y_embedding.to(text_BNE.dtype).expand_as(text_BNE), mask_BN
 
@@ -271,7 +271,7 @@ class PixArtTrunk(PatchTrunk):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As the reference: Xavier linears, normal(0.02) embedders, zero output of cross attention and final linears."""
+        """As the reference: Xavier linears, normal(0.02) embedders, zero outputs of cross attention and the end."""
         self.initialize_linears()
         self.initialize_patches()
         embedders = [self.t_embedder]
@@ -296,8 +296,8 @@ class PixArtTrunk(PatchTrunk):
 
 
 class PixArt(Teacher, PixArtTrunk):
-    """The teacher: x (B, c, h, w), timesteps (B,) in [0, 1000), text (B, N, E) and its mask (B, N) bool -> epsilon, then
-    sigma if it is learned, (B, out_channels, h, w)."""
+    """The teacher: x (B, c, h, w), timesteps (B,) in [0, 1000), text (B, N, E) and its mask (B, N) bool -> epsilon,
+    then sigma if it is learned, (B, out_channels, h, w)."""
 
     @property
     def predicted_channels(self) -> int:
