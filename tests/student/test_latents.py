@@ -12,7 +12,7 @@ import pytest
 import torch
 from ard.common.process import Process
 from ard.common.streams import noise_at
-from ard.data.conditions import Classes
+from ard.conditions.sources import Classes
 from ard.data.latents import SKIPPED_NAME, LatentStore, damaged_images, encode_folder, open_real
 from ard.data.real_images import image_files, load_image
 from ard.models.dit import DiTConfig

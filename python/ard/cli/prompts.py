@@ -33,7 +33,7 @@ def encode(
 ) -> None:
     """Encode each distinct prompt once; run again after a kill to finish it."""
     from ard.common.process import PATIENT, started
-    from ard.data.prompts import read_prompts, write_prompts
+    from ard.conditions.prompts import read_prompts, write_prompts
     from ard.weights.text_encoder import T5TextEncoder
 
     with refusals(), started(device, PATIENT) as process:
@@ -61,7 +61,7 @@ def encode(
 @prompts.command()
 def verify(folder: Annotated[Path, typer.Argument(help="A store of prompts.")]) -> None:
     """Hash every shard again; fails naming those that differ."""
-    from ard.data.prompts import PromptStore
+    from ard.conditions.prompts import PromptStore
 
     with refusals():
         store = PromptStore(folder)

@@ -16,7 +16,7 @@ from ard.common.progress import progress_bar
 
 if TYPE_CHECKING:
     from ard.common.process import Process
-    from ard.data.conditions import Prompts
+    from ard.conditions.sources import Prompts
     from ard.models.student import ARDStudent
 
 Weights = Annotated[str, typer.Option(help="Of a run: ema (averaged) or model.")]
@@ -51,9 +51,9 @@ def latents(
 ) -> None:
     """Encode an image folder (PNG, JPEG, WEBP, BMP) once through a VAE; run again after a kill to finish it."""
     from ard.common.process import PATIENT, started
-    from ard.data.conditions import Prompts
+    from ard.conditions.prompts import PromptStore
+    from ard.conditions.sources import Prompts
     from ard.data.latents import SKIPPED_NAME, damaged_images, encode_folder
-    from ard.data.prompts import PromptStore
     from ard.data.real_images import image_files
     from ard.weights.vae import LatentCodec
 
@@ -219,8 +219,8 @@ def given_prompts(
     process: Process,
 ) -> Prompts | None:
     """The prompts of `ard sample`'s options, encoded if they are not yet; None for a student of classes."""
-    from ard.data.conditions import Prompts, condition_source
-    from ard.data.prompts import check_prompt, read_prompts, write_prompts
+    from ard.conditions.prompts import check_prompt, read_prompts, write_prompts
+    from ard.conditions.sources import Prompts, condition_source
     from ard.models.pixart import PixArtConfig
     from ard.storage.shards import MANIFEST_NAME
 

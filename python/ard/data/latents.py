@@ -15,9 +15,9 @@ from torch import Tensor
 from ard.common.process import Process
 from ard.common.settings import fingerprint
 from ard.common.streams import noise_at
+from ard.conditions.prompts import read_caption
+from ard.conditions.sources import ConditionSource, Prompts, source_for
 from ard.config.choices import DTYPES
-from ard.data.conditions import ConditionSource, Prompts, source_for
-from ard.data.prompts import read_caption
 from ard.data.real_images import image_files, load_image
 from ard.models.config import Condition, Conditioned, ModelConfig, condition_tensors
 from ard.storage.files import write_json

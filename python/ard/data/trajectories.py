@@ -19,8 +19,8 @@ from torch import Tensor
 from ard.common.process import Process
 from ard.common.settings import fingerprint
 from ard.common.streams import noise_at
+from ard.conditions.sources import ConditionSource, named, source_for
 from ard.config.choices import DTYPES, STATE_KINDS, check_keep
-from ard.data.conditions import ConditionSource, named, source_for
 from ard.diffusion.trajectories import TrajectoryBatch
 from ard.models.config import Condition, Conditioned, condition_tensors
 from ard.storage.shards import ShardedStore, ShardSpec, Tensors, shard_count, write_shards

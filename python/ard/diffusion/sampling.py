@@ -19,8 +19,8 @@ from torch import Tensor
 from ard.common.process import Process
 from ard.common.settings import COUNT, SEED, Ranged, fingerprint
 from ard.common.streams import noise_at
+from ard.conditions.sources import Classes, Prompts, named
 from ard.config.choices import autocast
-from ard.data.conditions import Classes, Prompts, named
 from ard.models.config import Condition, Conditioned, condition_tensors
 from ard.models.student import ARDStudent
 from ard.storage.files import file_sha256, remove_folder, remove_temporary, write_json, write_tensors

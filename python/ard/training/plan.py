@@ -13,10 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ard.conditions.sources import Classes
 from ard.config.choices import autocast
 from ard.config.recipe import Recipe
 from ard.config.sections import micro_batch_size
-from ard.data.conditions import Classes
 from ard.diffusion.guidance import Guidance
 from ard.diffusion.solvers import solver_of
 from ard.models.config import Condition, ModelConfig

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ard.common.process import Process
 from ard.common.settings import fingerprint
+from ard.conditions.sources import ConditionSource, condition_source, null_tensors
 from ard.config.choices import autocast
 from ard.config.recipe import Recipe, plain
 from ard.config.sections import TrainConfig, TrajectoriesConfig
-from ard.data.conditions import ConditionSource, condition_source, null_tensors
 from ard.data.latents import RealLatents
 from ard.data.trajectories import (
     MakeBatch,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ard.common.streams import shuffled
-from ard.data.prompts import PromptStore
+from ard.conditions.prompts import PromptStore
 from ard.models.config import Condition, ModelConfig
 from ard_kernels.common.arguments import described
 
