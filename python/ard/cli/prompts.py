@@ -34,10 +34,11 @@ def encode(
     """Encode each distinct prompt once; run again after a kill to finish it."""
     from ard.common.process import PATIENT, started
     from ard.conditions.prompts import read_prompts, write_prompts
-    from ard.weights.text_encoder import T5TextEncoder
 
     with refusals(), started(device, PATIENT) as process:
         texts = read_prompts(source)
+        from ard.weights.text_encoder import T5TextEncoder  # needs transformers
+
         text_encoder = T5TextEncoder(encoder, tokens=tokens, device=process.device)
         with progress_bar("prompts", len(set(texts)), process.is_main) as advance:
             store = write_prompts(
