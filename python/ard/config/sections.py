@@ -215,6 +215,7 @@ class GanConfig(Ranged):
     train: TrainConfig
     student: str | None = None  # run or checkpoint of `ard distill`
     real: str | None = None  # store of `ard latents`, or "digits"
+    captions: str | None = None  # store of their prompts, if it is not that of the trajectories
     discriminator_learning_rate: float = 1e-3
     discriminator_betas: tuple[float, float] = (0.9, 0.999)
     start: int = 3000  # steps before which the generator's weight is zero
@@ -239,6 +240,6 @@ class GanConfig(Ranged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expand_paths(self, "gan", ("student", "real"))
+        expand_paths(self, "gan", ("student", "real", "captions"))
         if self.kernel_size % 2 == 0:
             raise ValueError(f"gan.kernel_size is {self.kernel_size}; expected an odd number")

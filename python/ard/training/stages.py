@@ -275,7 +275,7 @@ def finetune(
     student, teacher = student.to(process.device), teacher.to(process.device)
     objective = GanObjective(trajectories, student, teacher, real, config, state=recipe.student.state, process=process)
     facts, gan = recipe.student_facts(), plain(config)
-    settings = {name: value for name, value in gan.items() if name not in ("train", "student", "real")}
+    settings = {name: value for name, value in gan.items() if name not in ("train", "student", "real", "captions")}
     identity = {**facts, "train": config.train.identity(), "gan": settings, "student_sha256": student_sha256}
     settings["feature_timestep"] = feature_timestep(config, recipe.model)
     identity |= {"trajectories": trajectories.spec.fingerprint(), "real": real.fingerprint}
