@@ -12,6 +12,7 @@ import pytest
 import torch
 from ard.common.process import Process
 from ard.common.streams import noise_at
+from ard.conditions.sources import Classes
 from ard.data.latents import SKIPPED_NAME, LatentStore, damaged_images, encode_folder, open_real
 from ard.data.real_images import image_files, load_image
 from ard.models.dit import DiTConfig
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 diffusers = pytest.importorskip("diffusers")
 CONFIG = DiTConfig(input_size=8, in_channels=4, num_classes=3)
+LABELS = Classes(CONFIG.conditions)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def test_store_holds_each_image_encoded_with_its_own_noise(images, vae, tmp_path
     for index in (0, 4, 8):
         path, label = files[index]
         noise = noise_at(0, [index], (4, 8, 8), "posterior")
-        latent, (stored,) = open_real(str(tmp_path), CONFIG).rows(torch.tensor([index]))
+        latent, (stored,) = open_real(str(tmp_path), CONFIG, LABELS).rows(torch.tensor([index]))
         expected = codec.encode(load_image(path, 16)[None], noise)
         torch.testing.assert_close(latent, expected, rtol=1e-5, atol=1e-5)  # encoded in a batch of two
         assert stored.tolist() == [label] == [index // 3]
@@ -100,13 +102,14 @@ def test_command_encodes(images, vae, tmp_path):
 def test_real_latents_must_fit_the_model(images, vae, tmp_path):
     encode(images, vae, tmp_path)
     with pytest.raises(ValueError, match=r"shape \(4, 8, 8\); expected the model's \(4, 32, 32\)"):
-        open_real(str(tmp_path), DiTConfig())
+        open_real(str(tmp_path), DiTConfig(), LABELS)
     digits = DiTConfig(input_size=8, in_channels=1, num_classes=10)
-    assert len(open_real("digits", digits)) == 1438
+    assert len(open_real("digits", digits, Classes(digits.conditions))) == 1438
     with pytest.raises(ValueError, match=r"digits holds latents of shape \(1, 8, 8\)"):
-        open_real("digits", CONFIG)
+        open_real("digits", CONFIG, LABELS)
     with pytest.raises(ValueError, match=r"has labels of 3 classes; expected the model's labels of 2 classes"):
-        open_real(str(tmp_path), replace(CONFIG, num_classes=2))
+        other = replace(CONFIG, num_classes=2)
+        open_real(str(tmp_path), other, Classes(other.conditions))
 
 
 def with_weights(vae: Path, folder: Path, **changes: torch.Tensor) -> Path:

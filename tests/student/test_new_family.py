@@ -9,7 +9,7 @@ import pytest
 import torch
 from ard import ARDStudent
 from ard.config.recipe import read_recipe
-from ard.data.trajectories import StoreSpec, generate_store
+from ard.data.trajectories import StoreSpec, TrajectoryStore, generate_store
 from ard.diffusion import generate, trajectory
 from ard.models.config import ClassConfig, Condition, ModelConfig
 from ard.models.convention import Convention
@@ -153,9 +153,23 @@ def test_a_family_steered_by_text(monkeypatch, tmp_path):
     assert student.blocks[0].read.weight.grad.abs().sum() > 0
 
     kept = {"sampling_steps": 4, "keep": (2, 1, 0), "cfg_scale": 2.0}
-    spec = StoreSpec(9, 4, 0, config.image_shape, config.conditions, cfg_channels=3, family="text", **kept)
-    monkeypatch.setattr(StoreSpec, "conditions_of", lambda spec, indices: (text[list(indices)], mask[list(indices)]))
-    store = generate_store(tmp_path / "store", spec, lambda *inputs: generate(teacher, *inputs, **kept), batch_size=4)
+
+    class Numbered:
+        """A source of conditions: sample i takes text i, of which the number is stored."""
+
+        stored, fingerprint = (Condition("number", classes=9),), "nine texts"
+
+        def drawn(self, seed, indices):
+            return (torch.tensor(list(indices)),)
+
+        def tensors(self, numbers):
+            return text[numbers], mask[numbers]
+
+    spec = StoreSpec(9, 4, 0, config.image_shape, Numbered.stored, cfg_channels=3, family="text", **kept)
+    spec, how = replace(spec, prompts=Numbered.fingerprint), {"batch_size": 4, "source": Numbered()}
+    store = generate_store(tmp_path / "store", spec, lambda *inputs: generate(teacher, *inputs, **kept), **how)
+    with pytest.raises(ValueError, match="numbers of prompts; expected their store"):
+        TrajectoryStore(tmp_path / "store").pairs(torch.tensor([8]))
     _, targets, conditions = store.pairs(torch.tensor([8, 2, 5]))
     assert torch.equal(conditions[0], text[[8, 2, 5]]) and torch.equal(conditions[1], mask[[8, 2, 5]])
     losses = StudentObjective(store, state="x0", seed=0).sample_losses(

@@ -73,7 +73,7 @@ def test_kept_states_are_rounded_as_stored_and_refused_alike():
         made.pairs(torch.tensor([0]), "ode")
     broken = OnlineTrajectories(made.spec, lambda *inputs: replace(good, x0=good.x0 * 1e9), 4, torch.device("cpu"))
     good = stages.sampler(teacher, recipe.trajectories, recipe.trajectories.keep, torch.device("cpu"))(
-        made.spec.noise(range(4)), *made.spec.conditions_of(range(4))
+        made.spec.noise(range(4)), *made.conditions(torch.arange(4))
     )
     with pytest.raises(ValueError, match=r"x0 of the trajectories 0 to 3 are not finite as float16"):
         broken.pairs(torch.arange(4))
@@ -96,7 +96,8 @@ def test_a_teacher_of_another_family_or_size_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"teacher is a \w+Config\(.*; expected the recipe's SiTConfig\("):
             stages.make_trajectories(recipe, teacher, sha256, tmp_path / "store")
     heads = replace(recipe, model=replace(recipe.model, num_heads=1))
-    assert stages.store_spec(recipe, "") != stages.store_spec(heads, "")
+    source = stages.source_of(recipe)
+    assert stages.store_spec(recipe, "", source) != stages.store_spec(heads, "", source)
 
 
 def test_other_trajectories_than_the_recipes_are_refused(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from ard.common.process import Process
 from ard.common.streams import noise_at
+from ard.conditions.sources import Classes
 from ard.diffusion.sampling import LEAST_SHARD, SamplingConfig, parse_classes, sampler, write_samples
 from ard.models.dit import DiTConfig
 from ard.models.sit import SiTConfig
@@ -164,7 +165,7 @@ def test_classes_are_numbers_and_ranges():
         with pytest.raises(ValueError, match=r"expected numbers and ranges"):
             parse_classes(text)
     with pytest.raises(ValueError, match=r"expected within \[0, 2\]"):
-        SamplingConfig(1, classes=(3,)).conditions(torch.arange(1), DiTConfig(num_classes=3))
+        Classes(DiTConfig(num_classes=3).conditions).in_turn(range(1), (3,))
     with pytest.raises(ValueError, match=r"count is 0; expected within \[1, "):
         SamplingConfig(0)
 

@@ -340,7 +340,7 @@ def edited(finished: Path, folder: Path, edit) -> Path:
         ({"shard_size": 0}, r"shard_size is 0; expected 1 to"),
         ({"keep": 3}, r"the spec is none \(config: keep is 3; expected a list\)"),
         ({"image_shape": [1, 4, "4"]}, r"the spec is none \(config: image_shape\[2\] is '4'"),
-        ({"image_shape": [1, 4, 0]}, r"image_shape is \[1, 4, 0\]; expected sizes of at least 1"),
+        ({"image_shape": [1, 4, 0]}, r"noise is of \[1, 4, 0\]; expected sizes of at least 1"),
         ({"conditions": [{"name": "noise"}]}, r"the spec is none \(Condition: name is 'noise'; expected a plain name"),
         ({"conditions": [{"name": "a"}, {"name": "a"}]}, r"the spec is none \(conditions: got \['a', 'a'\]"),
         ({"conditions": [{"name": "a", "dtype": "O"}]}, r"the spec is none \(Condition: dtype is 'O'"),

@@ -6,12 +6,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ard.cli.base import LARGEST_SEED, Device, Unfinished, app, refusals
+from ard.cli.prompts import Truncate
 from ard.common.progress import progress_bar
+
+if TYPE_CHECKING:
+    from ard.common.process import Process
+    from ard.conditions.sources import Prompts
+    from ard.models.student import ARDStudent
 
 Weights = Annotated[str, typer.Option(help="Of a run: ema (averaged) or model.")]
 Recipe = Annotated[
@@ -27,6 +33,10 @@ def latents(
     out: Annotated[Path, typer.Option(help="The store, for gan.real.")],
     size: Annotated[int, typer.Option(min=8, max=8192, help="Pixels; images are scaled and cropped to it.")] = 256,
     num_classes: Annotated[int, typer.Option(min=1, max=1_000_000)] = 1000,
+    captions: Annotated[
+        Path | None,
+        typer.Option(help="Store of prompts: the one in the .txt file beside each image takes the label's place."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=65_536)] = 64,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the posterior's noise.")] = 0,
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
@@ -41,11 +51,14 @@ def latents(
 ) -> None:
     """Encode an image folder (PNG, JPEG, WEBP, BMP) once through a VAE; run again after a kill to finish it."""
     from ard.common.process import PATIENT, started
+    from ard.conditions.prompts import PromptStore
+    from ard.conditions.sources import Prompts
     from ard.data.latents import SKIPPED_NAME, damaged_images, encode_folder
     from ard.data.real_images import image_files
     from ard.weights.vae import LatentCodec
 
     with refusals(), started(device, PATIENT) as process:
+        prompts = None if captions is None else Prompts(PromptStore(captions))
         codec, files, skip = LatentCodec(vae, device=process.device), image_files(images), None
         if skip_damaged:
             with progress_bar("images", len(files), process.is_main) as advance:
@@ -57,6 +70,7 @@ def latents(
                 out,
                 size=size,
                 num_classes=num_classes,
+                captions=prompts,
                 seed=seed,
                 dtype=dtype,
                 batch_size=batch_size,
@@ -73,12 +87,22 @@ def latents(
 def sample(
     source: Annotated[Path, typer.Argument(help="Run, checkpoint folder, or file of a student's weights.")],
     out: Annotated[Path, typer.Option(help="Folder for samples.npz (or .safetensors), grid.png, sample.json.")],
-    count: Annotated[int, typer.Option(min=1)] = 100,
+    count: Annotated[int | None, typer.Option(min=1, help="100 if unset; with prompts, one of each.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Of one process.")] = 64,
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_SEED, help="Of the noise; sample i is a function of (seed, i).")
     ] = 0,
-    classes: Annotated[str, typer.Option(help="Such as 0,5,10-12, in turn; all if unset.")] = "",
+    classes: Annotated[
+        str, typer.Option(help="Such as 0,5,10-12, in turn; all if unset. Of a store of prompts, their numbers.")
+    ] = "",
+    prompts: Annotated[
+        Path | None, typer.Option(help="For a student of text: a store of `ard prompts encode`, or a file of prompts.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="One prompt, or several; instead of --prompts.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Folder of the T5 encoder, for what is not a store; texts go to OUT/prompts.")
+    ] = None,
+    truncate: Truncate = False,
     vae: Vae = None,
     weights: Weights = "ema",
     unfinished: Unfinished = False,
@@ -95,9 +119,12 @@ def sample(
     from ard.weights.vae import LatentCodec
 
     with refusals(), started(device) as process:
-        settings = SamplingConfig(count, batch_size, seed, parse_classes(classes), precision, cuda_graph)
         recipe = read_recipe(config) if config is not None else None
         student, opened = open_student(source, recipe, weights, unfinished=unfinished)
+        chosen = parse_classes(classes)
+        texts = given_prompts(student, prompts, prompt, encoder, truncate, out, process)
+        count = count or (len(chosen or texts.texts) if texts else 100)
+        settings = SamplingConfig(count, batch_size, seed, chosen, precision, cuda_graph)
         codec = LatentCodec(vae, device=process.device) if vae is not None else None
         facts = {"weights": weights, "weights_sha256": opened.sha256, "weights_step": opened.step}
         with progress_bar("sample", count, process.is_main) as advance:
@@ -105,6 +132,7 @@ def sample(
                 student.to(process.device),
                 out,
                 settings,
+                prompts=texts,
                 codec=codec,
                 facts=facts,
                 process=process,
@@ -179,6 +207,49 @@ def export(
             source, out, to=to, weights=weights, unfinished=unfinished, recipe=recipe, segment=segment
         )
         typer.echo(written)
+
+
+def given_prompts(
+    student: ARDStudent,
+    store: Path | None,
+    prompt: list[str] | None,
+    encoder: str | None,
+    truncate: bool,
+    out: Path,
+    process: Process,
+) -> Prompts | None:
+    """The prompts of `ard sample`'s options, encoded if they are not yet; None for a student of classes."""
+    from ard.conditions.prompts import check_prompt, read_prompts, write_prompts
+    from ard.conditions.sources import Prompts, condition_source
+    from ard.models.pixart import PixArtConfig
+    from ard.storage.shards import MANIFEST_NAME
+
+    if store is not None and prompt:
+        raise ValueError("--prompts and --prompt are both given; expected one of them")
+    where = None if store is None else str(store)
+    if store is not None and not (store / MANIFEST_NAME).is_file():
+        prompt = read_prompts(store)
+    if prompt:
+        from ard.weights.text_encoder import T5TextEncoder  # needs transformers
+
+        model = student.config
+        if not isinstance(model, PixArtConfig):
+            raise ValueError(f"--prompt is given for a student of the family {model.family!r}; expected none")
+        for text in prompt:
+            check_prompt(text, "--prompt")
+        if encoder is None:
+            raise ValueError("--encoder is not given; expected the folder of the text encoder, or a store as --prompts")
+        with progress_bar("prompts", len(set(prompt)), process.is_main) as advance:
+            text_encoder = T5TextEncoder(encoder, tokens=model.caption_tokens, device=process.device)
+            if text_encoder.channels != model.caption_channels:
+                raise ValueError(
+                    f"{encoder} gives text of {text_encoder.channels} channels; expected {model.caption_channels}, the "
+                    "student's"
+                )
+            sizes: dict[str, Any] = {"truncate": truncate, "process": process, "on_progress": advance}
+            where = str(write_prompts(out / "prompts", prompt, text_encoder, **sizes).folder)
+    source = condition_source(student.config, where)
+    return source if isinstance(source, Prompts) else None
 
 
 @contextmanager

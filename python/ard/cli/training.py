@@ -152,6 +152,7 @@ def finetune_gan(
     device: Device = None,
 ) -> None:
     """Fine-tune a distilled student against real latents, by heads on the frozen teacher's features."""
+    from ard.conditions.sources import condition_source
     from ard.data.latents import open_real
     from ard.training import stages
     from ard.weights.opened import open_student
@@ -164,7 +165,8 @@ def finetune_gan(
         folder = required(out, "--out")
         dit, sha256 = opened_teacher(recipe, random_teacher, unfinished)
         student, source = open_student(required(recipe.gan.student, "gan.student"), recipe, unfinished=unfinished)
-        real = open_real(required(recipe.gan.real, "gan.real"), recipe.model)
+        captions = condition_source(recipe.model, recipe.gan.captions or recipe.trajectories.prompts)
+        real = open_real(required(recipe.gan.real, "gan.real"), recipe.model, captions)
         trajectories = opened_trajectories(recipe, dit, sha256, process)
         with steps_bar("finetune-gan", recipe.gan.train, process) as on_step:
             _, fitted = stages.finetune(
@@ -210,11 +212,11 @@ def opened_teacher(recipe: Recipe, random: bool, unfinished: bool) -> tuple[Teac
 def opened_trajectories(recipe: Recipe, teacher: Teacher, sha256: str, process: Process) -> Trajectories:
     """The store; or, where trajectories.online is set, none."""
     from ard.data.trajectories import TrajectoryStore
-    from ard.training.stages import online_trajectories
+    from ard.training.stages import online_trajectories, source_of
 
     if recipe.trajectories.online:
         return online_trajectories(recipe, teacher, sha256, process.device)
-    return TrajectoryStore(trajectories_folder(recipe))
+    return TrajectoryStore(trajectories_folder(recipe), source_of(recipe))
 
 
 def required(value: Any, name: str) -> Any:

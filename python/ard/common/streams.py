@@ -47,7 +47,7 @@ def batch_indices(seed: int, step: int, batch_size: int, count: int, stream: str
 
 
 def shuffled(seed: int, positions: Sequence[int], count: int, stream: str) -> torch.Tensor:
-    """What stands at these positions of that stream, int64 in [0, count): each number once in every ``count`` places."""
+    """What stands at these positions of a stream, int64 in [0, count): each number once in every ``count`` places."""
     if count < 1:
         raise ValueError(f"shuffled: count={count}; expected at least one sample")
     indices = [_epoch_permutation(seed, int(p) // count, count, stream)[int(p) % count] for p in positions]

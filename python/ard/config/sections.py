@@ -125,7 +125,9 @@ class TrajectoriesConfig(Ranged):
     count: int
     shard_size: int
     batch_size: int  # of one process
-    seed: int  # of the noise
+    seed: int  # of the noise, and of the order of prompts
+    prompts: str | None = None  # store of `ard prompts encode`, for a family that is steered by text
+    negative_prompt: str | None = None  # of that store, in place of the model's null conditions; "" is the empty one
     online: bool = False  # made by `ard distill`, batch by batch, and not stored
     sampling_steps: int = 25  # teacher steps
     keep: tuple[int, ...] = (15, 10, 5, 0)  # steps whose states are the student's targets, counted down to the last, 0
@@ -152,7 +154,7 @@ class TrajectoriesConfig(Ranged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expand_paths(self, "trajectories", ("folder",))
+        expand_paths(self, "trajectories", ("folder", "prompts"))
         known = {"dtype": (self.dtype, list(DTYPES)), "precision": (self.precision, PRECISIONS)}
         require_one_of("trajectories", {**known, "solver": (self.solver, (None, *SOLVERS))})
         try:
@@ -213,6 +215,7 @@ class GanConfig(Ranged):
     train: TrainConfig
     student: str | None = None  # run or checkpoint of `ard distill`
     real: str | None = None  # store of `ard latents`, or "digits"
+    captions: str | None = None  # store of their prompts, if it is not that of the trajectories
     discriminator_learning_rate: float = 1e-3
     discriminator_betas: tuple[float, float] = (0.9, 0.999)
     start: int = 3000  # steps before which the generator's weight is zero
@@ -237,6 +240,6 @@ class GanConfig(Ranged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expand_paths(self, "gan", ("student", "real"))
+        expand_paths(self, "gan", ("student", "real", "captions"))
         if self.kernel_size % 2 == 0:
             raise ValueError(f"gan.kernel_size is {self.kernel_size}; expected an odd number")

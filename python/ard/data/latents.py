@@ -15,6 +15,8 @@ from torch import Tensor
 from ard.common.process import Process
 from ard.common.settings import fingerprint
 from ard.common.streams import noise_at
+from ard.conditions.prompts import read_caption
+from ard.conditions.sources import ConditionSource, Prompts, source_for
 from ard.config.choices import DTYPES
 from ard.data.real_images import image_files, load_image
 from ard.models.config import Condition, Conditioned, ModelConfig, condition_tensors
@@ -38,6 +40,7 @@ class LatentSpec(Conditioned, ShardSpec):
     encoder: str  # fingerprint of the VAE, or "none"
     seed: int = 0  # of the posterior's noise
     dtype: str = "float32"
+    prompts: str | None = None  # fingerprint of the source of the conditions, where they are numbers of prompts
 
     def __post_init__(self) -> None:
         for name in ("image_shape", "conditions"):
@@ -118,17 +121,18 @@ class RealLatents(Protocol):
 
 
 class StoredLatents:
-    """Rows of a store of real latents."""
+    """Rows of a store of real latents; source: of their conditions."""
 
-    def __init__(self, store: LatentStore):
+    def __init__(self, store: LatentStore, source: ConditionSource | None = None):
         self.store, self.fingerprint = store, store.spec.fingerprint()
+        self.source = source_for(store.spec.conditions, store.spec.prompts, source)
 
     def __len__(self) -> int:
         return len(self.store)
 
     def rows(self, indices: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        conditions = tuple(self.store.read(condition.name, indices) for condition in self.store.spec.conditions)
-        return self.store.read("latents", indices), conditions
+        stored = (self.store.read(condition.name, indices) for condition in self.store.spec.conditions)
+        return self.store.read("latents", indices), self.source.tensors(*stored)
 
 
 class LatentsInMemory:
@@ -150,7 +154,8 @@ def encode_folder(
     folder: Path,
     *,
     size: int,
-    num_classes: int,
+    num_classes: int = 1000,
+    captions: Prompts | None = None,
     seed: int = 0,
     dtype: str = "float16",
     shard_size: int = 4000,
@@ -163,22 +168,29 @@ def encode_folder(
 
     images: <class folder>/<image>, labels by the folders' sorted order, as in ImageNet. Each latent is one draw of
     the posterior, a function of (seed, index).
+    captions: encoded prompts, one of which stands in the .txt file beside each image; its number is kept, no label.
     skip: images to leave out and why, of `damaged_images`; they are listed in skipped.json in ``folder``. None: no
     image may be damaged, and no list is written.
     """
     files = [(path, label) for path, label in image_files(images) if str(path.relative_to(images)) not in (skip or ())]
     if not files:
         raise ValueError(f"{images} holds no image that can be read; expected one at least")
-    labels = torch.tensor([label for _, label in files])
-    if int(labels.max()) >= num_classes:
-        raise ValueError(f"{images} has {int(labels.max()) + 1} class folders; expected at most {num_classes}")
+    if captions is None:
+        labels = torch.tensor([label for _, label in files])
+        stored: tuple[Condition, ...] = (Condition("labels", classes=num_classes),)
+        if int(labels.max()) >= num_classes:
+            raise ValueError(f"{images} has {int(labels.max()) + 1} class folders; expected at most {num_classes}")
+    else:
+        labels = torch.tensor([captions.number(read_caption(path.with_suffix(".txt"))) for path, _ in files])
+        files, stored = [(path, n) for (path, _), n in zip(files, labels.tolist(), strict=True)], captions.stored
     listed = "\n".join(f"{path.relative_to(images)} {path.stat().st_size} {label}" for path, label in files)
     shape = codec.latent_shape(torch.empty(1, 3, size, size, device="meta"))[1:]
     spec = LatentSpec(
         count=len(files),
         shard_size=shard_size,
         image_shape=shape,
-        conditions=(Condition("labels", classes=num_classes),),
+        conditions=stored,
+        prompts=None if captions is None else captions.fingerprint,
         source=hashlib.sha256(f"{size}\n{listed}".encode()).hexdigest(),
         encoder=codec.fingerprint,
         seed=seed,
@@ -218,20 +230,23 @@ def _reason(path: Path, size: int) -> str | None:
     return None
 
 
-def open_real(source: str, config: ModelConfig) -> RealLatents:
-    """Real latents by name: "digits", or the folder of a store of latents of the model's shape."""
+def open_real(source: str, config: ModelConfig, conditions: ConditionSource) -> RealLatents:
+    """Real latents by name: "digits", or the folder of a store of latents of the model's shape.
+
+    conditions: where the model's come from.
+    """
     if source == DIGITS:
         from ard.data import digits
 
         data = digits.load()
         real: RealLatents = LatentsInMemory(DIGITS, data.train_images, data.train_labels)
-        shape, conditions = digits.IMAGE_SHAPE, (Condition("labels", classes=digits.NUM_CLASSES),)
+        shape, stored = digits.IMAGE_SHAPE, (Condition("labels", classes=digits.NUM_CLASSES),)
     else:
         store = LatentStore(Path(source))
-        real, shape, conditions = StoredLatents(store), store.spec.image_shape, store.spec.conditions
+        shape, stored = store.spec.image_shape, store.spec.conditions
     if shape != config.image_shape:
         raise ValueError(f"{source} holds latents of shape {shape}; expected the model's {config.image_shape}")
-    if conditions != config.conditions:
-        found, expected = (", ".join(map(str, each)) for each in (conditions, config.conditions))
+    if stored != conditions.stored:
+        found, expected = (", ".join(map(str, each)) for each in (stored, conditions.stored))
         raise ValueError(f"{source} has {found}; expected the model's {expected}")
-    return real
+    return real if source == DIGITS else StoredLatents(store, conditions)

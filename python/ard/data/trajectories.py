@@ -1,8 +1,8 @@
 """Stores of teacher trajectories, which the student is distilled from.
 
 Noise and conditions of trajectory ``i`` are pure functions of ``(seed, i)``: they do not depend on the batch size, the
-shard size, the number of samples or of processes. The format on disk is that of `ard.storage.shards`. What is kept of the
-conditions, and what stands for them, is the matter of a `ConditionSource`.
+shard size, the number of samples or of processes. The format on disk is that of `ard.storage.shards`. What is kept of
+the conditions, and what stands for them, is the matter of a `ConditionSource`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from ard.common.process import Process
 from ard.common.settings import fingerprint
 from ard.common.streams import noise_at
+from ard.conditions.sources import ConditionSource, named, source_for
 from ard.config.choices import DTYPES, STATE_KINDS, check_keep
-from ard.data.conditions import ConditionSource, named, source_for
 from ard.diffusion.trajectories import TrajectoryBatch
 from ard.models.config import Condition, Conditioned, condition_tensors
 from ard.storage.shards import ShardedStore, ShardSpec, Tensors, shard_count, write_shards
@@ -42,7 +42,7 @@ class StoreSpec(Conditioned, ShardSpec):
     cfg_interval: tuple[float, float] | None = None
     family: str = "dit"
     model: str = ""  # fingerprint of its config: no tensor shows the number of heads
-    prompts: str = ""  # fingerprint of the source of the conditions, where they are numbers of prompts
+    prompts: str | None = None  # fingerprint of the source of the conditions, where they are numbers of prompts
     negative_prompt: str | None = None  # in place of the null conditions
     solver: str = "ddim"
     shift: float = 0.0

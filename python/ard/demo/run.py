@@ -203,7 +203,8 @@ def make_trajectories(
     teacher: Teacher, teacher_sha256: str, recipe: Recipe, out: Path, watch: Stopwatch
 ) -> TrajectoryStore:
     """Generates, or finishes, the store of this teacher and these settings, and checks its hashes."""
-    folder = out / "trajectories" / stages.store_spec(recipe, teacher_sha256).fingerprint()
+    spec = stages.store_spec(recipe, teacher_sha256, stages.source_of(recipe))
+    folder = out / "trajectories" / spec.fingerprint()
     with watch.stage("trajectories", recipe.trajectories.count) as advance:
         store = stages.make_trajectories(recipe, teacher, teacher_sha256, folder, on_progress=advance)
         store.verify()

@@ -19,11 +19,13 @@ class Guidance:
 
     interval: the times, in the family's units, between which guidance applies, to rounding; None for always. DiT and
     SiT guide 3 of 4 latent channels, LightningDiT from a time on.
+    null: conditions (1, ...) of the unconditional forward, a negative prompt's; None for the teacher's null conditions.
     """
 
     scale: float = 1.0
     channels: int | None = 3
     interval: tuple[float, float] | None = None
+    null: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -48,7 +50,7 @@ def guided(teacher: Teacher, x_Bchw: Tensor, time: float, conditions: Sequence[T
     applies = guidance.applies(time)
     if applies:
         x_model = torch.cat([x_model, x_model])
-        null = teacher.null_conditions(*conditions)
+        null = teacher.null_conditions(*conditions) if guidance.null is None else _spread(guidance.null, conditions)
         conditions = [torch.cat(pair) for pair in zip(conditions, null, strict=True)]
     dtype = torch.int64 if schedule == "ddpm" else torch.promote_types(x_model.dtype, torch.float32)
     t = torch.full((len(x_model),), int(time) if schedule == "ddpm" else time, dtype=dtype, device=x_Bchw.device)
@@ -59,3 +61,8 @@ def guided(teacher: Teacher, x_Bchw: Tensor, time: float, conditions: Sequence[T
     n = channels if guidance.channels is None else guidance.channels
     mixed = unconditional[:, :n] + guidance.scale * (conditional[:, :n] - unconditional[:, :n])
     return torch.cat([mixed, conditional[:, n:]], dim=1)
+
+
+def _spread(null: Sequence[Tensor], conditions: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """One set of conditions for each sample, where those of the samples are."""
+    return tuple(one.to(each.device, each.dtype).expand_as(each) for one, each in zip(null, conditions, strict=True))

@@ -19,11 +19,12 @@ from torch import Tensor
 from ard.common.process import Process
 from ard.common.settings import COUNT, SEED, Ranged, fingerprint
 from ard.common.streams import noise_at
+from ard.conditions.sources import Classes, Prompts, named
 from ard.config.choices import autocast
-from ard.models.config import Condition, Conditioned, ModelConfig, condition_tensors
+from ard.models.config import Condition, Conditioned, condition_tensors
 from ard.models.student import ARDStudent
 from ard.storage.files import file_sha256, remove_folder, remove_temporary, write_json, write_tensors
-from ard.storage.images import latent_preview, to_uint8, write_grid, write_npz
+from ard.storage.images import latent_preview, to_uint8, write_grid, write_npz, write_png
 from ard.storage.shards import ShardedStore, ShardSpec, Tensors, write_shards
 from ard.weights.opened import state_sha256
 from ard_kernels.common.arguments import described
@@ -33,6 +34,7 @@ GRID_SAMPLES = 100
 LARGEST_CLASS = 999_999  # of what a model may have
 
 PARTS = ".ard-parts"  # the folder of shards
+PICTURES = "images"  # the folder of PNGs
 LEAST_SHARD = 64  # samples
 
 
@@ -51,22 +53,11 @@ class SamplingConfig(Ranged):
     count: int
     batch_size: int = 64  # of one process
     seed: int = 0  # of the noise; sample i's is a function of (seed, i)
-    classes: tuple[int, ...] = ()  # in turn; all, if empty
+    classes: tuple[int, ...] = ()  # or numbers of prompts, in turn; all, if empty
     precision: str = "fp32"  # or "bf16"
     cuda_graph: bool = True  # on a GPU: one launch per batch
 
     RANGES: ClassVar = {"count": COUNT, "batch_size": "[1, 65536]", "seed": SEED, "classes": f"[0, {LARGEST_CLASS}]"}
-
-    def conditions(self, indices: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
-        """Conditions of global indices: labels, the classes in turn."""
-        condition, *others = model.conditions
-        if others or not condition.classes:
-            names = ", ".join(map(str, model.conditions))
-            raise ValueError(f"conditions are {names}; expected labels, whose classes are sampled in turn")
-        classes = torch.tensor(self.classes or tuple(range(condition.classes)))
-        if int(classes.min()) < 0 or int(classes.max()) >= condition.classes:
-            raise ValueError(f"classes: got {described(self.classes)}; expected within [0, {condition.classes - 1}]")
-        return (classes[indices % len(classes)],)
 
 
 @dataclass(frozen=True)
@@ -88,6 +79,7 @@ class SampleSpec(Conditioned, ShardSpec):
     sink: int
     timesteps: tuple[float, ...] | None
     codec: str  # fingerprint
+    prompts: str | None = None  # fingerprint of their store
 
     def tensors(self, rows: int) -> Tensors:
         kind = torch.uint8 if self.pixels else torch.float32
@@ -99,6 +91,7 @@ def write_samples(
     folder: Path,
     config: SamplingConfig,
     *,
+    prompts: Prompts | None = None,
     codec: Codec | None = None,
     facts: dict[str, Any] | None = None,
     process: Process | None = None,
@@ -106,13 +99,15 @@ def write_samples(
 ) -> dict[str, Any]:
     """Samples, every rank its share, into samples.npz (or .safetensors), grid.png and sample.json in ``folder``.
 
-    Goes on where an equal call was killed. codec: decodes latents; a student of pixels needs none. facts: for
-    sample.json. Returns its content; "images_per_second" is of all processes, without start and writing, None if
-    nothing was left to sample.
+    Goes on where an equal call was killed. prompts: of a student that is steered by text; its images stand in
+    ``folder`` one by one, too, as images/<number of the prompt>-<sample>.png. codec: decodes latents; a student of
+    pixels needs none. facts: for sample.json. Returns its content; "images_per_second" is of all processes, without
+    start and writing, None if nothing was left to sample.
     """
     process = process or Process()
     shape = student.config.image_shape
-    config.conditions(torch.arange(1), student.config)  # raises for a class that is none
+    source = prompts or Classes(student.config.conditions)
+    source.in_turn(range(1), config.classes)  # raises for a class that is none
     pixels = codec is not None or student.config.in_channels in IMAGE_CHANNELS
     scale, channels = (codec.downsampling, 3) if codec else (1, shape[0])
     image_shape = (shape[1] * scale, shape[2] * scale, channels) if pixels else shape
@@ -120,23 +115,23 @@ def write_samples(
     spent = [0.0, 0]  # seconds, samples
 
     def make_rows(indices: range) -> dict[str, Tensor]:
-        conditions = config.conditions(torch.tensor(indices), student.config)
+        stored = source.in_turn(indices, config.classes)
         noise, started = noise_at(config.seed, indices, shape), time.perf_counter()
-        states = run(*(tensor.to(process.device) for tensor in (noise, *conditions)))
+        states = run(*(tensor.to(process.device) for tensor in (noise, *source.tensors(*stored))))
         images = codec.decode(states) if codec else states
         if not images.isfinite().all():
             raise ValueError(f"samples {indices.start} to {indices.stop - 1} are not finite; expected finite ones")
         images = torch.from_numpy(to_uint8(images)) if pixels else images.cpu()
         spent[0] += time.perf_counter() - started
         spent[1] += len(indices)
-        return {"images": images, **{each.name: x for each, x in zip(spec.conditions, conditions, strict=True)}}
+        return {"images": images, **named(spec.conditions, stored)}
 
     spec = SampleSpec(
         count=config.count,
         shard_size=config.batch_size * math.ceil(LEAST_SHARD / config.batch_size),
         image_shape=image_shape,
         pixels=pixels,
-        conditions=student.config.conditions,
+        conditions=source.stored,
         seed=config.seed,
         classes=config.classes,
         precision=config.precision,
@@ -147,6 +142,7 @@ def write_samples(
         sink=student.routing.sink,
         timesteps=student.segment_times,
         codec=codec.fingerprint if codec else "none",
+        prompts=source.fingerprint,
     )
     if process.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +157,7 @@ def write_samples(
         "file": "samples.npz" if pixels else "samples.safetensors",
         "count": config.count,
         "seed": config.seed,
-        "classes": list(config.classes) or "all",
+        ("prompts" if prompts else "classes"): prompts.texts if prompts else list(config.classes) or "all",
         "steps": student.steps,
         "precision": config.precision,
         "processes": process.world_size,
@@ -169,13 +165,16 @@ def write_samples(
         "images_per_second": float(made.sum() / seconds.max()) if made.any() else None,
     }
     if process.is_main:
-        _assemble(folder, content, config.batch_size)
+        _assemble(folder, content, config.batch_size, prompts is not None and pixels)
     process.barrier()
     return content
 
 
-def _assemble(folder: Path, content: dict[str, Any], batch_size: int) -> None:
-    """The files of ``folder`` from its shards, which are removed; the last is sample.json: ``content``, a sha256."""
+def _assemble(folder: Path, content: dict[str, Any], batch_size: int, one_by_one: bool) -> None:
+    """The files of ``folder`` from its shards, which are removed; the last is sample.json: ``content``, a sha256.
+
+    one_by_one: a PNG of each sample, too.
+    """
     parts, path = ShardedStore(folder / PARTS, "samples", SampleSpec), folder / content["file"]
     parts.verify()
     every = torch.arange(len(parts))
@@ -183,15 +182,27 @@ def _assemble(folder: Path, content: dict[str, Any], batch_size: int) -> None:
     shown = parts.read("images", every[:GRID_SAMPLES])
     if path.suffix == ".npz":
         batches = (parts.read("images", rows).numpy() for rows in every.split(batch_size))
-        labels = conditions.get("labels")
-        write_npz(path, batches, len(parts), labels=None if labels is None else labels.numpy())
+        (labels,) = conditions.values()  # or numbers of prompts
+        write_npz(path, batches, len(parts), labels=labels.numpy())
     else:
         write_tensors(path, {"images": parts.read("images", every), **conditions})
         shown = torch.from_numpy(to_uint8(latent_preview(shown)))
     write_grid(folder / "grid.png", shown.numpy(), columns=round(len(shown) ** 0.5))
+    if one_by_one:
+        write_pictures(folder / PICTURES, parts, conditions["prompt"], batch_size)
     content["sha256"] = file_sha256(path)
     write_json(folder / "sample.json", content)
     remove_folder(folder / PARTS)
+
+
+def write_pictures(folder: Path, parts: ShardedStore, prompts: Tensor, batch_size: int) -> None:
+    """images/<number of the prompt>-<sample>.png, of five and six digits; those of an earlier call are removed."""
+    if folder.is_dir():
+        remove_folder(folder)
+    folder.mkdir()
+    for rows in torch.arange(len(parts)).split(batch_size):
+        for row, image in zip(rows.tolist(), parts.read("images", rows).numpy(), strict=True):
+            write_png(folder / f"{int(prompts[row]):05d}-{row:06d}.png", image)
 
 
 def sampler(student: ARDStudent, config: SamplingConfig, device: torch.device) -> Callable[..., Tensor]:

@@ -53,6 +53,7 @@ def generate(
     cfg_scale: float = 1.5,
     cfg_channels: int | None = 3,
     cfg_interval: Interval = None,
+    null: tuple[Tensor, ...] | None = None,
 ) -> TrajectoryBatch:
     """Solve the teacher's ODE from `noise` (B, c, h, w) under `conditions` and keep the states at these indices.
 
@@ -60,11 +61,12 @@ def generate(
     sampling_steps, keep: steps are counted down to index 0, the last; indices strictly descending. Steps after the last
         kept one are not run.
     solver, shift: see `ard.diffusion.solvers`; the schedule's usual solver by default, "ddim" for DiT.
-    cfg_scale, cfg_channels, cfg_interval: see `ard.diffusion.guidance`; a number is an interval from there to the data.
+    cfg_scale, cfg_channels, cfg_interval, null: see `ard.diffusion.guidance`; a number is an interval from there to the
+        data.
     """
     keep = tuple(keep)
     check_keep(keep, sampling_steps)
-    guidance = Guidance(cfg_scale, cfg_channels, _interval(teacher, cfg_interval))
+    guidance = Guidance(cfg_scale, cfg_channels, _interval(teacher, cfg_interval), null)
     kept = []
     for step in solve(
         teacher, noise, conditions, sampling_steps=sampling_steps, solver=solver, shift=shift, guidance=guidance
@@ -91,6 +93,7 @@ def trajectory(
     cfg_scale: float = 1.0,
     cfg_channels: int | None = 3,
     cfg_interval: Interval = None,
+    null: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """All states of the teacher's ODE on a grid of ``times`` times, the noise first: (B, times, c, h, w).
 
@@ -98,11 +101,11 @@ def trajectory(
     solver: "euler", "heun" or "midpoint" on the linear path (SiT, LightningDiT), "ddim" for DiT.
     shift: s moves each position p of the even grid to s p / (1 + (s - 1) p); 0 moves nothing.
     cfg_scale, cfg_channels: guidance of the first channels, None for all. cfg_interval: (first, last) time of guidance,
-        or its first time alone. The result is at least float32.
+        or its first time alone. null: conditions (1, ...) of a negative prompt. The result is at least float32.
     """
     if times < 2:
         raise ValueError(f"times: got {times}; expected at least 2, the noise's and the data's")
-    guidance = Guidance(cfg_scale, cfg_channels, _interval(teacher, cfg_interval))
+    guidance = Guidance(cfg_scale, cfg_channels, _interval(teacher, cfg_interval), null)
     steps = solve(teacher, noise, conditions, sampling_steps=times - 1, solver=solver, shift=shift, guidance=guidance)
     states = [step.arrival for step in steps]
     return torch.stack([noise.to(states[0].dtype), *states], dim=1)

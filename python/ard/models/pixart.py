@@ -57,7 +57,9 @@ class PixArtConfig(ModelConfig):
     learned_null: bool = True  # has text of its own for guidance's unconditional branch
     size_conditions: bool = False
     position_scale: float = 1.0  # positions are token indices over this
-    position_base: int | None = None  # tokens along a side to which positions are stretched first; None: as many as rows
+    position_base: int | None = (
+        None  # tokens along a side to which positions are stretched first; None: as many as rows
+    )
 
     RANGES: ClassVar = {
         **ModelConfig.RANGES,
@@ -167,7 +169,7 @@ class PixArtBlock(Block):
     def rows(self, c: Tensor) -> Tensor:
         return c + self.scale_shift_table.flatten()
 
-    def read(self, context: Context) -> Context:
+    def read_context(self, context: Context) -> Context:
         y_BNC, mask_BN = context
         return *self.cross_attn.keys_values(y_BNC), mask_BN
 
@@ -253,8 +255,8 @@ class PixArtTrunk(PatchTrunk):
         text_BNE, mask_BN = conditions
         if not self.config.learned_null:
             raise ValueError(
-                "null_conditions: the model has no null text (diffusers' folders have none); expected that of a negative "
-                "prompt, such as trajectories.negative_prompt=''"
+                "null_conditions: the model has no null text (diffusers' folders have none); expected that of a "
+                "negative prompt, such as trajectories.negative_prompt=''"
             )
         return self.y_embedder.y_embedding.to(text_BNE.dtype).expand_as(text_BNE), mask_BN
 
@@ -269,14 +271,18 @@ class PixArtTrunk(PatchTrunk):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As the reference: Xavier linears, normal(0.02) embedders, zero output of cross attention and final linears."""
+        """As the reference: Xavier linears, normal(0.02) embedders, zero outputs of cross attention and the end."""
         self.initialize_linears()
         self.initialize_patches()
         embedders = [self.t_embedder]
         if self.config.size_conditions:
             embedders += [self.csize_embedder, self.ar_embedder]
         small = [linear(embedder.mlp, layer).weight for embedder in embedders for layer in (0, 2)]
-        for weight in (*small, linear(self.t_block, 1).weight, *(each.weight for each in self.y_embedder.y_proj.children())):
+        for weight in (
+            *small,
+            linear(self.t_block, 1).weight,
+            *(each.weight for each in self.y_embedder.y_proj.children()),
+        ):
             nn.init.normal_(cast("Tensor", weight), std=0.02)
         if self.config.learned_null:
             nn.init.normal_(self.y_embedder.y_embedding, std=self.config.caption_channels**-0.5)
@@ -290,8 +296,8 @@ class PixArtTrunk(PatchTrunk):
 
 
 class PixArt(Teacher, PixArtTrunk):
-    """The teacher: x (B, c, h, w), timesteps (B,) in [0, 1000), text (B, N, E) and its mask (B, N) bool -> epsilon, then
-    sigma if it is learned, (B, out_channels, h, w)."""
+    """The teacher: x (B, c, h, w), timesteps (B,) in [0, 1000), text (B, N, E) and its mask (B, N) bool -> epsilon,
+    then sigma if it is learned, (B, out_channels, h, w)."""
 
     @property
     def predicted_channels(self) -> int:

@@ -179,7 +179,7 @@ class ARDStudent(Trunk):
         noise_Bchw: (B, c, h, w); conditions as in `forward`. Returns all predictions (B, S, c, h, w); the last is the
         image.
         cache: from `new_cache(B)`, to reuse its memory between calls; it is reset here.
-        on_step: called with (s, prediction) after each step; what it returns, if not None, takes the prediction's place.
+        on_step: called with (s, prediction) after each step; what it returns, if not None, takes its place.
         """
         self.check_inputs("noise", noise_Bchw, conditions, ("B",))
         L, final_layers = self.config.tokens, self.final_layers
@@ -190,8 +190,8 @@ class ARDStudent(Trunk):
         def attend(layer: int) -> Attend:
             return partial(self.routing.attention_packed, layer, segment_length=L, cache=cache)
 
-        # What depends on times and conditions only is made once and not S times: rows (adaLN weights are a third of DiT),
-        # keys and values of text.
+        # What depends on times and conditions only is made once and not S times: rows (adaLN weights are a third of
+        # DiT), keys and values of text.
         context = self.context(*conditions)
         c_BSC = self.condition(self.timesteps(self.steps, noise_Bchw.device), *conditions)
         shared = self.shared(c_BSC)

@@ -27,8 +27,8 @@ from ard_kernels import block_causal_attention_packed, gate_residual
 class Block(nn.Module):
     """A transformer block that leaves its last residual pending, so that the next op adds it and normalizes at once.
 
-    A family's block gives `residuals`, and has `adaLN_modulation`, from conditioning (B, S, C) to its rows (B, S, R), or
-    another `rows`.
+    A family's block gives `residuals`, and has `adaLN_modulation`, from conditioning (B, S, C) to its rows (B, S, R),
+    or another `rows`.
     """
 
     adaLN_modulation: nn.Module
@@ -41,13 +41,13 @@ class Block(nn.Module):
         """Modulation rows (B, S, R) of what `Trunk.shared` gives."""
         return self.adaLN_modulation(c)
 
-    def read(self, context: Context) -> Context:
+    def read_context(self, context: Context) -> Context:
         """The form in which this block reads the context: keys and values of text."""
         return context
 
     def prepare(self, c: Tensor, context: Context) -> Prepared:
         """What depends on times and conditions only, so that a sampler computes it once for all steps."""
-        return self.rows(c), self.read(context)
+        return self.rows(c), self.read_context(context)
 
     def residuals(
         self,

@@ -238,8 +238,6 @@ def write_grid(path: Path, images_Nhwc: np.ndarray, columns: int) -> None:
 
     images_Nhwc: uint8 with 1 (grey) or 3 (RGB) channels, N >= 1; the last row is filled with white.
     """
-    from PIL import Image  # samples and previews alone need Pillow
-
     _require_images("write_grid", images_Nhwc)
     count, height, width, channels = images_Nhwc.shape
     if channels not in (1, 3) or count < 1 or columns < 1:
@@ -253,8 +251,15 @@ def write_grid(path: Path, images_Nhwc: np.ndarray, columns: int) -> None:
     for index, image in enumerate(images_Nhwc):
         top, left = index // columns * (height + GRID_GAP), index % columns * (width + GRID_GAP)
         canvas[top : top + height, left : left + width] = image
+    write_png(path, canvas)
+
+
+def write_png(path: Path, image_hwc: np.ndarray) -> None:
+    """Writes one uint8 image (h, w, 1 or 3), atomically."""
+    from PIL import Image  # samples and previews alone need Pillow
+
     with atomic_path(Path(path)) as temporary:
-        Image.fromarray(canvas[..., 0] if channels == 1 else canvas).save(temporary, format="PNG")
+        Image.fromarray(image_hwc[..., 0] if image_hwc.shape[-1] == 1 else image_hwc).save(temporary, format="PNG")
 
 
 def latent_preview(latents_Nchw: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """GAN fine-tune of the student ("R+G", arXiv 2504.11295): regression, and hinge losses on the teacher's features.
 
-    heads        one per block of the teacher, on the block's tokens; projected on the conditioning c (with text, c + mean text)
+    heads        one per block of the teacher, on the block's tokens; projected on the conditioning c, which for a model
+                 of text has the mean text in it (`Trunk.summary`)
     L_D          mean relu(1 - D(real)) + mean relu(1 + D(fake))
     L_gan        -mean D(fake), fake = the student's final state
     L_G          L_rec + factor * w * L_gan,  w = |dL_rec/dW| / (|dL_gan/dW| + 1e-4) clamped, W the last head's weight

@@ -10,19 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # private: without it there is no --dry-run
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ard.conditions.sources import Classes
 from ard.config.choices import autocast
 from ard.config.recipe import Recipe
 from ard.config.sections import micro_batch_size
 from ard.diffusion.guidance import Guidance
 from ard.diffusion.solvers import solver_of
+from ard.models.config import Condition, ModelConfig
 from ard.models.families import make_teacher
 from ard.models.flops import flop_table
 from ard.models.student import ARDStudent
 from ard.storage.files import readable_size
 from ard.training.gan import Discriminator
 from ard.training.stages import store_spec
+from ard_kernels import flops
 
 STAGES = ("distill", "gan")
 FLOAT32 = torch.float32.itemsize
@@ -40,7 +44,7 @@ def plan(recipe: Recipe, *, stage: str = "distill", world_size: int = 1) -> dict
         raise ValueError(f"plan: stage is {stage!r}; expected one of {STAGES}, and a gan section for 'gan'")
     config = recipe.distill if gan is None else gan.train
     local = micro_batch_size(config.batch_size, world_size, recipe.execution.accumulation)
-    counts, trajectories = parameters(recipe, stage), store_spec(recipe, "")
+    counts, trajectories = parameters(recipe, stage), store_spec(recipe, "", _Planned(recipe))
     model, S, trainable = recipe.model, recipe.steps, counts["student, trainable"]
     forwards = flop_table(model, steps=S, history_layers=recipe.student.history_layers, **_mask(recipe))
     overhead = forwards["student_training_forward"]["counted"] / forwards["baseline_sampling"]["counted"] - 1.0
@@ -70,6 +74,7 @@ def plan(recipe: Recipe, *, stage: str = "distill", world_size: int = 1) -> dict
             "all trajectories, stored once": stored,
             "all trajectories, made online": online,
         },
+        "history": history_overheads(model, S, recipe.student.history_layers),
         "trajectories": {
             "teacher forwards of one": sample_forwards(recipe),
             "teacher forwards per step, online": sample_forwards(recipe) * config.batch_size,
@@ -88,6 +93,26 @@ def plan(recipe: Recipe, *, stage: str = "distill", world_size: int = 1) -> dict
             "trajectories": 0 if recipe.trajectories.online else trajectories.row_bytes * trajectories.count,
             "checkpoints": (recipe.execution.keep_last + 1) * saved * FLOAT32,
         },
+    }
+
+
+class _Planned(Classes):
+    """A source of conditions for its sizes: prompts need not be encoded yet."""
+
+    def __init__(self, recipe: Recipe):
+        prompts = (Condition("prompt", classes=1),)
+        steered = any(not condition.classes for condition in recipe.model.conditions)
+        super().__init__(prompts if steered else recipe.model.conditions)
+
+
+def history_overheads(model: ModelConfig, steps: int, history_layers: int) -> dict[str, float]:
+    """FLOPs that history adds to sampling, by the formula, for the paper's masks and for this and every layer."""
+    masks = {"M2": (2, 0), "M3": (1, 1), "M4": (None, 0)}
+    baseline = flops.baseline_sampling(model, steps)
+    return {
+        f"{name}, N = {layers} of {model.depth}": flops.history(model, steps, layers, window, sink) / baseline
+        for layers in dict.fromkeys((history_layers, model.depth))
+        for name, (window, sink) in masks.items()
     }
 
 
@@ -123,8 +148,11 @@ def sample_forwards(recipe: Recipe) -> int:
 
 
 def step_flops(recipe: Recipe) -> int:
-    """Forward and backward of one sample, counted on shapes; with activation checkpointing the blocks run twice."""
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+    """Forward and backward of one sample, counted on shapes; with activation checkpointing the blocks run twice.
+
+    What takes PyTorch's attention is counted by its matmuls: a fused kernel of the CPU counts as nothing.
+    """
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         _student(recipe)(*_inputs(recipe, 1)).sum().backward()
     return counter.get_total_flops()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,7 +23,8 @@ from ard.weights.vae import LatentCodec
 class Preview:
     """Called with the updates done and the whole averaged weights; every rank samples its share.
 
-    The noise is held out (another seed than the store's); the reference are the trajectories' final states.
+    The noise is held out (another seed than the store's), the conditions are the trajectories'; the reference are their
+    final states.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Preview:
         count, spec = min(settings.count, len(trajectories)), trajectories.spec
         self.indices = process.share(torch.arange(count))
         self.noise = noise_at(spec.seed + 1, self.indices.tolist(), spec.image_shape)
-        self.conditions = spec.conditions_of(self.indices.tolist())
+        self.conditions = trajectories.conditions
         finals = [trajectories.pairs(part, recipe.student.state)[1][:, -1].float() for part in self._parts()]
         self.reference = self._statistics(torch.cat(finals))
 
@@ -53,8 +53,9 @@ class Preview:
         self.student.load_state_dict(weights, assign=True)
         samples = []
         with torch.no_grad(), self.context():
-            for noise, *conditions in self._batches(self.noise, *self.conditions):
-                samples.append(self.student.sample(noise, *conditions)[:, -1].float())
+            for noise, indices in zip(self.noise.split(self.settings.batch_size), self._parts(), strict=True):
+                inputs = (tensor.to(self.process.device) for tensor in (noise, *self.conditions(indices)))
+                samples.append(self.student.sample(*inputs)[:, -1].float())
         images = torch.cat(samples)
         self.student.to("meta")  # whole weights stay on no GPU between previews
         distance = frechet_distance(self._statistics(images), self.reference)
@@ -71,13 +72,10 @@ class Preview:
         """Of all ranks' states together."""
         rows = []
         with torch.no_grad():
-            for (batch,) in self._batches(states):
+            for part in states.split(self.settings.batch_size):
+                batch = part.to(self.process.device)
                 rows.append(self.features.extract(self.decode(batch) if self.decode else batch))
         return feature_statistics(self.process.gather(torch.cat(rows)))
 
     def _parts(self) -> tuple[Tensor, ...]:
         return self.indices.split(self.settings.batch_size)
-
-    def _batches(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        for parts in zip(*(tensor.split(self.settings.batch_size) for tensor in tensors), strict=True):
-            yield tuple(part.to(self.process.device) for part in parts)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ard.common.process import Process
 from ard.common.settings import fingerprint
+from ard.conditions.sources import ConditionSource, condition_source, null_tensors
 from ard.config.choices import autocast
 from ard.config.recipe import Recipe, plain
 from ard.config.sections import TrainConfig, TrajectoriesConfig
@@ -85,8 +86,14 @@ def train_teacher(
     return teacher, trainer.fit(on_step=on_step)
 
 
-def sampler(teacher: Teacher, config: TrajectoriesConfig, keep: tuple[int, ...], device: torch.device) -> MakeBatch:
-    """(noise, *conditions) on any device -> the teacher's trajectories at ``keep``."""
+def sampler(
+    teacher: Teacher,
+    config: TrajectoriesConfig,
+    keep: tuple[int, ...],
+    device: torch.device,
+    null: tuple[Tensor, ...] | None = None,
+) -> MakeBatch:
+    """(noise, *conditions) on any device -> the teacher's trajectories at ``keep``. null: see `Guidance`."""
     context = autocast(config.precision, device)
 
     def sample(*inputs: Tensor) -> TrajectoryBatch:
@@ -101,12 +108,18 @@ def sampler(teacher: Teacher, config: TrajectoriesConfig, keep: tuple[int, ...],
                 cfg_scale=config.cfg_scale,
                 cfg_channels=config.cfg_channels,
                 cfg_interval=config.cfg_interval,
+                null=null,
             )
 
     return sample
 
 
-def store_spec(recipe: Recipe, teacher_sha256: str) -> StoreSpec:
+def source_of(recipe: Recipe) -> ConditionSource:
+    """Where the recipe's conditions come from."""
+    return condition_source(recipe.model, recipe.trajectories.prompts)
+
+
+def store_spec(recipe: Recipe, teacher_sha256: str, source: ConditionSource) -> StoreSpec:
     """What `make_trajectories` writes."""
     config, model = recipe.trajectories, recipe.model
     return StoreSpec(
@@ -114,7 +127,9 @@ def store_spec(recipe: Recipe, teacher_sha256: str) -> StoreSpec:
         shard_size=config.shard_size,
         seed=config.seed,
         image_shape=model.image_shape,
-        conditions=model.conditions,
+        conditions=source.stored,
+        prompts=source.fingerprint,
+        negative_prompt=config.negative_prompt,
         sampling_steps=config.sampling_steps,
         keep=config.keep,
         cfg_scale=config.cfg_scale,
@@ -154,12 +169,13 @@ def online_trajectories(
     The teacher is moved to ``device``; with execution.compile its blocks are compiled.
     """
     require_model(recipe, teacher, "teacher")
-    config, teacher = recipe.trajectories, teacher.to(device)
+    config, teacher, source = recipe.trajectories, teacher.to(device), source_of(recipe)
     if recipe.execution.compile:
         for block in teacher.blocks:
             block.compile()
-    make_batch = sampler(teacher, config, config.keep, device)
-    return OnlineTrajectories(store_spec(recipe, teacher_sha256), make_batch, config.batch_size, device)
+    make_batch = sampler(teacher, config, config.keep, device, null_tensors(source, config.negative_prompt))
+    spec = store_spec(recipe, teacher_sha256, source)
+    return OnlineTrajectories(spec, make_batch, config.batch_size, device, source)
 
 
 def require_groups(recipe: Recipe, process: Process) -> None:
@@ -190,13 +206,15 @@ def make_trajectories(
     on_progress: Callable[[int], Any] | None = None,
 ) -> TrajectoryStore:
     """Generates, or finishes, the store of this teacher and these settings."""
-    process = process or Process()
+    process, config, source = process or Process(), recipe.trajectories, source_of(recipe)
     require_model(recipe, teacher, "teacher")
+    null = null_tensors(source, config.negative_prompt)
     return generate_store(
         folder,
-        store_spec(recipe, teacher_sha256),
-        sampler(teacher.to(process.device), recipe.trajectories, recipe.trajectories.keep, process.device),
-        batch_size=recipe.trajectories.batch_size,
+        store_spec(recipe, teacher_sha256, source),
+        sampler(teacher.to(process.device), config, config.keep, process.device, null),
+        source=source,
+        batch_size=config.batch_size,
         process=process,
         on_progress=on_progress,
     )
@@ -215,7 +233,7 @@ def distill(
 ) -> tuple[ARDStudent, Fitted]:
     """A student that starts as a copy of the teacher, after regression on the trajectories."""
     require_model(recipe, teacher, "teacher")
-    require_spec(trajectories, store_spec(recipe, teacher_sha256))
+    require_spec(trajectories, store_spec(recipe, teacher_sha256, source_of(recipe)))
     process, config, student_config = process or Process(), recipe.distill, recipe.student
     student = ARDStudent.from_teacher(
         teacher,
@@ -252,12 +270,12 @@ def finetune(
         raise ValueError("recipe: gan is missing; expected the settings of the GAN fine-tune")
     require_model(recipe, teacher, "teacher")
     require_model(recipe, student, "student")
-    require_spec(trajectories, store_spec(recipe, teacher_sha256))
+    require_spec(trajectories, store_spec(recipe, teacher_sha256, source_of(recipe)))
     require_groups(recipe, process)
     student, teacher = student.to(process.device), teacher.to(process.device)
     objective = GanObjective(trajectories, student, teacher, real, config, state=recipe.student.state, process=process)
     facts, gan = recipe.student_facts(), plain(config)
-    settings = {name: value for name, value in gan.items() if name not in ("train", "student", "real")}
+    settings = {name: value for name, value in gan.items() if name not in ("train", "student", "real", "captions")}
     identity = {**facts, "train": config.train.identity(), "gan": settings, "student_sha256": student_sha256}
     settings["feature_timestep"] = feature_timestep(config, recipe.model)
     identity |= {"trajectories": trajectories.spec.fingerprint(), "real": real.fingerprint}

@@ -1,8 +1,8 @@
 """Stores of encoded prompts: each distinct text once, as a frozen text encoder gives it.
 
-    prompts.txt    the texts, one a line: first the prompts, in the order in which they were first given, then texts that
-                   no sample draws, such as negative prompts; the empty one is always there
-    shard-*        text (rows, N, E) bfloat16 and text_mask (rows, N) bool, in the format of `ard.storage.shards`
+prompts.txt    the texts, one a line: first the prompts, in the order in which they were first given, then texts that
+               no sample draws, such as negative prompts; the empty one is always there
+shard-*        text (rows, N, E) bfloat16 and text_mask (rows, N) bool, in the format of `ard.storage.shards`
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class PromptStore(ShardedStore):
         """Of a text that was encoded. Raises ValueError for another."""
         if text not in self._numbers:
             raise ValueError(
-                f"{self.folder} holds no text {shown(text)}; expected one that was encoded: a prompt, '' or one of --negative"
+                f"{self.folder} holds no text {shown(text)}; expected one that was encoded: a prompt, '' or one of "
+                "--negative"
             )
         return self._numbers[text]
 
@@ -117,7 +118,7 @@ def write_prompts(
     shard_size: int = 1024,
     batch_size: int = 32,
     process: Process | None = None,
-    on_progress: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> PromptStore:
     """Encodes each distinct prompt once, and '' and ``negative`` beside them; goes on where an equal call was killed.
 
@@ -173,8 +174,8 @@ def _require_short(prompts: Sequence[str], encoder: TextEncoder) -> None:
     for text, tokens in zip(prompts, encoder.lengths(prompts), strict=True):
         if tokens > encoder.tokens:
             raise ValueError(
-                f"prompt {shown(text)} has {tokens} tokens; expected at most {encoder.tokens}, which the model reads, or "
-                "--truncate"
+                f"prompt {shown(text)} has {tokens} tokens; expected at most {encoder.tokens}, which the model reads, "
+                "or --truncate"
             )
 
 

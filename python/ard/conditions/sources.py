@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from ard.common.streams import shuffled
-from ard.data.prompts import PromptStore
+from ard.conditions.prompts import PromptStore
 from ard.models.config import Condition, ModelConfig
 from ard_kernels.common.arguments import described
 
 
 class ConditionSource(Protocol):
-    """stored: what stores of samples keep of the conditions. fingerprint: of what stored numbers stand for; "" where
+    """stored: what stores of samples keep of the conditions. fingerprint: of what stored numbers stand for; None where
     they are the conditions themselves."""
 
     stored: tuple[Condition, ...]
-    fingerprint: str
+    fingerprint: str | None
 
     def drawn(self, seed: int, indices: Sequence[int]) -> tuple[Tensor, ...]:
         """What is stored of the conditions of the samples (seed, index), (n, ...) each."""
@@ -37,14 +37,14 @@ class ConditionSource(Protocol):
 class Classes:
     """Labels, all classes equally often: i mod the classes."""
 
-    fingerprint = ""
+    fingerprint: str | None = None
 
     def __init__(self, conditions: Sequence[Condition]):
         self.stored = tuple(conditions)
         if others := [condition for condition in self.stored if not condition.classes]:
             raise ValueError(
-                f"conditions: {', '.join(map(str, others))} cannot be taken in turn as classes are; expected prompts for "
-                "them, see `ard prompts encode`"
+                f"conditions: {', '.join(map(str, others))} cannot be taken in turn as classes are; expected prompts "
+                "for them, see `ard prompts encode`"
             )
 
     def drawn(self, seed: int, indices: Sequence[int]) -> tuple[Tensor, ...]:
@@ -62,8 +62,9 @@ class Prompts:
     """Text of a store of prompts: all equally often, in an order drawn from the seed."""
 
     def __init__(self, store: PromptStore):
-        self.store, self.fingerprint = store, store.spec.fingerprint()
-        self.stored = (Condition("prompt", classes=store.spec.prompts),)
+        self.store = store
+        self.fingerprint: str | None = store.spec.fingerprint()
+        self.stored: tuple[Condition, ...] = (Condition("prompt", classes=store.spec.prompts),)
 
     def drawn(self, seed: int, indices: Sequence[int]) -> tuple[Tensor, ...]:
         return (shuffled(seed, indices, self.store.spec.prompts, "prompts"),)
@@ -71,6 +72,18 @@ class Prompts:
     def in_turn(self, indices: Sequence[int], chosen: Sequence[int] = ()) -> tuple[Tensor, ...]:
         positions = torch.tensor([int(index) for index in indices], dtype=torch.int64)
         return (_taken("prompts", self.store.spec.prompts, positions, chosen),)
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts by number."""
+        return self.store.texts[: self.store.spec.prompts]
+
+    def number(self, prompt: str) -> int:
+        """Of a prompt that samples draw. Raises ValueError for another text."""
+        number = self.store.number(prompt)
+        if number >= self.store.spec.prompts:
+            raise ValueError(f"{self.store.folder} has {described(prompt)} as a negative prompt; expected a prompt")
+        return number
 
     def tensors(self, *stored: Tensor) -> tuple[Tensor, ...]:
         """Text (n, N, E) and its mask (n, N)."""
@@ -85,16 +98,16 @@ def _taken(what: str, count: int, positions: Tensor, chosen: Sequence[int]) -> T
     return numbers[positions % len(numbers)]
 
 
-def source_for(stored: Sequence[Condition], fingerprint: str, source: ConditionSource | None) -> ConditionSource:
+def source_for(stored: Sequence[Condition], fingerprint: str | None, source: ConditionSource | None) -> ConditionSource:
     """``source``, if it is the one of what is stored; labels in turn, where none is needed. Raises ValueError else."""
-    if source is None and not fingerprint:
+    if source is None and fingerprint is None:
         return Classes(stored)
     if source is None:
         raise ValueError("conditions: what is stored are numbers of prompts; expected their store beside it")
     if source.fingerprint != fingerprint or tuple(source.stored) != tuple(stored):
         raise ValueError(
-            f"conditions: what is stored was made with {fingerprint or 'labels'}, {', '.join(map(str, stored))}; got the "
-            f"store of prompts {source.fingerprint or 'labels'}, {', '.join(map(str, source.stored))}"
+            f"conditions: what is stored was made with prompts={fingerprint}, {', '.join(map(str, stored))}; got "
+            f"prompts={source.fingerprint}, {', '.join(map(str, source.stored))}"
         )
     return source
 
@@ -112,6 +125,15 @@ def condition_source(model: ModelConfig, prompts: str | None) -> ConditionSource
         got, expected = (", ".join(map(str, each)) for each in (store.spec.conditions, model.conditions))
         raise ValueError(f"{prompts} holds {got}; expected the model's {expected}")
     return Prompts(store)
+
+
+def null_tensors(source: ConditionSource, negative_prompt: str | None) -> tuple[Tensor, ...] | None:
+    """The conditions (1, ...) of a negative prompt; None without one. Raises ValueError for a text not stored."""
+    if negative_prompt is None:
+        return None
+    if not isinstance(source, Prompts):
+        raise ValueError(f"negative_prompt: got {negative_prompt!r}; expected none, where conditions are no prompts")
+    return source.store.text(torch.tensor([source.store.number(negative_prompt)]))
 
 
 def named(conditions: Sequence[Condition], tensors: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Where the conditions of a sample come from: classes, or encoded prompts."""
