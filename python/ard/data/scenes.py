@@ -3,8 +3,8 @@
     three above seven, nothing above two
 
 A scene is four cells, (top left, top right, bottom left, bottom right), each a digit or EMPTY, at least one a digit:
-11^4 - 1 of them, each with one prompt, its left column first. A fifth of the scenes, drawn once, is held out: their words
-and places all occur in others, their combination in no training.
+11^4 - 1 of them, each with one prompt, its left column first. A fifth of the scenes, drawn once, is held out: their
+words and places all occur in others, their combination in no training.
 """
 
 from __future__ import annotations
