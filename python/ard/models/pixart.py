@@ -278,7 +278,7 @@ class PixArtTrunk(PatchTrunk):
         if self.config.size_conditions:
             embedders += [self.csize_embedder, self.ar_embedder]
         small = [linear(embedder.mlp, layer) for embedder in embedders for layer in (0, 2)]
-        # The text's projection stays Xavier's, which at full size is the reference's 0.02; small ones that would starve.
+        # The text's projection stays Xavier's: at full size that is the reference's 0.02, which starves small ones.
         for layer in (*small, linear(self.t_block, 1)):
             nn.init.normal_(layer.weight, std=0.02)
         if self.config.learned_null:
