@@ -1,11 +1,10 @@
-"""Digit scenes: 16 x 16 images of a 2 x 2 grid with up to four of scikit-learn's scanned digits, and what they show in words.
+"""Digit scenes: 16 x 16 images of a 2 x 2 grid with up to four of scikit-learn's scanned digits, and what they show.
 
-    three above seven left, nothing right
-    two bottom left, zero above nine right
+    three above seven, nothing above two
 
 A scene is four cells, (top left, top right, bottom left, bottom right), each a digit or EMPTY, at least one a digit:
-11^4 - 1 of them, each with one prompt. A fifth of the scenes, drawn once, is held out: their words and places all occur in
-others, their combination in no training.
+11^4 - 1 of them, each with one prompt, its left column first. A fifth of the scenes, drawn once, is held out: their
+words and places all occur in others, their combination in no training.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 from ard.common.streams import random_stream
 from ard.data.digits import IMAGE_SHAPE, NUM_CLASSES
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "nothing")
 EMPTY = NUM_CLASSES
 CELLS = 4
 CELL = IMAGE_SHAPE[1]  # pixels along a side of a cell
@@ -28,21 +27,13 @@ SCENE_SHAPE = (1, 2 * CELL, 2 * CELL)
 EMPTY_SHARE = 0.25  # of the cells of drawn scenes
 HELD_OUT_SHARE = 0.2
 
-Scene = tuple[int, int, int, int]
+Scene = tuple[int, ...]
 
 
 def prompt_of(scene: Sequence[int]) -> str:
-    """A scene in words: its left column, then its right one."""
-    top_left, top_right, bottom_left, bottom_right = scene
-    return f"{_column(top_left, bottom_left)} left, {_column(top_right, bottom_right)} right".replace("  ", " ")
-
-
-def _column(top: int, bottom: int) -> str:
-    if top == bottom == EMPTY:
-        return "nothing"
-    if bottom == EMPTY:
-        return f"{WORDS[top]} top"
-    return f"{WORDS[bottom]} bottom" if top == EMPTY else f"{WORDS[top]} above {WORDS[bottom]}"
+    """A scene in words."""
+    top_left, top_right, bottom_left, bottom_right = (WORDS[cell] for cell in scene)
+    return f"{top_left} above {bottom_left}, {top_right} above {bottom_right}"
 
 
 @cache
@@ -79,20 +70,17 @@ def render(scenes: Sequence[Scene], images: Tensor, labels: Tensor, seed: int) -
     """
     of_digit = [images[labels == digit] for digit in range(NUM_CLASSES)]
     blank = torch.full((1, *IMAGE_SHAPE), -1.0)
-    out = torch.empty(len(scenes), *SCENE_SHAPE)
+    cells = torch.empty(len(scenes), CELLS, *IMAGE_SHAPE)
     for index, scene in enumerate(scenes):
         draw = random_stream(seed, "cells", index)
         for place, cell in enumerate(scene):
             known = blank if cell == EMPTY else of_digit[cell]
-            out[index, :, *_area(place)] = known[int(draw.integers(len(known)))]
-    return out
+            cells[index, place] = known[int(draw.integers(len(known)))]
+    rows = cells.unflatten(1, (2, 2)).permute(0, 3, 1, 4, 2, 5)  # (n, 1, 2, 8, 2, 8)
+    return rows.reshape(len(scenes), *SCENE_SHAPE)
 
 
 def cells_of(images: Tensor) -> Tensor:
     """(n, 1, 16, 16) -> (n, 4, 1, 8, 8)."""
-    return torch.stack([images[:, :, *_area(place)] for place in range(CELLS)], dim=1)
-
-
-def _area(place: int) -> tuple[slice, slice]:
-    top, left = CELL * (place // 2), CELL * (place % 2)
-    return slice(top, top + CELL), slice(left, left + CELL)
+    grid = images.unflatten(3, (2, CELL)).unflatten(2, (2, CELL))  # (n, 1, 2, 8, 2, 8)
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)

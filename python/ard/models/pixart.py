@@ -277,13 +277,10 @@ class PixArtTrunk(PatchTrunk):
         embedders = [self.t_embedder]
         if self.config.size_conditions:
             embedders += [self.csize_embedder, self.ar_embedder]
-        small = [linear(embedder.mlp, layer).weight for embedder in embedders for layer in (0, 2)]
-        for weight in (
-            *small,
-            linear(self.t_block, 1).weight,
-            *(each.weight for each in self.y_embedder.y_proj.children()),
-        ):
-            nn.init.normal_(cast("Tensor", weight), std=0.02)
+        small = [linear(embedder.mlp, layer) for embedder in embedders for layer in (0, 2)]
+        # The text's projection stays Xavier's: at full size that is the reference's 0.02, which starves small ones.
+        for layer in (*small, linear(self.t_block, 1)):
+            nn.init.normal_(layer.weight, std=0.02)
         if self.config.learned_null:
             nn.init.normal_(self.y_embedder.y_embedding, std=self.config.caption_channels**-0.5)
         for module in self.modules():
