@@ -55,7 +55,7 @@ class FrozenEncoder:
 
 
 class Reader:
-    """Reads scenes back, cell by cell: the classifier's digit, or EMPTY where there is less ink than half of that of the
+    """Reads scenes back, cell by cell: the classifier's digit, or EMPTY where there is less ink than half that of the
     palest real digit."""
 
     def __init__(self, classifier: DigitClassifier, digits: Tensor):
@@ -89,7 +89,8 @@ class DigitScenes:
         held_out = scenes.draw_scenes(count // 2, settings.seed, held_out=True)
         self.scenes = [held_out[i // 2] if i % 2 else drawn[i // 2 % len(drawn)] for i in range(count)]
         self.held_out = torch.arange(count) % 2 == 1
-        self.captions = [scenes.prompt_of(scene) for scene in self.scenes]
+        self.texts = [scenes.prompt_of(scene) for scene in self.scenes]
+        self.captions = [text + "\n(held out)" * (i % 2) for i, text in enumerate(self.texts)]
         # Real scenes of the same prompts, of any scans: what a perfect sampler would be at.
         images = torch.cat([data.train_images, data.held_out_images])
         labels = torch.cat([data.train_labels, data.held_out_labels])
@@ -97,6 +98,7 @@ class DigitScenes:
         self.prompts: dict[str, PromptStore] = {}
 
     def make_teacher(self, out: Path, watch: Stopwatch) -> Made:
+        """The averaged teacher and encoder; the store of prompts in the recipe."""
         recipe, settings, config = self.recipe, self.settings, self.recipe.teacher.train
         model = recipe.model
         assert config is not None and isinstance(model, PixArtConfig)  # of a DemoConfig
@@ -135,7 +137,7 @@ class DigitScenes:
         trajectories = self.recipe.trajectories
         given = {
             SHOWN_SEEN: prompts[: trajectories.count],
-            SHOWN_HELD_OUT: [c for c, held in zip(self.captions, self.held_out.tolist(), strict=True) if held],
+            SHOWN_HELD_OUT: [text for text, held in zip(self.texts, self.held_out.tolist(), strict=True) if held],
         }
         with watch.stage("prompts", len(given)) as advance:
             for side, texts in given.items():
@@ -155,7 +157,7 @@ class DigitScenes:
 
     def conditions(self, count: int) -> tuple[Tensor, Tensor]:
         chosen = [index % len(self.scenes) for index in range(count)]
-        texts = [self.captions[index] for index in chosen]
+        texts = [self.texts[index] for index in chosen]
         held = self.held_out[chosen]
         text, mask = self._text([t for t, h in zip(texts, held.tolist(), strict=True) if not h], SHOWN_SEEN)
         all_text, all_mask = text.new_empty(count, *text.shape[1:]), mask.new_empty(count, *mask.shape[1:])

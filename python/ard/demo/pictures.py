@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ard.demo.scores import is_tuned
 from ard.storage.files import atomic_path
 
-GRID_COLUMNS, WIDE_COLUMNS = 20, 10
+GRID_COLUMNS, WIDE_COLUMNS = 20, 8
 COLOURS = ("#c44e52", "#4c72b0", "#55a868", "#8172b3")  # baseline first
 TEACHER_COLOUR = "#444444"
 
@@ -78,9 +78,8 @@ def write_grid(
         rows.append((name, images[columns], "gray_r"))
         if not is_tuned(name):  # it is trained away from the teacher
             rows.append((f"{name} minus teacher", images[columns] - teacher_images[columns], "RdBu_r"))
-    figure = Figure(
-        figsize=(size * len(columns) + 1.9, (size + 0.04) * len(rows) + 0.55), dpi=110, layout="constrained"
-    )
+    inches = (size * len(columns) + 1.9, (size + 0.04) * len(rows) + 0.55)
+    figure = Figure(figsize=inches, dpi=80 if wide else 110, layout="constrained")
     axes = np.atleast_2d(figure.subplots(len(rows), len(columns), squeeze=False))
     for (name, images, colours), row_axes in zip(rows, axes, strict=True):
         for image, one in zip(images, row_axes, strict=True):

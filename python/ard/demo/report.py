@@ -86,8 +86,8 @@ def _headline(result: dict) -> str:
     for name, ratios in result["summary"]["times_smaller"].items():
         if is_tuned(name):
             parts.append(
-                f"A GAN fine-tune against the real {result['subject']} divides the Frechet distance to them of {ratios['over']} "
-                f"by {_ratio(ratios['frechet_to_real'], 2)}: {over}."
+                f"A GAN fine-tune against the real {result['subject']} divides the Frechet distance to them of "
+                f"{ratios['over']} by {_ratio(ratios['frechet_to_real'], 2)}: {over}."
             )
         else:
             parts.append(
@@ -162,7 +162,7 @@ def _how_to_read(result: dict) -> str:
         else "The last column says how recognisable the images are; read it against the teacher's row. "
     )
     return (
-        f"How to read it: all samplers start from the same {settings['evaluation']['count']} noise images and {steers}; "
+        f"How to read it: all samplers take the same {settings['evaluation']['count']} noise images and {steers}; "
         "no training saw that noise. The Frechet distance compares Gaussians fitted to the 64 hidden activations"
         f"{rows} of a small classifier of these digits (accuracy {accuracy:.1f} % on digits held out from its "
         "training); it is not FID, and its values compare only within this report. To the teacher: how far the "
@@ -170,8 +170,8 @@ def _how_to_read(result: dict) -> str:
         "on the [-1, 1] scale, to the image the teacher makes from the same noise. To the real ones: against "
         f"{real}; the teacher and the GAN's heads were trained on 80 % of them. {last}"
         "The students of one seed share initial weights (the teacher's), batches, their order, and "
-        f"all hyper-parameters; cells give the mean over {seeds} seed{'s' * (seeds > 1)} and, in brackets, the smallest "
-        "and largest. All seeds share one teacher, so the ranges do not hold the spread over teachers."
+        f"all hyper-parameters; cells give the mean over {seeds} seed{'s' * (seeds > 1)} and, in brackets, the "
+        "smallest and largest. All seeds share one teacher, so the ranges do not hold the spread over teachers."
     )
 
 
@@ -229,8 +229,8 @@ def _settings(result: dict) -> str:
     trajectories, students, demo = settings["trajectories"], settings["distill"], settings["demo"]
     return "\n".join(
         [
-            f"- Model: {model['family']}, width {model['hidden_size']}, depth {model['depth']}, {model['num_heads']} heads, "
-            f"patch {model['patch_size']}, {result['teacher']['parameters']:,} parameters.",
+            f"- Model: {model['family']}, width {model['hidden_size']}, depth {model['depth']}, {model['num_heads']} "
+            f"heads, patch {model['patch_size']}, {result['teacher']['parameters']:,} parameters.",
             f"- Teacher: {train['steps']} steps of batch {train['batch_size']}, seed {train['seed']}; sampled with "
             f"{trajectories['sampling_steps']} DDIM steps, guidance {trajectories['cfg_scale']}.",
             f"- Trajectories: {trajectories['count']}, seed {trajectories['seed']}, states at respaced indices "
