@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ard.conditions.prompts import PromptStore, write_prompts
+from ard.config.recipe import Recipe
 from ard.data import scenes
 from ard.data.digits import Digits
 from ard.data.latents import LatentsInMemory
@@ -24,8 +25,7 @@ from ard.training.objectives import TeacherObjective
 from ard.training.trainer import Trainer
 from ard.weights.opened import open_source, state_sha256
 
-SHOWN_SEEN = "seen"
-SHOWN_HELD_OUT = "held out"
+SEEN, HELD_OUT = "seen", "held-out"  # stores of prompts
 
 
 class WithEncoder(nn.Module):
@@ -132,39 +132,34 @@ class DigitScenes:
         recipe = self._store_prompts(FrozenEncoder(encoder, model.caption_channels), prompts, out, watch)
         return Made(both.teacher, open_source(out / "teacher").sha256, fitted.log, recipe)
 
-    def _store_prompts(self, encoder: FrozenEncoder, prompts: list[str], out: Path, watch: Stopwatch):
+    def _store_prompts(self, encoder: FrozenEncoder, prompts: list[str], out: Path, watch: Stopwatch) -> Recipe:
         """The recipe with the store of the prompts that trajectories draw; another one holds the held-out prompts."""
         trajectories = self.recipe.trajectories
         given = {
-            SHOWN_SEEN: prompts[: trajectories.count],
-            SHOWN_HELD_OUT: [text for text, held in zip(self.texts, self.held_out.tolist(), strict=True) if held],
+            SEEN: prompts[: trajectories.count],
+            HELD_OUT: [text for text, held in zip(self.texts, self.held_out.tolist(), strict=True) if held],
         }
         with watch.stage("prompts", len(given)) as advance:
             for side, texts in given.items():
-                folder = out / "prompts" / side.replace(" ", "-") / encoder.fingerprint[:16]
+                # The texts are functions of their number and of scenes.seed, which the encoder depends on.
+                folder = out / "prompts" / side / f"{encoder.fingerprint[:16]}-{len(texts)}"
                 negative = [trajectories.negative_prompt or ""]
                 self.prompts[side] = write_prompts(folder, texts, encoder, negative=negative, batch_size=256)
                 advance()
-        folder = str(self.prompts[SHOWN_SEEN].folder)
+        folder = str(self.prompts[SEEN].folder)
         return replace(self.recipe, trajectories=replace(trajectories, prompts=folder))
 
     def real(self) -> LatentsInMemory:
         count = self.recipe.trajectories.count
         texts = [scenes.prompt_of(scene) for scene in self.train_scenes[:count]]
         return LatentsInMemory(
-            f"scenes {self.settings.seed} {count}", self.train_images[:count], *self._text(texts, SHOWN_SEEN)
+            f"scenes {self.settings.seed} {count}", self.train_images[:count], *self._text(texts, SEEN)
         )
 
-    def conditions(self, count: int) -> tuple[Tensor, Tensor]:
+    def conditions(self, count: int) -> tuple[Tensor, ...]:
         chosen = [index % len(self.scenes) for index in range(count)]
-        texts = [self.texts[index] for index in chosen]
-        held = self.held_out[chosen]
-        text, mask = self._text([t for t, h in zip(texts, held.tolist(), strict=True) if not h], SHOWN_SEEN)
-        all_text, all_mask = text.new_empty(count, *text.shape[1:]), mask.new_empty(count, *mask.shape[1:])
-        all_text[~held], all_mask[~held] = text, mask
-        others = [t for t, h in zip(texts, held.tolist(), strict=True) if h]
-        all_text[held], all_mask[held] = self._text(others, SHOWN_HELD_OUT)
-        return all_text, all_mask
+        rows = [self._text([self.texts[i]], HELD_OUT if self.held_out[i] else SEEN) for i in chosen]
+        return tuple(torch.cat(tensors) for tensors in zip(*rows, strict=True))
 
     def _text(self, texts: Sequence[str], side: str) -> tuple[Tensor, Tensor]:
         store = self.prompts[side]
