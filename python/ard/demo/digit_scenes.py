@@ -146,8 +146,8 @@ class DigitScenes:
                 negative = [trajectories.negative_prompt or ""]
                 self.prompts[side] = write_prompts(folder, texts, encoder, negative=negative, batch_size=256)
                 advance()
-        folder = str(self.prompts[SEEN].folder)
-        return replace(self.recipe, trajectories=replace(trajectories, prompts=folder))
+        drawn = str(self.prompts[SEEN].folder)
+        return replace(self.recipe, trajectories=replace(trajectories, prompts=drawn))
 
     def real(self) -> LatentsInMemory:
         count = self.recipe.trajectories.count
