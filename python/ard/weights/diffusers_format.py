@@ -1,4 +1,4 @@
-"""Weights in the folder format of diffusers, for its classes in `CLASSES`: config.json + safetensors. Needs no diffusers.
+"""Weights in the folder format of diffusers' classes in `CLASSES`: config.json + safetensors. Needs no diffusers.
 
 What each class names otherwise, and what it cannot express, is in the file of that class.
 """
