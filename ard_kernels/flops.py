@@ -36,9 +36,7 @@ class ModelShape(Protocol):
     def mlp_weights(self) -> int: ...  # of a block's MLP: 2 * hidden_size * its width, with SwiGLU 3 times
 
     @property
-    def modulation_flops(
-        self,
-    ) -> int: ...  # of one segment's rows; DiT: 2 * C * 6C in each block, 2 * C * 2C at the end
+    def modulation_flops(self) -> int: ...  # of one segment's rows; DiT: 2 * C * 6C in each block, 2 * C * 2C at the end
 
     @property
     def other_flops(self) -> int: ...  # of one segment, beside the parts that are counted here

@@ -74,7 +74,7 @@ def test_folders_of_a_pipeline(folder, tmp_path):
         assert encoder.fingerprint == expected.fingerprint
         assert torch.equal(encoder.encode(TEXTS)[0], expected.encode(TEXTS)[0])
     shutil.rmtree(tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match="has no tokenizer; expected tokenizer.json"):
+    with pytest.raises(ValueError, match=r"has no tokenizer; expected tokenizer\.json"):
         T5TextEncoder(tmp_path, tokens=N)
 
 
@@ -144,12 +144,12 @@ def change_config(folder: Path, **values) -> None:
 
 NORM = "encoder.final_layer_norm.weight"
 DAMAGES = {
-    "missing": (lambda f: change_weights(f, lambda t: t.pop(NORM)), rf"do not fit its config: missing_keys.*{NORM}"),
+    "missing": (lambda f: change_weights(f, lambda t: t.pop(NORM)), rf"do not fit its config: missing {NORM}"),
     "unexpected": (
         lambda f: change_weights(f, lambda t: t.update(extra=torch.ones(2))),
         r"do not fit its config: unexpected_keys.*extra",
     ),
-    "misshapen": (lambda f: change_weights(f, lambda t: t.update({NORM: torch.ones(3)})), NORM),
+    "misshapen": (lambda f: change_weights(f, lambda t: t.update({NORM: torch.ones(3)})), rf"{NORM} \[3\], not \[16\]"),
     "damaged": (lambda f: (f / "model.safetensors").write_bytes(b"no tensors"), r"is not a whole safetensors file"),
     "pickle": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
@@ -157,7 +157,10 @@ DAMAGES = {
     ),
     "another model": (lambda f: change_config(f, model_type="bert"), r"of model_type 'bert'; expected 't5'"),
     "layers": (lambda f: change_config(f, num_layers=1 << 30), r"num_layers is 1073741824; expected 1 to 100"),
-    "sizes": (lambda f: change_config(f, d_ff=1 << 20), r"asks for \d+ weights; expected the \d+ of the files"),
+    "sizes": (
+        lambda f: change_config(f, d_ff=1 << 20),
+        r"config: .*wi_0.weight \[24, 16\], not \[1048576, 16\]",
+    ),
     "no numbers": (lambda f: change_config(f, d_model="wide"), r"makes no T5EncoderModel"),
     "vocabulary": (
         lambda f: save_tokenizer(f, words=VOCABULARY),

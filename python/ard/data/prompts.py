@@ -1,8 +1,8 @@
 """Stores of encoded prompts: each distinct text once, as a frozen text encoder gives it.
 
-prompts.txt    the texts, one a line: first the prompts, in the order in which they were first given, then texts that
-               no sample draws, such as negative prompts; the empty one is always there
-shard-*        text (rows, N, E) bfloat16 and text_mask (rows, N) bool, in the format of `ard.storage.shards`
+    prompts.txt    the texts, one a line: first the prompts, in the order in which they were first given, then texts that
+                   no sample draws, such as negative prompts; the empty one is always there
+    shard-*        text (rows, N, E) bfloat16 and text_mask (rows, N) bool, in the format of `ard.storage.shards`
 """
 
 from __future__ import annotations

@@ -57,9 +57,7 @@ class PixArtConfig(ModelConfig):
     learned_null: bool = True  # has text of its own for guidance's unconditional branch
     size_conditions: bool = False
     position_scale: float = 1.0  # positions are token indices over this
-    position_base: int | None = (
-        None  # tokens along a side to which positions are stretched first; None: as many as rows
-    )
+    position_base: int | None = None  # tokens along a side to which positions are stretched first; None: as many as rows
 
     RANGES: ClassVar = {
         **ModelConfig.RANGES,
@@ -278,11 +276,7 @@ class PixArtTrunk(PatchTrunk):
         if self.config.size_conditions:
             embedders += [self.csize_embedder, self.ar_embedder]
         small = [linear(embedder.mlp, layer).weight for embedder in embedders for layer in (0, 2)]
-        for weight in (
-            *small,
-            linear(self.t_block, 1).weight,
-            *(each.weight for each in self.y_embedder.y_proj.children()),
-        ):
+        for weight in (*small, linear(self.t_block, 1).weight, *(each.weight for each in self.y_embedder.y_proj.children())):
             nn.init.normal_(cast("Tensor", weight), std=0.02)
         if self.config.learned_null:
             nn.init.normal_(self.y_embedder.y_embedding, std=self.config.caption_channels**-0.5)

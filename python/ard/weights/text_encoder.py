@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +30,7 @@ TOKENIZER_FILES = (  # the first three make a folder one of a tokenizer
     "special_tokens_map.json",
     "added_tokens.json",
 )
+_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor under two names; either will do
 _OF_DECODER = ("decoder.", "lm_head.")  # weights of a whole T5, which are not read
 _MOST_LAYERS = 100  # of an encoder; that of T5-XXL has 24
 
@@ -55,19 +56,16 @@ class T5TextEncoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        transformers = require_transformers("T5TextEncoder")
         if tokens < 1:
             raise ValueError(f"T5TextEncoder: tokens is {tokens}; expected at least 1")
-        model_path, tokenizer_path = text_encoder_folders(folder)
-        files = text_weight_files(model_path)
-        _require_bounded(transformers, model_path, files)
-        texts = [tokenizer_path / name for name in TOKENIZER_FILES if (tokenizer_path / name).is_file()]
-        self.fingerprint = _fingerprint([model_path / "config.json", *files, *texts])
-        self.model = load_whole(transformers.T5EncoderModel, model_path, dtype, ignored=_OF_DECODER)
-        self.model = self.model.to(device).requires_grad_(False)  # transformers gives it in eval mode
-        self.tokenizer = load_tokenizer(tokenizer_path, self.model.config.vocab_size)
+        files = TextEncoderFiles.of(folder)
+        self.fingerprint = files.fingerprint()
+        self.tokenizer = files.load_tokenizer()
+        encoder = require_transformers("T5TextEncoder").T5EncoderModel
+        model = load_whole(encoder, files.model, dtype, ignored=_OF_DECODER)
+        self.model = model.to(device).requires_grad_(False)
         self.device, self.dtype = torch.device(device), dtype
-        self.tokens, self.channels = tokens, int(self.model.config.d_model)
+        self.tokens, self.channels = tokens, files.channels
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, before it is cut to N."""
@@ -77,6 +75,39 @@ class T5TextEncoder:
         """Text (n, N, E) in `dtype` and its mask (n, N) bool, on `device`, cut to N tokens."""
         text_nNE, mask_nN = encode_texts(self.tokenizer, self.model, texts, self.tokens)
         return text_nNE.to(self.dtype), mask_nN
+
+
+@dataclass(frozen=True)
+class TextEncoderFiles:
+    """Folders and files of a T5 encoder and its tokenizer, looked at but not loaded."""
+
+    model: Path
+    tokenizer: Path
+    of_model: list[Path]  # config.json, weights and their index
+    of_tokenizer: list[Path]
+    channels: int  # E
+    vocabulary: int
+
+    @classmethod
+    def of(cls, folder: str | os.PathLike) -> TextEncoderFiles:
+        """Those that `T5TextEncoder` takes. Raises as it does, but for what only loading shows."""
+        transformers = require_transformers("T5TextEncoder")
+        model, tokenizer = text_encoder_folders(folder)
+        weights = model_weight_files(model)
+        config = _sized_config(transformers, model, weights)
+        index = [model / INDEX_NAME] if (model / INDEX_NAME).is_file() else []
+        texts = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
+        return cls(
+            model, tokenizer, [model / "config.json", *weights, *index], texts, config.d_model, config.vocab_size
+        )
+
+    def fingerprint(self) -> str:
+        files = [path for path in self.of_model if path.name != INDEX_NAME] + self.of_tokenizer
+        lines = [f"{path.name} {file_sha256(path)}\n" for path in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def load_tokenizer(self) -> Any:
+        return load_tokenizer(self.tokenizer, self.vocabulary)
 
 
 def require_transformers(caller: str) -> ModuleType:
@@ -95,13 +126,19 @@ def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
 
 
 @torch.no_grad()
-def encode_texts(tokenizer: Any, model: Any, texts: Sequence[str], tokens: int) -> tuple[Tensor, Tensor]:
-    """Text (n, N, E) in the model's dtype and its mask (n, N) bool, on its device, padded and cut to N = ``tokens``."""
+def encode_texts(
+    tokenizer: Any, model: Any, texts: Sequence[str], tokens: int, *, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Text (n, N, E) in the model's dtype and its mask (n, N) bool, padded and cut to N = ``tokens``.
+
+    device: where the model computes; None is where its weights stand.
+    """
     if not texts:
         raise ValueError("texts: got none; expected one at least")
     padding = {"padding": "max_length", "truncation": True, "max_length": tokens}
     made = tokenizer(list(texts), **padding, return_attention_mask=True, return_tensors="pt")
-    ids_nN, mask_nN = made["input_ids"].to(model.device), made["attention_mask"].to(model.device)
+    device = model.device if device is None else device
+    ids_nN, mask_nN = made["input_ids"].to(device), made["attention_mask"].to(device)
     text_nNE = model(input_ids=ids_nN, attention_mask=mask_nN).last_hidden_state
     return text_nNE, mask_nN.bool()
 
@@ -118,15 +155,15 @@ def text_encoder_folders(folder: str | os.PathLike) -> tuple[Path, Path]:
     )
 
 
-def text_weight_files(folder: Path) -> list[Path]:
+def model_weight_files(folder: Path) -> list[Path]:
     """Weight files of a saved model of transformers. Raises ValueError unless they are safetensors and all there."""
     if (folder / WEIGHTS_NAME).is_file():
         return [folder / WEIGHTS_NAME]
     if not (folder / INDEX_NAME).is_file():
         found = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".safetensors"))
         raise ValueError(
-            f"{folder} holds {listing(found) if found else 'no weights'}; expected {WEIGHTS_NAME} or {INDEX_NAME} (a .bin "
-            "file is a pickle and is not read: save_pretrained writes safetensors)"
+            f"{folder} holds {listing(found) if found else 'no weights'}; expected {WEIGHTS_NAME} or {INDEX_NAME} "
+            "(a .bin file is a pickle and is not read: save_pretrained writes safetensors)"
         )
     weight_map = read_json(folder / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -183,8 +220,8 @@ def load_tokenizer(folder: Path, vocabulary: int) -> Any:
     return tokenizer
 
 
-def _require_bounded(transformers: ModuleType, folder: Path, files: list[Path]) -> None:
-    """Raises ValueError unless config.json is of a T5 that allocates no more than the files hold."""
+def _sized_config(transformers: ModuleType, folder: Path, files: list[Path]) -> Any:
+    """The config of a T5. Raises ValueError for another and for one that asks for weights that the files lack."""
     path = folder / "config.json"
     content = read_json(path)
     if content.get("model_type") != "t5":
@@ -192,23 +229,23 @@ def _require_bounded(transformers: ModuleType, folder: Path, files: list[Path]) 
     layers = content.get("num_layers", 6)
     if type(layers) is not int or not 1 <= layers <= _MOST_LAYERS:
         raise ValueError(f"T5TextEncoder: {path}: num_layers is {shown(layers)}; expected 1 to {_MOST_LAYERS}")
-    held = sum(math.prod(shape) for file in files for shape in _shapes(file).values())
+    held = {name: shape for file in files for name, shape in _shapes(file).items()}
     try:
+        config = transformers.T5Config.from_dict(dict(content))
         with torch.device("meta"):
-            model = transformers.T5EncoderModel(transformers.T5Config.from_dict(dict(content)))
-            needed = sum(parameter.numel() for parameter in model.parameters())
+            state = transformers.T5EncoderModel(config).state_dict()
     except Exception as error:  # of many kinds, according to the entry that is wrong
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"T5TextEncoder: {path} makes no T5EncoderModel ({reason})") from error
-    if needed > 2 * held:  # a few that are missing are named later
-        raise ValueError(f"T5TextEncoder: {path} asks for {needed} weights; expected the {held} of the files")
+    given = {_EMBEDDINGS[0] if name in _EMBEDDINGS else name: shape for name, shape in held.items()}
+    shapes = {name: list(tensor.shape) for name, tensor in state.items() if name not in _EMBEDDINGS[1:]}
+    if missing := [name for name in shapes if name not in given]:
+        raise ValueError(f"T5TextEncoder: the weights in {folder} do not fit its config: missing {listing(missing)}")
+    if wrong := [f"{name} {given[name]}, not {shape}" for name, shape in shapes.items() if given[name] != shape]:
+        raise ValueError(f"T5TextEncoder: the weights in {folder} do not fit its config: {listing(wrong)}")
+    return config
 
 
 def _shapes(path: Path) -> Mapping[str, list[int]]:
     with whole_tensors(path), safe_open(path, framework="pt") as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
-
-
-def _fingerprint(files: list[Path]) -> str:
-    lines = [f"{path.name} {file_sha256(path)}\n" for path in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
