@@ -38,3 +38,21 @@ def save_t5(folder: Path, channels: int = 16) -> Path:
     """A tiny T5 encoder and its tokenizer in one folder."""
     tiny_t5(channels=channels).save_pretrained(folder)
     return save_tokenizer(folder)
+
+
+def save_clip(folder: Path, side: int = 16, longest: int = 8) -> Path:
+    """A tiny CLIP of images of this side and texts of so many tokens, and its tokenizer, in one folder."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": VOCABULARY, "max_position_embeddings": longest, "eos_token_id": 1, "pad_token_id": 0}
+    vision = {**sizes, "image_size": side, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    model = transformers.CLIPModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # far apart, so that cosines of either sign come out
+                parameter.normal_(std=0.4)
+    model.save_pretrained(folder)
+    return save_tokenizer(folder)

@@ -384,16 +384,11 @@ def test_without_diffusers(monkeypatch):
 
 
 def test_nothing_else_needs_diffusers_or_transformers_to_be_imported():
-    found = set()
+    found, optional = set(), {"diffusers", "transformers", "tokenizers", "sentencepiece"}
     for path in Path(ard.__file__).parent.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if {name.partition(".")[0] for name in names} & {
-                "diffusers",
-                "transformers",
-                "tokenizers",
-                "sentencepiece",
-            }:
+            if optional & {name.partition(".")[0] for name in names}:
                 found.add(path.name)
     assert not found  # weights/pipeline.py has them in a try statement
