@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ard.data.prompts import write_prompts
+from ard.conditions.prompts import write_prompts
 from ard.weights.text_encoder import T5TextEncoder
 from safetensors.torch import load_file, save_file
 from text_models import VOCABULARY, save_t5, save_tokenizer, tiny_t5

@@ -9,9 +9,29 @@ from ard.models.pixart import PixArtConfig
 from ard.storage.files import write_tensors
 from ard.weights.diffusers_format import class_of, save_diffusers, segment_teacher_state
 from ard.weights.names import infer_config, unseen_of, with_positions
-from ard.weights.opened import model_config, open_source, require_config
+from ard.weights.opened import model_config, open_source, open_student, require_config
 
 TARGETS = ("public", "diffusers")
+
+
+def export_pipeline(
+    source: str | Path,
+    out: Path,
+    *,
+    vae: str | None = None,
+    encoder: str | None = None,
+    link: bool = False,
+    weights: str = "ema",
+    unfinished: bool = False,
+    recipe: Recipe | None = None,
+) -> str:
+    """Writes a student as a folder for `ard.pipeline.ARDPipeline` and says so; see `write_pipeline`."""
+    from ard.weights.pipeline import write_pipeline  # needs diffusers
+
+    student, _ = open_student(source, recipe, weights, unfinished=unfinished)
+    write_pipeline(out, student, vae=vae, text_encoder=encoder, link=link)
+    parts = [name for name, part in (("VAE", vae), ("text encoder", encoder)) if part is not None]
+    return f"{out}: ARDPipeline of {student.steps} steps, with {' and '.join(parts) or 'no other part'}"
 
 
 def export_weights(

@@ -36,7 +36,7 @@ _MOST_LAYERS = 100  # of an encoder; that of T5-XXL has 24
 
 
 class T5TextEncoder:
-    """A frozen T5 encoder and its tokenizer; an `ard.data.prompts.TextEncoder`.
+    """A frozen T5 encoder and its tokenizer; an `ard.conditions.prompts.TextEncoder`.
 
     folder: a saved `T5EncoderModel` (or a whole T5, whose decoder is left out) with its tokenizer's files; or a saved
         pipeline, whose `text_encoder` and `tokenizer` are taken; or the `text_encoder` of one. Nothing is fetched.
