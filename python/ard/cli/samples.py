@@ -217,7 +217,7 @@ def export(
                     f"--segment is {segment}; expected none for --to pipeline, which takes all of a student"
                 )
             recipe = read_recipe(config) if config is not None else None
-            how = {"weights": weights, "unfinished": unfinished, "recipe": recipe}
+            how: dict[str, Any] = {"weights": weights, "unfinished": unfinished, "recipe": recipe}
             return typer.echo(export_pipeline(source, out, vae=vae, encoder=encoder, link=link, **how))
         if segment is not None and to == "public":
             raise ValueError(f"--segment is {segment}; expected none for --to public, which takes all of a student")
