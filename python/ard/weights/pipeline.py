@@ -102,6 +102,10 @@ class ARDPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components: ClassVar = ["vae", "text_encoder", "tokenizer"]
     _callback_tensor_inputs: ClassVar = ["latents"]
+    transformer: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
 
     def __init__(self, transformer: Any, vae: Any = None, text_encoder: Any = None, tokenizer: Any = None):
         super().__init__()
@@ -348,7 +352,7 @@ def write_pipeline(
     codec = None if vae is None else LatentCodec(vae)
     files = None if text_encoder is None else TextEncoderFiles.of(text_encoder)
     transformer = ARDTransformer.of(student)
-    _require_fit(student, codec and codec.latent_channels, files and files.channels)
+    _require_fit(student, None if codec is None else codec.latent_channels, None if files is None else files.channels)
     index: dict[str, Any] = {
         "_class_name": ARDPipeline.__name__,
         "_diffusers_version": diffusers.__version__,
