@@ -152,10 +152,10 @@ def evaluate(
     reference: Annotated[str, typer.Option(help=".npz of images or of statistics, .safetensors, or: digits.")],
     out: Annotated[Path | None, typer.Option(help="JSON; evaluate.json beside the samples if unset.")] = None,
     features: Annotated[
-        str, typer.Option(help="pooled, digits, inception, dinov2, package.module:function.")
+        str, typer.Option(help="pooled, digits, inception, dinov2, clip, package.module:function.")
     ] = "pooled",
     feature_weights: Annotated[
-        Path | None, typer.Option(help="Inception's file, if not torch-fidelity's own; DINOv2's file or folder.")
+        Path | None, typer.Option(help="Inception's file, if not torch-fidelity's own; of DINOv2, CLIP: a folder.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=65_536)] = 256,
     neighbours: Annotated[int, typer.Option(min=1, max=65_536, help="k of precision and recall.")] = 3,
