@@ -28,6 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ard.common.settings import require_ranges
 from ard.models.pixart import PixArtConfig
 from ard.storage.files import shown
 from ard.weights import diffusers_common as common
@@ -103,9 +104,10 @@ def _size_conditions(content: Mapping) -> bool:
 
 
 def _position_scale(content: Mapping) -> float:
-    said = content.get("interpolation_scale")
+    said, interval = content.get("interpolation_scale"), PixArtConfig.RANGES["position_scale"]
     if said is not None and type(said) not in (int, float):
         raise ValueError(f"from_diffusers: interpolation_scale is {shown(said)}; expected a number or null")
+    require_ranges("from_diffusers", {"interpolation_scale": said}, {"interpolation_scale": interval})
     return float(max(content["sample_size"] // _SCALED_SIZE, 1)) if said is None else float(said)
 
 
