@@ -1,4 +1,4 @@
-"""The commands of docs/training.md work as they stand there: the digits' as written, ImageNet's with tiny stand-ins."""
+"""The commands of docs/training.md work as they stand there: the digits' as written, the others with tiny stand-ins."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ard.config.recipe import read_recipe, recipe_text
 from ard.weights.opened import random_teacher
 from command_line import app, ard
 from PIL import Image
+from text_models import save_clip, save_t5
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "training.md"
 SMALLER = [
@@ -25,10 +26,13 @@ SMALLER = [
 DIGITS = [*SMALLER, "teacher.train.steps=4", "distill.batch_size=4", "gan.train.steps=3", "gan.start=1",
           "gan.train.batch_size=4", "gan.virtual_batch=2"]  # fmt: skip
 IMAGENET = [*SMALLER, "model.input_size=8", "model.num_classes=3", "distill.batch_size=4"]
+TEXT = [*SMALLER, "model.input_size=8", "model.hidden_size=24", "model.num_heads=1", "model.caption_channels=16",
+        "model.caption_tokens=8", "distill.batch_size=4", "execution.strategy=ddp"]  # fmt: skip
 # What the commands without a recipe need to be small.
 OPTIONS = {
     "latents": ["--size", "16", "--num-classes", "3"],
     "sample": ["--count", "12", "--batch-size", "4"],
+    "prompts": ["--tokens", "8"],
 }
 
 
@@ -41,20 +45,28 @@ def commands(block: int) -> list[list[str]]:
 
 
 def run(arguments: list[str], overrides: list[str]) -> None:
+    if arguments[:2] == ["prompts", "verify"]:
+        overrides, options = [], []
+    else:
+        options = OPTIONS.get(arguments[0], [])
+    if "--captions" in arguments:  # which takes the classes' place
+        options = options[:2]
     takes_recipe = "-c" in arguments and arguments[0] not in ("export", "sample")
-    if "imagenet256_gan" in arguments:
+    if {"imagenet256_gan", "pixart1024_gan"} & set(arguments):
         overrides = [*overrides, "gan.train.steps=3", "gan.start=1", "gan.train.batch_size=4", "gan.virtual_batch=2"]
-    extra = overrides if takes_recipe and "--dry-run" not in arguments else OPTIONS.get(arguments[0], [])
+    extra = overrides if takes_recipe and "--dry-run" not in arguments else options
     result = ard(*arguments, *extra)
     assert result.exit_code == 0, (arguments, result.output, result.exception)
 
 
-@pytest.mark.parametrize("arguments", [*commands(0), *commands(1)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [*commands(0), *commands(1), *commands(2)], ids=" ".join)
 def test_every_command_is_one_of_ard_with_its_options(arguments):
     from typer.main import get_command
 
-    group = get_command(app)
-    name, command, rest = group.resolve_command(group.make_context("ard", ["doctor"]), arguments)
+    command, name, rest = get_command(app), "ard", arguments
+    while hasattr(command, "resolve_command"):
+        context = command.make_context(name, list(rest), resilient_parsing=True)
+        name, command, rest = command.resolve_command(context, rest)
     parsed = command.make_context(name, rest).params
     if parsed.get("config"):
         read_recipe(parsed["config"], parsed.get("overrides") or [])
@@ -77,18 +89,38 @@ def test_digits_commands_as_written(tmp_path, monkeypatch):
 
 def make_stand_ins() -> None:
     """Teacher, VAE, images and reference of the names in the document."""
-    diffusers = pytest.importorskip("diffusers")
     teacher, _ = random_teacher(read_recipe("imagenet256", IMAGENET).model)
     torch.save(teacher.state_dict(), "DiT-XL-2-256x256.pt")
-    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    diffusers.AutoencoderKL(**sizes, **blocks).save_pretrained("vae")
+    make_vae()
     pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
     for index, image in enumerate(pixels):
         folder = Path(f"imagenet/train/n{index % 3:08d}")
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{index}.png")
     np.savez("VIRTUAL_imagenet256_labeled.npz", arr_0=pixels)
+
+
+def make_vae() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    diffusers.AutoencoderKL(**sizes, **blocks).save_pretrained("vae")
+
+
+def make_text_stand_ins() -> None:
+    """Teacher, text encoder, CLIP, prompts and photos with captions, of the names in the document."""
+    teacher, _ = random_teacher(read_recipe("pixart1024", TEXT).model)
+    torch.save({"state_dict": teacher.state_dict()}, "PixArt-XL-2-1024-MS.pth")
+    make_vae()
+    save_t5(Path("t5"), channels=16)
+    save_clip(Path("clip"))
+    Path("prompts.txt").write_text("one above two\nthree left\nfour below five\n")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    Path("photos").mkdir()
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(f"photos/{index}.png")
+        Path(f"photos/{index}.txt").write_text("six above seven\n" if index % 2 else "one on the left\n")
+    np.savez("photos.npz", arr_0=pixels)
 
 
 def fake_fidelity(monkeypatch) -> None:
@@ -122,3 +154,18 @@ def test_imagenet_commands_with_stand_ins(tmp_path, monkeypatch):
             arguments = [*arguments[: arguments.index("-c")], "-c", "tiny.yaml"]
         run(arguments, IMAGENET)
     assert Path("dit-diffusers/config.json").exists() and Path("student.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_text_to_image_commands_with_stand_ins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("transformers")
+    make_text_stand_ins()
+    for arguments in commands(2):
+        run(arguments, TEXT)
+    assert len(list(Path("runs/pixart1024/one/images").iterdir())) == 12
+    assert "clip_score" in Path("runs/pixart1024/samples/evaluate.json").read_text()
+    from ard.pipeline import ARDPipeline
+
+    images = ARDPipeline.from_pretrained("pixart-4-steps")("one above two", num_images_per_prompt=2).images
+    assert [image.size for image in images] == [(16, 16)] * 2

@@ -152,10 +152,10 @@ def evaluate(
     reference: Annotated[str, typer.Option(help=".npz of images or of statistics, .safetensors, or: digits.")],
     out: Annotated[Path | None, typer.Option(help="JSON; evaluate.json beside the samples if unset.")] = None,
     features: Annotated[
-        str, typer.Option(help="pooled, digits, inception, dinov2, package.module:function.")
+        str, typer.Option(help="pooled, digits, inception, dinov2, clip, package.module:function.")
     ] = "pooled",
     feature_weights: Annotated[
-        Path | None, typer.Option(help="Inception's file, if not torch-fidelity's own; DINOv2's file or folder.")
+        Path | None, typer.Option(help="Inception's file, if not torch-fidelity's own; of DINOv2, CLIP: a folder.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=65_536)] = 256,
     neighbours: Annotated[int, typer.Option(min=1, max=65_536, help="k of precision and recall.")] = 3,
@@ -186,20 +186,39 @@ def evaluate(
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="Run, checkpoint folder, file of weights, or diffusers folder.")],
-    out: Annotated[Path, typer.Argument(help="A .safetensors file (public), or a new folder (diffusers).")],
-    to: Annotated[str, typer.Option(help="public: the released checkpoints' names; diffusers: DiTTransformer2DModel.")],
+    out: Annotated[Path, typer.Argument(help="A .safetensors file (public), or a new folder (diffusers, pipeline).")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="public: the released checkpoints' names; diffusers: the class it has for the family; pipeline: a "
+            "student as ard.pipeline.ARDPipeline."
+        ),
+    ],
     weights: Weights = "ema",
     unfinished: Unfinished = False,
     config: Recipe = None,
     segment: Annotated[
         int | None, typer.Option(min=0, help="Of a student, for diffusers: the step whose final layer is taken.")
     ] = None,
+    vae: Vae = None,
+    encoder: Annotated[str | None, typer.Option(help="Folder of the T5 encoder and its tokenizer.")] = None,
+    link: Annotated[bool, typer.Option("--link", help="In a pipeline, links to VAE and encoder, not copies.")] = False,
 ) -> None:
-    """Weights to public names or to diffusers; nothing changes but the names."""
+    """Weights to public names or to diffusers, where nothing changes but the names; a student as a whole pipeline."""
     from ard.config.recipe import read_recipe
-    from ard.weights.export import export_weights
+    from ard.weights.export import export_pipeline, export_weights
 
     with refusals():
+        if to != "pipeline" and (vae is not None or encoder is not None or link):
+            raise ValueError(f"--vae, --encoder and --link are of --to pipeline; got --to {to}")
+        if to == "pipeline":
+            if segment is not None:
+                raise ValueError(
+                    f"--segment is {segment}; expected none for --to pipeline, which takes all of a student"
+                )
+            recipe = read_recipe(config) if config is not None else None
+            how: dict[str, Any] = {"weights": weights, "unfinished": unfinished, "recipe": recipe}
+            return typer.echo(export_pipeline(source, out, vae=vae, encoder=encoder, link=link, **how))
         if segment is not None and to == "public":
             raise ValueError(f"--segment is {segment}; expected none for --to public, which takes all of a student")
         recipe = read_recipe(config) if config is not None else None

@@ -16,9 +16,16 @@ from ard.cli.base import app, refusals
 @app.command()
 def flops(
     model: Annotated[
-        str, typer.Option(help="Preset: DiT-S, DiT-B, DiT-L or DiT-XL with patch /2, /4 or /8.")
+        str,
+        typer.Option(
+            help="Preset: DiT-S, DiT-B, DiT-L or DiT-XL with patch /2, /4 or /8; PixArt-alpha or PixArt-sigma with "
+            "-256, -512 or -1024 (sigma: -2K, too)."
+        ),
     ] = "DiT-XL/2",
-    input_size: Annotated[int, typer.Option(min=1, help="Latent height = width; 32 is a 256-pixel image.")] = 32,
+    input_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Latent height = width; 32 is a 256-pixel image. PixArt's preset says it; DiT's: 32."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps S, one segment each.")] = 4,
     history_layers: Annotated[int, typer.Option(min=0, help="Blocks that read the history, N.")] = 6,
     window: Annotated[
@@ -32,9 +39,11 @@ def flops(
     """FLOPs of teacher and student: analytic, and counted on shapes alone (no weights are allocated)."""
     from ard.models.dit import DiTConfig
     from ard.models.flops import flop_table
+    from ard.models.pixart import PixArtConfig
 
     try:
-        config = DiTConfig.from_name(model, input_size=input_size)
+        preset = PixArtConfig if model.startswith("PixArt") else DiTConfig
+        config = preset.from_name(model, **({} if input_size is None else {"input_size": input_size}))
         table = flop_table(config, steps=steps, history_layers=history_layers, window=window, sink=sink)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

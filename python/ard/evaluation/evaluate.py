@@ -2,6 +2,8 @@
 
 Files of images: an .npz with arr_0 (uint8, `ard.storage.images`), its values taken to [-1, 1], and arr_1 for labels; or
 a .safetensors with "images" (floating point (N, c, h, w): images in [-1, 1], or latents) and "labels" for labels.
+Where sample.json beside samples has "prompts", a list of texts, arr_1 (or "prompt" of a .safetensors) holds the number
+of each sample's prompt in it, and no class label.
 Files of statistics: an .npz with mu (F,), sigma (F, F), and "count" and "features" (the extractor's name) where
 `write_statistics` wrote it. An .npz may hold both, as those of the ADM suite do: the Frechet distance then takes the
 statistics, precision and recall take the images.
@@ -12,12 +14,14 @@ A file is read batch by batch: memory is one batch, (F, F) sums, and the feature
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
@@ -33,6 +37,7 @@ from ard.storage.files import atomic_path, file_sha256, json_text, parse_json, s
 from ard.storage.images import LARGEST_BATCH, from_uint8, iterate_npz, npz_names, read_array, read_header, read_labels
 
 FID_50K_COUNT = 50_000
+SAMPLE_NAME = "sample.json"
 NO_IMAGES = "the reference is a file of statistics; precision and recall need its images"
 
 
@@ -45,6 +50,7 @@ class ImageFile:
     image_shape: tuple[int, int, int]  # (c, h, w)
     labels_N: Tensor | None  # int64
     batches: Callable[[int], Iterator[Tensor]]  # batch size -> float (n, c, h, w), in file order
+    prompt_N: Tensor | None = None  # int64, numbers of prompts, if the file has them under that name
 
 
 def evaluate(
@@ -61,20 +67,22 @@ def evaluate(
         metrics     frechet_distance, precision, recall; "fid", the same distance, only for the features "inception",
                     and "fid_50k" only if there are exactly 50000 samples besides; "fd_dinov2", the same again, for
                     "dinov2"; "class_consistency" where the
-                    features classify ("digits") and the samples have labels
+                    features classify ("digits") and the samples have labels; "clip_score" for "clip" where the samples
+                    say their prompts: the mean of max(100 cos(image, its prompt), 0) (arXiv 2104.08718)
         features    name of the extractor
         samples     path (file name), count, sha256, image_shape [c, h, w]
         reference   file (name), count (null: statistics that do not say), sha256
         settings    neighbours; precision_recall_samples and _reference, how many of each were used;
-                    precision_recall_reason, null or why there is no precision and recall
+                    precision_recall_reason, null or why there is no precision and recall; clip_truncated, beside a
+                    clip_score, how many of the prompts were cut to the tokens that CLIP reads
 
     samples, reference: files as in the module's docstring; the samples must be images.
     batch_size: images per call of the extractor, at most; LARGEST_BATCH values bound it too.
     neighbours: k of `precision_recall`.
     precision_recall_max: precision and recall take at most so many images of each file, evenly spaced over it.
     Raises ValueError, before any feature is computed, for less than 2 images, no more than ``neighbours`` where
-    precision and recall are asked for, image shapes that differ, statistics of other features; then for NaN or
-    infinity in images or features.
+    precision and recall are asked for, image shapes that differ, statistics of other features, prompts that are no
+    texts or whose numbers are none; then for NaN or infinity in images or features.
     """
     if batch_size < 1 or precision_recall_max <= neighbours or neighbours < 1:
         raise ValueError(
@@ -87,7 +95,8 @@ def evaluate(
     for file in filter(None, (sample_file, reference_file)):
         _require_fit(file, sample_file.image_shape, neighbours if reference_file else 1)
     width = None if statistics is None else statistics.mean_F.numel()
-    sample = _measure(sample_file, features, batch_size, kept_count, width)
+    sample_file, prompts = _with_prompts(sample_file, features, batch_size)
+    sample = _measure(sample_file, features, batch_size, kept_count, width, prompts)
     real = None if reference_file is None else _measure(reference_file, features, batch_size, kept_count, width)
     if statistics is None:
         assert real is not None  # a reference is images, statistics, or both
@@ -107,6 +116,7 @@ def evaluate(
             "precision_recall_samples": len(sample.kept_PF),
             "precision_recall_reference": 0 if real is None else len(real.kept_PF),
             "precision_recall_reason": NO_IMAGES if real is None else None,
+            **({} if prompts is None else {"clip_truncated": prompts.cut}),
         },
     }
 
@@ -127,6 +137,8 @@ def _scores(
     metrics |= {"precision": precision, "recall": recall}
     if sample.logits_NK is not None and sample_file.labels_N is not None:
         metrics["class_consistency"] = class_consistency(sample.logits_NK, sample_file.labels_N)
+    if sample.text_scores_N is not None:
+        metrics["clip_score"] = float(sample.text_scores_N.mean())
     return metrics
 
 
@@ -165,15 +177,53 @@ def write_statistics(path: Path, images: Path, *, features: Features, batch_size
 
 def samples_file(folder: Path) -> Path:
     """The file that sample.json in a folder of `ard sample` names: one in that folder, by a plain name."""
-    path = folder / "sample.json"
+    path = folder / SAMPLE_NAME
+    name = _sample_json(path).get("file")
+    if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+        raise ValueError(f"{path}: file is {shown(name)}; expected the name of a file in this folder")
+    return folder / name
+
+
+def _sample_json(path: Path) -> Mapping[str, Any]:
     try:
         content = parse_json(json_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({str(error)[:200]})") from error
-    name = content.get("file") if isinstance(content, dict) else None
-    if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-        raise ValueError(f"{path}: file is {shown(name)}; expected the name of a file in this folder")
-    return folder / name
+    return content if isinstance(content, dict) else {}
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Features of the samples' prompts."""
+
+    rows_N: Tensor  # of text_PF, for each sample
+    text_PF: Tensor
+    cut: int
+
+
+def _with_prompts(file: ImageFile, features: Features, batch_size: int) -> tuple[ImageFile, _Prompts | None]:
+    """The file without labels where they are numbers of prompts; and these prompts, for features that embed texts."""
+    path = file.path.parent / SAMPLE_NAME
+    if (features.embed_texts is None and features.classify is None) or not path.is_file():
+        return file, None
+    content = _sample_json(path)
+    if "prompts" not in content or content.get("file") != file.path.name:
+        return file, None
+    texts, numbers_N = content["prompts"], file.prompt_N
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{path}: prompts are {shown(texts)}; expected a list of texts")
+    if numbers_N is None and file.path.suffix == ".npz":
+        file, numbers_N = replace(file, labels_N=None), file.labels_N
+    if features.embed_texts is None:
+        return file, None
+    if numbers_N is None:
+        raise ValueError(f"{file.path.name}: has no numbers of its prompts; expected arr_1, or prompt in .safetensors")
+    if not 0 <= int(numbers_N.min()) <= int(numbers_N.max()) < len(texts):
+        span = f"{int(numbers_N.min())} to {int(numbers_N.max())}"
+        raise ValueError(f"{file.path.name}: numbers of prompts are {span}; expected within [0, {len(texts) - 1}]")
+    used, rows_N = numbers_N.unique(return_inverse=True)
+    made = [features.embed_texts([texts[int(n)] for n in part]) for part in used.split(batch_size)]
+    return file, _Prompts(rows_N, torch.cat([text_PF.cpu() for text_PF, _ in made]), sum(cut for _, cut in made))
 
 
 def open_images(path: Path) -> ImageFile:
@@ -203,15 +253,17 @@ def _open_safetensors(path: Path) -> ImageFile:
             )
         images = tensors.get_slice("images")
         shape, dtype = tuple(images.get_shape()), images.get_dtype()
-        labels_N = tensors.get_tensor("labels") if "labels" in names else None  # mapped, not read
+        labels_N, prompt_N = (  # mapped, not read
+            tensors.get_tensor(name) if name in names else None for name in ("labels", "prompt")
+        )
     if len(shape) != 4 or 0 in shape or dtype not in ("F64", "F32", "F16", "BF16"):
         raise ValueError(f"{path.name}: images are {dtype} {shape}; expected floating point (N, c, h, w), N >= 1")
     if math.prod(shape[1:]) > LARGEST_BATCH:
         raise ValueError(f"{path.name}: images are {shape}; expected at most {LARGEST_BATCH} values an image")
-    if labels_N is not None and (labels_N.shape != shape[:1] or labels_N.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(
-            f"{path.name}: labels are {labels_N.dtype} {tuple(labels_N.shape)}; expected int64 ({shape[0]},)"
-        )
+    for name, each_N in (("labels", labels_N), ("prompt", prompt_N)):
+        if each_N is not None and (each_N.shape != shape[:1] or each_N.dtype not in (torch.int32, torch.int64)):
+            verb = f"{name} are" if name == "labels" else f"{name} is"
+            raise ValueError(f"{path.name}: {verb} {each_N.dtype} {tuple(each_N.shape)}; expected int64 ({shape[0]},)")
 
     def batches(batch_size: int) -> Iterator[Tensor]:
         with safe_open(path, framework="pt") as tensors:
@@ -219,7 +271,7 @@ def _open_safetensors(path: Path) -> ImageFile:
             for first in range(0, shape[0], rows):
                 yield images[first : first + rows]
 
-    return ImageFile(path, shape[0], shape[1:], labels_N, batches)
+    return ImageFile(path, shape[0], shape[1:], labels_N, batches, prompt_N)
 
 
 def _open_reference(path: Path, features: Features) -> tuple[FeatureStatistics | None, ImageFile | None]:
@@ -274,13 +326,22 @@ class _Measured:
     statistics: FeatureStatistics
     kept_PF: Tensor
     logits_NK: Tensor | None
+    text_scores_N: Tensor | None
 
 
-def _measure(file: ImageFile, features: Features, batch_size: int, keep: int, width: int | None) -> _Measured:
-    """Features of a file: their statistics, ``keep`` of them at most, and logits where there are labels to compare."""
+def _measure(
+    file: ImageFile,
+    features: Features,
+    batch_size: int,
+    keep: int,
+    width: int | None,
+    prompts: _Prompts | None = None,
+) -> _Measured:
+    """Features of a file: their statistics, ``keep`` of them at most, logits where there are labels to compare, and how
+    near each is to its prompt."""
     keep = min(keep, file.count)
     kept_rows = torch.arange(keep) * file.count // max(keep, 1)  # evenly spaced: files are often sorted by class
-    accumulator, kept, logits, first = FeatureAccumulator(), [], [], 0
+    accumulator, kept, logits, text_scores, first = FeatureAccumulator(), [], [], [], 0
     classify = features.classify if file.labels_N is not None else None
     for images_Nchw in file.batches(batch_size):
         last = first + len(images_Nchw)
@@ -296,5 +357,10 @@ def _measure(file: ImageFile, features: Features, batch_size: int, keep: int, wi
         kept.append(features_NF[kept_rows[(kept_rows >= first) & (kept_rows < last)] - first])
         if classify is not None:
             logits.append(classify(features_NF).cpu())
+        if prompts is not None:
+            text_NF = prompts.text_PF[prompts.rows_N[first:last]]
+            cosines_N = F.cosine_similarity(features_NF.double(), text_NF.double(), dim=1)
+            text_scores.append((100.0 * cosines_N).clamp(min=0.0))
         first = last
-    return _Measured(accumulator.statistics(), torch.cat(kept), torch.cat(logits) if logits else None)
+    logits_NK, text_scores_N = (torch.cat(each) if each else None for each in (logits, text_scores))
+    return _Measured(accumulator.statistics(), torch.cat(kept), logits_NK, text_scores_N)

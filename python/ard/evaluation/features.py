@@ -6,6 +6,7 @@
 | digits | hidden layer of `ard.evaluation.digit_classifier.DigitClassifier` | (n, 1, 8, 8) |
 | inception | pool-3 layer of the TensorFlow Inception-v3, ported by torch-fidelity; FID's own | (n, 3, h, w) |
 | dinov2 | class token of a DINOv2 that you bring (arXiv 2304.07193) | (n, 3, h, w) |
+| clip | projected image embedding of a CLIP that you bring (arXiv 2103.00020) | (n, 3, h, w) |
 | package.module:function | the user's own | what the function takes |
 """
 
@@ -13,21 +14,30 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ard.storage.files import shown
 from ard.storage.images import quantize
+from ard.weights.diffusers_format import read_json
+from ard.weights.text_encoder import load_tokenizer, load_whole, model_weight_files, require_transformers, token_counts
 
 POOLED_SIDE = 8
 MOST_POOLED = 2048  # features: the covariance is (F, F)
-INCEPTION, DINOV2 = "inception", "dinov2"
+INCEPTION, DINOV2, CLIP = "inception", "dinov2", "clip"
 DINOV2_SIDE = 224  # pixels, as FD-DINOv2 is taken (arXiv 2306.04675)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_POSITION_IDS = (
+    "text_model.embeddings.position_ids",
+    "vision_model.embeddings.position_ids",
+)  # 0, 1, 2, ...; no weights
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,8 @@ class Features:
     name: str
     extract: Callable[[Tensor], Tensor]  # images (n, c, h, w) float in [-1, 1], or latents -> (n, F) float32, no grad
     classify: Callable[[Tensor], Tensor] | None = None  # features (n, F) -> class logits (n, K)
+    # texts -> (p, F) float32 to compare images' features with by their cosine, and how many texts were cut
+    embed_texts: Callable[[Sequence[str]], tuple[Tensor, int]] | None = None
 
 
 def load_features(name: str, *, device: torch.device | str = "cpu", weights: Path | None = None) -> Features:
@@ -48,19 +60,21 @@ def load_features(name: str, *, device: torch.device | str = "cpu", weights: Pat
     feature_extractor_weights_path=weights)``; without ``weights`` torch-fidelity downloads its own.
     "dinov2" takes ``weights``: a TorchScript file, normalized images (n, 3, 224, 224) -> class tokens (n, F), which may
     hold code, so take it from whom you trust; or a folder for ``transformers.AutoModel.from_pretrained`` (safetensors).
+    "clip" takes ``weights``: a folder of transformers' ``CLIPModel`` (safetensors) with its tokenizer.
     "package.module:function" imports the module and takes its function (images -> features (n, F)).
 
-    weights: file for "inception", file or folder for "dinov2", else None.
+    weights: file for "inception", file or folder for "dinov2", folder for "clip", else None.
     Raises ValueError for an unknown name (the valid ones are listed, nearest first), a weights file that is absent or
-    of no use; ImportError where torch-fidelity or the user's module does not import.
+    of no use; ImportError where torch-fidelity, transformers or the user's module does not import.
     """
     loaders: dict[str, Callable[[torch.device, Path | None], Features]] = {
         "pooled": _pooled,
         "digits": _digits,
         INCEPTION: _inception,
         DINOV2: _dinov2,
+        CLIP: _clip,
     }
-    if weights is not None and name not in (INCEPTION, DINOV2):
+    if weights is not None and name not in (INCEPTION, DINOV2, CLIP):
         raise ValueError(
             f"load_features: weights is {str(weights)!r}; expected None for {name!r}, whose file it is not"
         )
@@ -165,6 +179,51 @@ def _transformers_tokens(weights: Path, device: torch.device) -> Callable[[Tenso
         raise ValueError(f"load_features: weights {weights} do not load ({reason})") from error
     network = network.to(device).eval()
     return lambda images_Nchw: network(pixel_values=images_Nchw).last_hidden_state[:, 0]
+
+
+def _clip(device: torch.device, weights: Path | None) -> Features:
+    if weights is None or not (Path(weights) / "config.json").is_file():
+        raise ValueError(
+            f"load_features: weights is {weights and str(weights)!r}; expected a folder of transformers, of a CLIPModel"
+        )
+    folder, transformers = Path(weights), require_transformers("features 'clip'")
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != "clip":
+        raise ValueError(f"load_features: {folder} is of model_type {shown(kind)}; expected 'clip'")
+    model_weight_files(folder)  # raises for those that are no safetensors
+    network = load_whole(transformers.CLIPModel, folder, torch.float32, ignored=_POSITION_IDS).to(device)
+    sizes = network.config.text_config
+    tokenizer, side = load_tokenizer(folder, sizes.vocab_size), network.config.vision_config.image_size
+
+    def extract(images_Nchw: Tensor) -> Tensor:
+        pixels = clip_pixels(images_Nchw, side)
+        return network.visual_projection(network.vision_model(pixel_values=pixels).pooler_output)
+
+    @torch.no_grad()
+    def embed_texts(texts: Sequence[str]) -> tuple[Tensor, int]:
+        longest = sizes.max_position_embeddings
+        made: Any = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        inputs = {name: made[name].to(device) for name in ("input_ids", "attention_mask")}
+        text_PF = network.text_projection(network.text_model(**inputs).pooler_output)
+        return text_PF.float(), sum(count > longest for count in token_counts(tokenizer, texts))
+
+    return Features(CLIP, _on_device(CLIP, extract, device, (3, None, None)), embed_texts=embed_texts)
+
+
+def clip_pixels(images_Nchw: Tensor, side: int) -> Tensor:
+    """What CLIP sees of images (n, 3, h, w) in [-1, 1]: (n, 3, side, side), normalized.
+
+    They are scaled so that the short side is ``side``, and cut to the square in the centre. transformers' processor
+    rounds to 8 bits after each direction of scaling, which is not done here.
+    """
+    height, width = images_Nchw.shape[-2:]
+    short = min(height, width)
+    scaled_hw = (side * height // short, side * width // short)
+    pixels = quantize(images_Nchw).float() / 255.0
+    scaled = F.interpolate(pixels, scaled_hw, mode="bicubic", antialias=True).clamp(0.0, 1.0)
+    top, left = ((length - side) // 2 for length in scaled_hw)
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (scaled[..., top : top + side, left : left + side] - mean) / std
 
 
 def _imported(name: str, device: torch.device) -> Features:

@@ -5,13 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 
 from ard.config.recipe import Recipe
-from ard.models.dit import DiTConfig
+from ard.models.pixart import PixArtConfig
 from ard.storage.files import write_tensors
-from ard.weights.diffusers_format import save_diffusers, segment_teacher_state
-from ard.weights.names import infer_config
-from ard.weights.opened import model_config, open_source, require_config
+from ard.weights.diffusers_format import class_of, save_diffusers, segment_teacher_state
+from ard.weights.names import infer_config, unseen_of, with_positions
+from ard.weights.opened import model_config, open_source, open_student, require_config
 
 TARGETS = ("public", "diffusers")
+
+
+def export_pipeline(
+    source: str | Path,
+    out: Path,
+    *,
+    vae: str | None = None,
+    encoder: str | None = None,
+    link: bool = False,
+    weights: str = "ema",
+    unfinished: bool = False,
+    recipe: Recipe | None = None,
+) -> str:
+    """Writes a student as a folder for `ard.pipeline.ARDPipeline` and says so; see `write_pipeline`."""
+    from ard.weights.pipeline import write_pipeline  # needs diffusers
+
+    student, _ = open_student(source, recipe, weights, unfinished=unfinished)
+    write_pipeline(out, student, vae=vae, text_encoder=encoder, link=link)
+    parts = [name for name, part in (("VAE", vae), ("text encoder", encoder)) if part is not None]
+    return f"{out}: ARDPipeline of {student.steps} steps, with {' and '.join(parts) or 'no other part'}"
 
 
 def export_weights(
@@ -27,9 +47,9 @@ def export_weights(
     """Writes the weights of ``source`` to ``out`` and says what was written.
 
     to: "public" writes a .safetensors file with the released checkpoints' names, teacher or student as they are;
-    "diffusers" a folder for DiTTransformer2DModel, of a teacher or of one ``segment`` of a student (its blocks with
-    that segment's final layer: what the student computes there without history).
-    recipe: gives the heads for a bare file of weights. unfinished: takes a run that has steps to go, too.
+    "diffusers" a folder for DiTTransformer2DModel or PixArtTransformer2DModel, of a teacher or of one ``segment`` of a
+    student (its blocks with that segment's final layer: what the student computes there without history).
+    recipe: gives what a bare file of weights does not show. unfinished: takes a run that has steps to go, too.
     """
     if to not in TARGETS:
         raise ValueError(f"to: got {to!r}; expected one of {TARGETS}")
@@ -38,7 +58,7 @@ def export_weights(
         raise FileExistsError(f"{out} exists; expected a new path")
     opened = open_source(source, weights, unfinished=unfinished)
     if recipe and opened.facts:
-        require_config(opened, model_config(opened), recipe.model)
+        require_config(opened, model_config(opened, recipe.model), recipe.model)
     if to == "public":
         if out.suffix != ".safetensors":
             raise ValueError(f"out: got {out.name!r}; expected a .safetensors file")
@@ -54,11 +74,15 @@ def export_weights(
     if not opened.facts and not recipe:
         raise ValueError(f"{source} is a bare file of weights; expected --config beside it, for the number of heads")
     said = model_config(opened) if opened.facts or not recipe else recipe.model
-    if not isinstance(said, DiTConfig) or said.family != "dit":
-        raise ValueError(f"to: diffusers has a class for the family 'dit'; got a model of {said.family!r}")
-    config = infer_config(state, num_heads=said.num_heads, input_size=said.input_size if opened.facts else None)
+    their_class = class_of(said)
+    # A bare DiT shows its grid; a PixArt may have none.
+    input_size = said.input_size if opened.facts or isinstance(said, PixArtConfig) else None
+    sizes = {"num_heads": said.num_heads, "family": said.family, "input_size": input_size, **unseen_of(said)}
+    config = infer_config(state, **sizes)
     if opened.facts:
         require_config(opened, config, said)
-    assert isinstance(config, DiTConfig)
+    state = with_positions(state, config)
     save_diffusers(out, state, config)
-    return f"{out}: DiTTransformer2DModel, {len(state)} tensors of {source}"
+    dropped = isinstance(config, PixArtConfig) and config.learned_null
+    without = ", without its null text, which that class has no place for" if dropped else ""
+    return f"{out}: {their_class.name}, {len(state) - dropped} tensors of {source}{without}"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from ard.models.config import ModelConfig
+from ard.models.dit import PatchTrunk
 from ard.models.families import FAMILIES
 from ard.storage.files import shown
 from ard_kernels.common.arguments import described
@@ -18,6 +22,10 @@ _NAMES_SHOWN = 8
 _MOST_PARTS = 1000  # blocks, and final layers: a teacher has no more steps
 
 Sizes = dict[str, Any]
+InputSize = int | tuple[int, int] | None
+
+# Fields of a config that no tensor shows, beside its heads and the latent of a grid that is not square.
+UNSEEN: dict[str, tuple[str, ...]] = {"pixart": ("position_scale", "position_base", "caption_tokens")}
 
 
 def public_state(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
@@ -31,22 +39,95 @@ def public_state(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if family != "repa" or name not in projectors}
 
 
+def unseen_of(config: ModelConfig) -> dict[str, Any]:
+    """What `infer_config` takes as ``unseen``, of this config."""
+    return {name: getattr(config, name) for name in UNSEEN.get(config.family, ())}
+
+
 def infer_config(
     state: Mapping[str, Tensor],
     *,
     num_heads: int,
     family: str = "dit",
-    input_size: int | tuple[int, int] | None = None,
+    input_size: InputSize = None,
+    **unseen: Any,
 ) -> ModelConfig:
-    """The family's config whose tensors have the sizes found in `state`."""
+    """The family's config whose tensors have the sizes found in `state`. unseen: fields of `UNSEEN`, by name."""
     if family not in SIZES:
         raise ValueError(f"family: got {described(family)}; expected one of {', '.join(SIZES)}, whose names are known")
-    return FAMILIES[family].config(**SIZES[family](state, num_heads, input_size))
+    known = UNSEEN.get(family, ())
+    for name in unseen:
+        if name not in known:
+            nearest = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.0)
+            expected = f"did you mean {nearest[0]!r}?" if nearest else "expected no more settings"
+            raise ValueError(f"settings: got {described(name)} for family={family!r}; {expected}")
+    return FAMILIES[family].config(**SIZES[family](state, num_heads, input_size, **unseen))
 
 
-def _class_conditional(
-    state: Mapping[str, Tensor], num_heads: int, input_size: int | tuple[int, int] | None, mlp: str
-) -> Sizes:
+def positions_of(config: ModelConfig) -> Tensor:
+    """The table (L, C) in float64 of a family with fixed positions, without its model."""
+    with torch.device("meta"):
+        trunk = cast("PatchTrunk", FAMILIES[config.family].trunk(replace(config, depth=1)))
+    return trunk.positions()
+
+
+def with_positions(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """`state` with pos_embed computed in float32, then in the state's dtype, where PixArt's files have none that fits.
+
+    (Their models for several sizes compute it, and keep what smaller ones had.)
+    """
+    fits = "pos_embed" in state and state["pos_embed"].shape[1] == config.tokens
+    if config.family != "pixart" or fits:
+        return dict(state)
+    like = state["x_embedder.proj.weight"]
+    return {**state, "pos_embed": positions_of(config)[None].float().to(like.device, like.dtype)}
+
+
+def _require_ranks(state: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
+    """Raise unless these tensors are there, with so many dimensions and none of them empty."""
+    if missing := [name for name in ranks if name not in state]:
+        raise ValueError(f"checkpoint: missing keys {listing(missing)}; expected the public parameter names")
+    for name, rank in ranks.items():
+        if state[name].ndim != rank:
+            raise ValueError(f"checkpoint: {name} has shape {tuple(state[name].shape)}; expected {rank} dimensions")
+        if 0 in state[name].shape:
+            raise ValueError(f"checkpoint: {name} has shape {tuple(state[name].shape)}; expected elements")
+
+
+def _shared_sizes(state: Mapping[str, Tensor], num_heads: int) -> Sizes:
+    """What every family shows alike."""
+    hidden_size, in_channels, patch_size = state["x_embedder.proj.weight"].shape[:3]
+    return {
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": 1 + max(numbers(r"blocks\.(\d+)\.", state)),
+        "num_heads": num_heads,
+        "frequency_embedding_size": state["t_embedder.mlp.0.weight"].shape[1],
+    }
+
+
+def _input_size(pos_embed: Tensor, sizes: Sizes, input_size: InputSize) -> int | tuple[int, int]:
+    """``input_size``, or else that of the square grid of ``pos_embed``."""
+    tokens, channels = pos_embed.shape[1:]
+    if channels != sizes["hidden_size"]:
+        raise ValueError(
+            f"checkpoint: pos_embed has {channels} channels; expected {sizes['hidden_size']}, as x_embedder.proj"
+        )
+    side = math.isqrt(tokens)
+    if input_size is None and side * side != tokens:
+        raise ValueError(
+            f"checkpoint: pos_embed has {tokens} tokens, not a square grid; give input_size=(height, width)"
+        )
+    return side * sizes["patch_size"] if input_size is None else input_size
+
+
+def _tokens(input_size: int | tuple[int, int], patch_size: int) -> int:
+    height, width = (input_size,) * 2 if isinstance(input_size, int) else input_size
+    return (height // patch_size) * (width // patch_size)
+
+
+def _class_conditional(state: Mapping[str, Tensor], num_heads: int, input_size: InputSize, mlp: str) -> Sizes:
     """What DiT, SiT and LightningDiT share; ``mlp``: the first linear of a block's MLP."""
     ranks = {
         "pos_embed": 3,
@@ -56,44 +137,20 @@ def _class_conditional(
         f"blocks.0.mlp.{mlp}.weight": 2,
         "final_layer.linear.weight": 2,
     }
-    if missing := [name for name in ranks if name not in state]:
-        raise ValueError(f"checkpoint: missing keys {listing(missing)}; expected the public parameter names")
-    for name, rank in ranks.items():
-        if state[name].ndim != rank:
-            raise ValueError(f"checkpoint: {name} has shape {tuple(state[name].shape)}; expected {rank} dimensions")
-        if 0 in state[name].shape:
-            raise ValueError(f"checkpoint: {name} has shape {tuple(state[name].shape)}; expected elements")
-    hidden_size, in_channels, patch_size = state["x_embedder.proj.weight"].shape[:3]
-    tokens, channels = state["pos_embed"].shape[1:]
-    if channels != hidden_size:
-        raise ValueError(f"checkpoint: pos_embed has {channels} channels; expected {hidden_size}, as x_embedder.proj")
-    side = math.isqrt(tokens)
-    if input_size is None and side * side != tokens:
+    _require_ranks(state, ranks)
+    sizes, pos_embed = _shared_sizes(state, num_heads), state["pos_embed"]
+    sizes["input_size"] = _input_size(pos_embed, sizes, input_size)
+    sizes["num_classes"] = state["y_embedder.embedding_table.weight"].shape[0] - 1
+    if (tokens := _tokens(sizes["input_size"], sizes["patch_size"])) != pos_embed.shape[1]:
         raise ValueError(
-            f"checkpoint: pos_embed has {tokens} tokens, not a square grid; give input_size=(height, width)"
-        )
-    sizes = {
-        "input_size": side * patch_size if input_size is None else input_size,
-        "patch_size": patch_size,
-        "in_channels": in_channels,
-        "hidden_size": hidden_size,
-        "depth": 1 + max(numbers(r"blocks\.(\d+)\.", state)),
-        "num_heads": num_heads,
-        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
-        "frequency_embedding_size": state["t_embedder.mlp.0.weight"].shape[1],
-    }
-    height, width = (sizes["input_size"],) * 2 if isinstance(sizes["input_size"], int) else sizes["input_size"]
-    if (height // patch_size) * (width // patch_size) != tokens:
-        expected = (1, (height // patch_size) * (width // patch_size), hidden_size)
-        raise ValueError(
-            f"checkpoint: pos_embed: expected {expected} for input_size={input_size}, "
-            f"got {tuple(state['pos_embed'].shape)}"
+            f"checkpoint: pos_embed: expected {(1, tokens, sizes['hidden_size'])} for input_size={input_size}, "
+            f"got {tuple(pos_embed.shape)}"
         )
     return sizes
 
 
-def _dit(state: Mapping[str, Tensor], num_heads: int, input_size: int | tuple[int, int] | None) -> Sizes:
-    sizes = _class_conditional(state, num_heads, input_size, "fc1")
+def _plain_mlp_and_sigma(state: Mapping[str, Tensor], sizes: Sizes) -> Sizes:
+    """mlp_ratio and learn_sigma of DiT, and of what took its MLP and final linear."""
     mlp_hidden_size = state["blocks.0.mlp.fc1.weight"].shape[0]
     out_features = state["final_layer.linear.weight"].shape[0]
     plain = sizes["in_channels"] * sizes["patch_size"] ** 2
@@ -102,11 +159,50 @@ def _dit(state: Mapping[str, Tensor], num_heads: int, input_size: int | tuple[in
             f"checkpoint: final_layer.linear.weight has {out_features} rows; expected {plain} (epsilon) or "
             f"{2 * plain} (epsilon and sigma) for {sizes['in_channels']} channels and patch {sizes['patch_size']}"
         )
-    ratio = _ratio(mlp_hidden_size, sizes["hidden_size"])
-    return {**sizes, "mlp_ratio": ratio, "learn_sigma": out_features == 2 * plain}
+    return {"mlp_ratio": _ratio(mlp_hidden_size, sizes["hidden_size"]), "learn_sigma": out_features == 2 * plain}
 
 
-def _lightningdit(state: Mapping[str, Tensor], num_heads: int, input_size: int | tuple[int, int] | None) -> Sizes:
+def _dit(state: Mapping[str, Tensor], num_heads: int, input_size: InputSize) -> Sizes:
+    sizes = _class_conditional(state, num_heads, input_size, "fc1")
+    return {**sizes, **_plain_mlp_and_sigma(state, sizes)}
+
+
+def _pixart(state: Mapping[str, Tensor], num_heads: int, input_size: InputSize, **unseen: Any) -> Sizes:
+    null = "y_embedder.y_embedding"
+    ranks = {
+        "x_embedder.proj.weight": 4,
+        "t_embedder.mlp.0.weight": 2,
+        "y_embedder.y_proj.fc1.weight": 2,
+        "blocks.0.mlp.fc1.weight": 2,
+        "final_layer.linear.weight": 2,
+    }
+    _require_ranks(state, ranks | {name: rank for name, rank in (("pos_embed", 3), (null, 2)) if name in state})
+    sizes = {**_shared_sizes(state, num_heads), **unseen}
+    if "pos_embed" in state:
+        sizes["input_size"] = _input_size(state["pos_embed"], sizes, input_size)
+        fits = _tokens(sizes["input_size"], sizes["patch_size"]) == state["pos_embed"].shape[1]
+    elif input_size is None:
+        raise ValueError("checkpoint: has no pos_embed, which would show the grid; give input_size")
+    else:
+        sizes["input_size"], fits = input_size, False
+    if not fits and "position_scale" not in unseen:
+        raise ValueError("checkpoint: has no pos_embed of this grid, to compare positions with; give position_scale")
+    if null in state:
+        shown = state[null].shape[0]
+        if unseen.get("caption_tokens", shown) != shown:
+            raise ValueError(
+                f"checkpoint: {null} has {shown} tokens; expected caption_tokens={unseen['caption_tokens']}"
+            )
+        sizes["caption_tokens"] = shown
+    elif "caption_tokens" not in unseen:
+        raise ValueError(f"checkpoint: has no {null}, which would show the length of a text; give caption_tokens")
+    sizes["caption_channels"] = state["y_embedder.y_proj.fc1.weight"].shape[1]
+    sizes["learned_null"] = null in state
+    sizes["size_conditions"] = any(name.startswith("csize_embedder.") for name in state)
+    return {**sizes, **_plain_mlp_and_sigma(state, sizes)}
+
+
+def _lightningdit(state: Mapping[str, Tensor], num_heads: int, input_size: InputSize) -> Sizes:
     sizes = _class_conditional(state, num_heads, input_size, "w12")
     halves, odd = divmod(state["blocks.0.mlp.w12.weight"].shape[0], 2)
     # The hidden width is 2/3 of a whole number, rounded down: of those that give it, the one nearest to a whole ratio.
@@ -124,11 +220,12 @@ def _ratio(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)  # the quotient was rounded down
 
 
-SIZES: dict[str, Callable[[Mapping[str, Tensor], int, int | tuple[int, int] | None], Sizes]] = {
+SIZES: dict[str, Callable[..., Sizes]] = {
     "dit": _dit,
     "sit": _dit,
     "repa": _dit,
     "lightningdit": _lightningdit,
+    "pixart": _pixart,
 }
 
 

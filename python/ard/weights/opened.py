@@ -22,9 +22,11 @@ from ard.models.trunk import Teacher
 from ard.storage import checkpoints
 from ard.storage.files import shown
 from ard.weights import diffusers_format
+from ard.weights.names import unseen_of
 from ard.weights.public import load_student, load_teacher, read_state, student_of, student_steps, teacher_of
 
 WEIGHTS = ("ema", "model")
+UNSTATED = ("caption_tokens",)  # fields of a model that a diffusers folder does not say
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ def open_source(path: str | Path, weights: str = "ema", *, unfinished: bool = Fa
     """Reads and, for a run's checkpoint, verifies. weights: "ema" or "model", of a run.
 
     path: a run's folder (its newest good checkpoint), one checkpoint's folder, a .safetensors, .pt or .pth file, or a
-    diffusers DiT folder. Raises ValueError or FileNotFoundError saying what was found; and, but with ``unfinished``,
-    ValueError for a run that has steps to go. (Who names one checkpoint has chosen that step.)
+    diffusers folder of a DiT or a PixArt. Raises ValueError or FileNotFoundError saying what was found; and, but with
+    ``unfinished``, ValueError for a run that has steps to go. (Who names one checkpoint has chosen that step.)
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights: got {weights!r}; expected one of {WEIGHTS}")
@@ -68,7 +70,8 @@ def open_source(path: str | Path, weights: str = "ema", *, unfinished: bool = Fa
         checkpoint = checkpoints.verified(path)
     else:
         state, config = diffusers_format.load_diffusers(path)
-        return _source(path, state, {"kind": "teacher", "model": asdict(config)})
+        stated = {name: value for name, value in asdict(config).items() if name not in UNSTATED}
+        return _source(path, state, {"kind": "teacher", "model": stated})
     return _source(path, checkpoint.read(weights), checkpoint.facts, checkpoint.step)
 
 
@@ -81,10 +84,10 @@ def open_teacher(path: str | Path, config: ModelConfig, *, unfinished: bool = Fa
     source = open_source(path, unfinished=unfinished)
     require_kind(source, "teacher")
     if source.facts:
-        require_config(source, model_config(source), config)
+        require_config(source, model_config(source, config), config)
         teacher = teacher_of(config, source.state)
     else:
-        sizes: dict[str, Any] = {"num_heads": config.num_heads, "input_size": config.input_size}
+        sizes: dict[str, Any] = {"num_heads": config.num_heads, "input_size": config.input_size, **unseen_of(config)}
         teacher = load_teacher(source.state, family=config.family, **sizes)
         require_config(source, teacher.config, config)
     return teacher.float().requires_grad_(False), source.sha256
@@ -122,6 +125,7 @@ def open_student(
             history_layers=routing.history_layers,
             family=config.family,
             **routed,
+            **unseen_of(config),
         )
     require_config(source, student.config, recipe.model if recipe else config)
     if source.facts and recipe:
@@ -132,9 +136,12 @@ def open_student(
     return student.float(), source
 
 
-def model_config(source: Source) -> ModelConfig:
-    """The sizes that a run's facts say."""
+def model_config(source: Source, beside: ModelConfig | None = None) -> ModelConfig:
+    """The sizes that a source's facts say; of those that a diffusers folder cannot say, ``beside``'s."""
     values = source.facts.get("model")
+    if beside and isinstance(values, Mapping) and values.get("family") == beside.family:
+        named = [name for name in UNSTATED if hasattr(beside, name) and name not in values]
+        values = {**values, **{name: getattr(beside, name) for name in named}}
     try:
         return build(config_class(values) if isinstance(values, Mapping) else ModelConfig, values)
     except ValueError as error:

@@ -19,12 +19,13 @@ from ard.models.families import make_teacher
 from ard.models.student import ARDStudent
 from ard.models.trunk import Teacher, Trunk
 from ard.storage.files import DamagedFile, read_tensors
-from ard.weights.names import infer_config, listing, numbers, public_state
+from ard.weights.names import InputSize, infer_config, listing, numbers, public_state, with_positions
 
 StateSource = str | os.PathLike | Mapping[str, Tensor]
 Model = TypeVar("Model", bound=Trunk)
 
-_NESTING_KEYS = ("ema", "model")  # training checkpoints of the DiT release; the averaged weights come first
+# Training checkpoints of the releases of DiT and PixArt; the averaged weights come first.
+_NESTING_KEYS = ("ema", "model", "state_dict_ema", "state_dict")
 _ZIP = b"PK\x03\x04"
 
 
@@ -33,19 +34,24 @@ def load_teacher(
     *,
     num_heads: int,
     family: str = "dit",
-    input_size: int | tuple[int, int] | None = None,
+    input_size: InputSize = None,
+    **unseen: Any,
 ) -> Teacher:
     """A teacher with exactly these weights, in their dtype, on their device (CPU for a file), in eval mode.
 
     path_or_state: a file, or a state dict with the public checkpoints' names (its tensors are copied).
-    num_heads: the one size that no tensor shows.
-    family: "dit", "sit", "repa" or "lightningdit". The first three have the same tensors: only you know which it is.
-    input_size: latent size; only needed for a grid that is not square.
-    Raises ValueError naming missing and unexpected keys and shape mismatches.
+    num_heads: a size that no tensor shows.
+    family: "dit", "sit", "repa", "lightningdit" or "pixart". The first three have the same tensors: only you know which
+    it is.
+    input_size: latent size; only needed for a grid that is not square, and where a PixArt's file has no pos_embed or
+    that of another size: it is computed then.
+    unseen: what else tensors do not show, of "pixart" only: position_scale (needed where pos_embed is computed, else
+    compared with it), position_base, caption_tokens (needed where there is no y_embedder.y_embedding).
+    Raises ValueError naming missing and unexpected keys and shape mismatches, and for another name in ``unseen``.
     """
     state = public_state(read_state(path_or_state), family)
-    config = infer_config(state, num_heads=num_heads, family=family, input_size=input_size)
-    return teacher_of(config, state)
+    config = infer_config(state, num_heads=num_heads, family=family, input_size=input_size, **unseen)
+    return teacher_of(config, with_positions(state, config))
 
 
 def load_student(
@@ -57,16 +63,17 @@ def load_student(
     sink: int = 0,
     timesteps: Sequence[float] | None = None,
     family: str = "dit",
-    input_size: int | tuple[int, int] | None = None,
+    input_size: InputSize = None,
+    **unseen: Any,
 ) -> ARDStudent:
     """An ARDStudent with exactly these weights; the published names final_layer, final_layer2, ... give its steps.
 
     Arguments as in `load_teacher` and `ARDStudent`.
     """
     state = public_state(read_state(path_or_state), family)
-    config = infer_config(state, num_heads=num_heads, family=family, input_size=input_size)
+    config = infer_config(state, num_heads=num_heads, family=family, input_size=input_size, **unseen)
     routing = {"history_layers": history_layers, "window": window, "sink": sink, "timesteps": timesteps}
-    return student_of(config, state, **routing)
+    return student_of(config, with_positions(state, config), **routing)
 
 
 def teacher_of(config: ModelConfig, state: Mapping[str, Tensor]) -> Teacher:
@@ -89,7 +96,7 @@ def student_steps(state: Mapping[str, Tensor]) -> int:
 
 
 def read_state(path_or_state: StateSource) -> dict[str, Tensor]:
-    """Flat state dict of a file or mapping; unwraps {"ema": ...} and {"model": ...}. No tensor aliases the source."""
+    """Flat state dict of a file or mapping; unwraps {"ema": ...} and its like. No tensor aliases the source."""
     if isinstance(path_or_state, Mapping):
         return _flat_copy(path_or_state, "state dict")
     path = Path(path_or_state)
