@@ -127,6 +127,18 @@ def condition_source(model: ModelConfig, prompts: str | None) -> ConditionSource
     return Prompts(store)
 
 
+def require_same_encoder(source: ConditionSource, captions: ConditionSource) -> None:
+    """Raises ValueError if two stores of prompts, for one model, were encoded by different text encoders."""
+    if not isinstance(source, Prompts) or not isinstance(captions, Prompts):
+        return
+    expected, found = source.store.spec.encoder, captions.store.spec.encoder
+    if found != expected:
+        raise ValueError(
+            f"{captions.store.folder} was encoded by {described(found)}; expected {described(expected)}, as "
+            f"{source.store.folder}"
+        )
+
+
 def null_tensors(source: ConditionSource, negative_prompt: str | None) -> tuple[Tensor, ...] | None:
     """The conditions (1, ...) of a negative prompt; None without one. Raises ValueError for a text not stored."""
     if negative_prompt is None:

@@ -1,0 +1,105 @@
+"""What text to image could take or give wrongly in silence: prompts, runs of before, files of the user's, captions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from ard import ARDStudent
+from ard.common.settings import LATER, fingerprint
+from ard.conditions.prompts import TEXTS_NAME, write_prompts
+from ard.conditions.sources import require_same_encoder
+from ard.data.latents import LatentSpec
+from ard.data.trajectories import StoreSpec
+from ard.diffusion.sampling import SamplingConfig, write_samples
+from ard.models.config import Condition
+from ard.training import stages
+from ard.weights.opened import random_teacher
+from student.test_prompts import RedCodec
+from student.text_stand_ins import PROMPTS, WordEncoder, tiny_prompts, tiny_recipe
+
+LONG = "one two three four five six seven"
+
+
+@pytest.mark.parametrize(
+    "negative, message",
+    [
+        ("blurred\nugly", r"negative prompt 0 has more than one line: .*; expected one"),
+        ("blurred\n", r"negative prompt 0 has more than one line"),
+        ("b" * 9000, r"negative prompt 0 has 9000 characters; expected at most 8192"),
+        (LONG, r"prompt 'one two .*' has 8 tokens; expected at most 6, .* or --truncate"),
+    ],
+)
+def test_negative_prompts_are_checked_as_prompts_are(tmp_path, negative, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_prompts(tmp_path / "store", negative=["ugly", negative][1:])
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_negative_prompt_may_be_empty_or_cut(tmp_path):
+    store = tiny_prompts(tmp_path / "store", negative=["", LONG], truncate=True)
+    assert store.texts == [*PROMPTS, "", LONG] and store.text(torch.tensor([6]))[1].all()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\u2028", "\x0b", "\x85"])
+def test_a_prompt_with_a_line_break_at_its_end_is_refused(tmp_path, end):
+    with pytest.raises(ValueError, match=r"prompt 1 has more than one line"):
+        write_prompts(tmp_path / "store", ["a cube", f"a sphere{end}"], WordEncoder())
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_file_of_the_users_in_the_stores_place_is_refused_before_anything_is_encoded(tmp_path):
+    """`ard prompts encode runs/prompts.txt --out runs`."""
+    (tmp_path / TEXTS_NAME).write_text("\n".join(PROMPTS) + "\n")
+    encoder = WordEncoder()
+    with pytest.raises(ValueError, match=r"prompts\.txt holds other texts; expected a new folder"):
+        write_prompts(tmp_path, PROMPTS, encoder)
+    assert encoder.encoded == [] and [path.name for path in tmp_path.iterdir()] == [TEXTS_NAME]
+
+
+def test_pictures_of_the_users_stay(tmp_path, pillow):
+    recipe = tiny_recipe(tmp_path)
+    teacher, _ = random_teacher(recipe.model)
+    student = ARDStudent.from_teacher(teacher, steps=2, history_layers=2)
+    pictures = tmp_path / "samples" / "images"
+    pictures.mkdir(parents=True)
+    for name in ("holiday.png", "00009-000009.png", "00009-000009.jpg"):
+        (pictures / name).write_bytes(b"earlier")
+    how = {"prompts": stages.source_of(recipe), "codec": RedCodec()}
+    write_samples(student, tmp_path / "samples", SamplingConfig(2, batch_size=2), **how)
+    found = {path.name for path in pictures.iterdir()}
+    assert found == {"00000-000000.png", "00001-000001.png", "holiday.png", "00009-000009.jpg"}
+
+
+def test_stores_of_before_prompts_keep_their_names():
+    """A run holds the fingerprint of its trajectories, and goes on only with those: as before these fields were."""
+    labels = (Condition("labels", classes=10),)
+    spec = StoreSpec(12, 8, 0, (1, 8, 8), labels, sampling_steps=5, keep=(3, 2, 1, 0), cfg_scale=1.5, cfg_channels=1)
+    assert spec.fingerprint() == "94a18f67ebae"
+    assert LatentSpec(10, 4, (1, 8, 8), labels, "test", "none").fingerprint() == "ef1ad0668935"
+
+
+def test_a_later_field_counts_once_it_is_set():
+    @dataclass(frozen=True)
+    class Early:
+        count: int = 1
+
+    @dataclass(frozen=True)
+    class Late(Early):
+        prompts: str | None = field(default=None, metadata=LATER)
+
+    assert fingerprint(Late()) == fingerprint(Early()) != fingerprint(Late(prompts="a")) != fingerprint(Late(2))
+
+
+def test_captions_of_another_encoder_are_refused(tmp_path):
+    class Other(WordEncoder):
+        fingerprint = "other words"
+
+    recipe = tiny_recipe(tmp_path)
+    source = stages.source_of(recipe)
+    same = tiny_prompts(tmp_path / "same", ["a caption"])
+    other = write_prompts(tmp_path / "other", ["a caption"], Other())
+    require_same_encoder(source, type(source)(same))
+    with pytest.raises(ValueError, match=r"other was encoded by 'other words'; expected 'words', as .*prompts"):
+        require_same_encoder(source, type(source)(other))
