@@ -216,7 +216,9 @@ def test_a_callback_may_replace_the_latents(pipe):
     assert (pipe(PROMPTS[0], callback_on_step_end=last, **options).images == 7).all()
     changed = pipe(PROMPTS[0], callback_on_step_end=first, **options).images
     assert (changed - pipe(PROMPTS[0], **options).images).abs().max() > 1e-3  # the next steps have read it
-    with pytest.raises(ValueError, match=r"callback_on_step_end: latents are \(1, 4\) torch.float32; expected \(1, 4, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"callback_on_step_end: latents are \(1, 4\) torch.float32; expected \(1, 4, 8, 8\)"
+    ):
         pipe(PROMPTS[0], callback_on_step_end=lambda *_: {"latents": torch.zeros(1, 4)}, **options)
 
 

@@ -8,12 +8,15 @@ import pytest
 import torch
 from ard import ARDStudent
 from ard.common.settings import LATER, fingerprint
+from ard.common.streams import shuffled
 from ard.conditions.prompts import TEXTS_NAME, write_prompts
 from ard.conditions.sources import require_same_encoder
 from ard.data.latents import LatentSpec
 from ard.data.trajectories import StoreSpec
+from ard.diffusion import generate
 from ard.diffusion.sampling import SamplingConfig, write_samples
 from ard.models.config import Condition
+from ard.models.pixart import PixArtConfig
 from ard.training import stages
 from ard.weights.opened import random_teacher
 from student.test_prompts import RedCodec
@@ -103,3 +106,50 @@ def test_captions_of_another_encoder_are_refused(tmp_path):
     require_same_encoder(source, type(source)(same))
     with pytest.raises(ValueError, match=r"other was encoded by 'other words'; expected 'words', as .*prompts"):
         require_same_encoder(source, type(source)(other))
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_a_guided_trajectory_by_hand(negative):
+    """DDIM with guidance in float64, a sample and a branch at a time; prompts of several lengths in one batch."""
+    torch.manual_seed(0)
+    config = PixArtConfig(input_size=4, hidden_size=24, depth=2, num_heads=1, caption_channels=5, caption_tokens=4)
+    teacher = random_teacher(config)[0].double()
+    noise, text = torch.randn(3, 4, 4, 4, dtype=torch.float64), torch.randn(3, 4, 5, dtype=torch.float64)
+    mask = torch.arange(4) < torch.tensor([[4], [1], [2]])
+    null = (torch.randn(1, 4, 5, dtype=torch.float64), torch.arange(4)[None] < 3) if negative else None
+    how = {"sampling_steps": 4, "keep": (2, 0), "cfg_scale": 4.5, "cfg_channels": 4}
+    made = generate(teacher, noise, text, mask, null=null, **how)
+
+    signals = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    times = [int(time) for time in config.CONVENTION.grid(4, 0.0)[:4]]
+    for row in range(3):
+        x, kept = noise[row : row + 1], []
+        own = (text[row : row + 1], mask[row : row + 1])
+        other = null or (teacher.y_embedder.y_embedding[None], own[1])
+        for place, time in enumerate(times):
+            a, b = signals[time], signals[times[place + 1]] if place < 3 else torch.tensor(1.0).double()
+            outputs = [teacher(x, torch.tensor([time]), *each)[:, :4] for each in (own, other)]
+            epsilon = outputs[1] + 4.5 * (outputs[0] - outputs[1])
+            x0 = (x - (1 - a).sqrt() * epsilon) / a.sqrt()
+            x = b.sqrt() * x0 + (1 - b).sqrt() * epsilon
+            kept.append((x0, x))
+        for segment, place in enumerate((1, 3)):
+            torch.testing.assert_close(made.x0[row : row + 1, segment], kept[place][0], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(made.ode[row : row + 1, segment], kept[place][1], rtol=1e-9, atol=1e-9)
+    assert (made.x0[0] - made.x0[1]).abs().max() > 1e-3
+
+
+def test_samples_train_against_the_text_of_their_own_prompts(tmp_path):
+    """Stored and online, through the objective: the text is that of the prompt whose number is drawn for the sample."""
+    recipe = tiny_recipe(tmp_path)
+    teacher, sha256 = random_teacher(recipe.model)
+    stored = stages.make_trajectories(recipe, teacher, sha256, tmp_path / "trajectories")
+    online = stages.online_trajectories(recipe, teacher, sha256, torch.device("cpu"))
+    indices = torch.tensor([11, 0, 7, 7, 3])
+    source = stages.source_of(recipe)
+    numbers = shuffled(recipe.trajectories.seed, indices.tolist(), len(PROMPTS), "prompts")
+    expected, expected_mask = WordEncoder().encode([PROMPTS[n] for n in numbers])
+    assert torch.equal(stored.read("prompt", indices), numbers) and source.texts == list(PROMPTS)
+    for trajectories in (stored, online):
+        for text, mask in (trajectories.conditions(indices), trajectories.pairs(indices)[2]):
+            assert torch.equal(text, expected.bfloat16()) and torch.equal(mask, expected_mask)
