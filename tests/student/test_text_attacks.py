@@ -10,7 +10,8 @@ from ard import ARDStudent
 from ard.common.settings import LATER, fingerprint
 from ard.common.streams import shuffled
 from ard.conditions.prompts import TEXTS_NAME, write_prompts
-from ard.conditions.sources import require_same_encoder
+from ard.conditions.sources import Classes, Prompts, encoder_of, require_encoder
+from ard.config.recipe import read_recipe
 from ard.data.latents import LatentSpec
 from ard.data.trajectories import StoreSpec
 from ard.diffusion import generate
@@ -18,9 +19,12 @@ from ard.diffusion.sampling import SamplingConfig, write_samples
 from ard.models.config import Condition
 from ard.models.pixart import PixArtConfig
 from ard.training import stages
-from ard.weights.opened import random_teacher
+from ard.weights.export import export_pipeline
+from ard.weights.opened import open_student, random_teacher
+from ard.weights.text_encoder import T5TextEncoder
+from command_line import ard
 from student.test_prompts import RedCodec
-from student.text_stand_ins import PROMPTS, WordEncoder, tiny_prompts, tiny_recipe
+from student.text_stand_ins import PROMPTS, TINY, TOKENS, WordEncoder, tiny_prompts, tiny_recipe
 
 LONG = "one two three four five six seven"
 
@@ -95,17 +99,55 @@ def test_a_later_field_counts_once_it_is_set():
     assert fingerprint(Late()) == fingerprint(Early()) != fingerprint(Late(prompts="a")) != fingerprint(Late(2))
 
 
-def test_captions_of_another_encoder_are_refused(tmp_path):
-    class Other(WordEncoder):
-        fingerprint = "other words"
+class OtherEncoder(WordEncoder):
+    fingerprint = "other words"
 
+
+def test_text_of_another_encoder_is_refused(tmp_path):
+    """Of the same sizes: samples, and captions of real images, would be of no meaning."""
     recipe = tiny_recipe(tmp_path)
     source = stages.source_of(recipe)
-    same = tiny_prompts(tmp_path / "same", ["a caption"])
-    other = write_prompts(tmp_path / "other", ["a caption"], Other())
-    require_same_encoder(source, type(source)(same))
-    with pytest.raises(ValueError, match=r"other was encoded by 'other words'; expected 'words', as .*prompts"):
-        require_same_encoder(source, type(source)(other))
+    same = Prompts(tiny_prompts(tmp_path / "same", ["a caption"]))
+    other = Prompts(write_prompts(tmp_path / "other", ["a caption"], OtherEncoder()))
+    assert encoder_of(source) == "words" and encoder_of(Classes((Condition("labels", classes=2),))) is None
+    require_encoder(same, encoder_of(source), "the student")
+    require_encoder(other, None, "a bare file")
+    with pytest.raises(
+        ValueError, match=r"other was encoded by 'other words'; expected 'words', the text encoder of t"
+    ):
+        require_encoder(other, encoder_of(source), "the student")
+
+    teacher, sha256 = random_teacher(recipe.model)
+    store = stages.make_trajectories(recipe, teacher, sha256, tmp_path / "trajectories")
+    stages.distill(recipe, teacher, sha256, store, tmp_path / "student")
+    assert open_student(tmp_path / "student", recipe)[1].text_encoder == "words"
+    sample = ("sample", str(tmp_path / "student"), "--out", str(tmp_path / "samples"), "--prompts")
+    result = ard(*sample, str(tmp_path / "other"))
+    assert result.exit_code == 1 and "expected 'words', the text encoder of" in " ".join(result.output.split())
+    assert not (tmp_path / "samples").exists()
+    result = ard(*sample, str(tmp_path / "same"), "--encoder", "t5")
+    assert result.exit_code == 1 and "without a text to encode" in " ".join(result.output.split())
+    assert ard(*sample, str(tmp_path / "same")).exit_code == 0
+
+
+def test_a_pipeline_takes_the_encoder_of_the_students_run(tmp_path):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    from text_models import save_t5, tiny_t5
+
+    encoder = T5TextEncoder(save_t5(tmp_path / "t5"), tokens=TOKENS)
+    other = save_t5(tmp_path / "other")
+    tiny_t5().bfloat16().save_pretrained(other)
+    write_prompts(tmp_path / "prompts", ["one two", "three"], encoder)
+    where = [f"trajectories.prompts={tmp_path / 'prompts'}", f"model.caption_channels={encoder.channels}"]
+    recipe = read_recipe("pixart1024", [*TINY, *where])
+    teacher, sha256 = random_teacher(recipe.model)
+    store = stages.make_trajectories(recipe, teacher, sha256, tmp_path / "trajectories")
+    stages.distill(recipe, teacher, sha256, store, tmp_path / "student")
+    with pytest.raises(ValueError, match=r"other is the text encoder .*; expected '.*', that of .*student"):
+        export_pipeline(tmp_path / "student", tmp_path / "pipe", encoder=str(other))
+    assert not (tmp_path / "pipe").exists()
+    export_pipeline(tmp_path / "student", tmp_path / "pipe", encoder=str(tmp_path / "t5"))
 
 
 @pytest.mark.parametrize("negative", [False, True])

@@ -127,15 +127,20 @@ def condition_source(model: ModelConfig, prompts: str | None) -> ConditionSource
     return Prompts(store)
 
 
-def require_same_encoder(source: ConditionSource, captions: ConditionSource) -> None:
-    """Raises ValueError if two stores of prompts, for one model, were encoded by different text encoders."""
-    if not isinstance(source, Prompts) or not isinstance(captions, Prompts):
-        return
-    expected, found = source.store.spec.encoder, captions.store.spec.encoder
-    if found != expected:
+def encoder_of(source: ConditionSource) -> str | None:
+    """Fingerprint of the text encoder of prompts; None where there is no text."""
+    return source.store.spec.encoder if isinstance(source, Prompts) else None
+
+
+def require_encoder(source: ConditionSource, expected: str | None, whose: str) -> None:
+    """Raises ValueError for prompts that another text encoder has encoded: of the same sizes, but of another meaning.
+
+    expected: its fingerprint, None where it is not known. whose: what has read its text so far.
+    """
+    if isinstance(source, Prompts) and expected is not None and source.store.spec.encoder != expected:
         raise ValueError(
-            f"{captions.store.folder} was encoded by {described(found)}; expected {described(expected)}, as "
-            f"{source.store.folder}"
+            f"{source.store.folder} was encoded by {described(source.store.spec.encoder)}; expected "
+            f"{described(expected)}, the text encoder of {whose}"
         )
 
 
