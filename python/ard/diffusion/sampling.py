@@ -157,7 +157,8 @@ def write_samples(
         "file": "samples.npz" if pixels else "samples.safetensors",
         "count": config.count,
         "seed": config.seed,
-        ("prompts" if prompts else "classes"): prompts.texts if prompts else list(config.classes) or "all",
+        **({"prompts": prompts.texts} if prompts else {}),
+        "classes": list(config.classes) or "all",  # or numbers of the prompts
         "steps": student.steps,
         "precision": config.precision,
         "processes": process.world_size,
