@@ -74,11 +74,14 @@ def demo(
         "demo-report"
     ),
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: checks that it runs, scores nothing.")] = False,
-    family: Annotated[str, typer.Option(help="dit, or sit: a flow-matching teacher.")] = "dit",
+    family: Annotated[
+        str | None, typer.Option(help="Of single digits: dit, the default, or sit, a flow-matching teacher.")
+    ] = None,
+    scenes: Annotated[bool, typer.Option("--scenes", help="Scenes of up to four digits, steered by prompts.")] = False,
 ) -> None:
     """The whole method on scikit-learn's handwritten digits: teacher, trajectories, students, samples, scores."""
     from ard.demo.run import run_demo
 
     with refusals():
-        report = run_demo(out=out, quick=quick, family=family)
+        report = run_demo(out=out, quick=quick, family=family, scenes=scenes)
     typer.echo(f"Report: {report}")

@@ -1,4 +1,4 @@
-"""What `ard demo` writes: report.md, the sample grid, the loss curves."""
+"""What `ard demo` writes as text: report.md."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ import os
 import platform
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from ard.demo.scores import DISTANCES, is_tuned
 from ard.storage.files import atomic_path
 
-GRID_COLUMNS = 20
-COLOURS = ("#c44e52", "#4c72b0", "#55a868", "#8172b3")  # baseline first
-TEACHER_COLOUR = "#444444"
+TITLES = {"digits": "handwritten digits", "scenes": "scenes of handwritten digits, from prompts"}
+DISTANCE_HEADINGS = {  # score -> heading of the table over seeds, digits; heading of every run, digits
+    "frechet_to_teacher": ("Frechet distance to teacher", 2, "Frechet to teacher", 3),
+    "endpoint_mse": ("endpoint MSE", 4, "endpoint MSE", 4),
+    "frechet_to_real": ("Frechet distance to real {}", 1, "Frechet to real", 2),
+}
+SHARE_HEADINGS = {
+    "class_consistency": ("classified as their label", "classified as label"),
+    "scenes_seen": ("all 4 cells right, seen prompts", "4 cells, seen"),
+    "scenes_held_out": ("all 4 cells right, held-out prompts", "4 cells, held out"),
+    "cells_seen": ("cells right, seen prompts", "cells, seen"),
+    "cells_held_out": ("cells right, held-out prompts", "cells, held out"),
+}
 
 
 def environment() -> dict:
@@ -42,13 +49,14 @@ def _cpu_name() -> str:
 def write_markdown(path: Path, result: dict) -> Path:
     """report.md from the content of report.json."""
     sections = [
-        "# Autoregressive distillation on handwritten digits",
+        f"# Autoregressive distillation on {TITLES[result['subject']]}",
         "**Quick run: every stage is shortened, so the figures show that the code runs, not what the method does.**"
         if result["quick"]
         else "",
         _headline(result),
         _score_table(result),
         _how_to_read(result),
+        _how_to_read_text(result) if result["subject"] == "scenes" else "",
         "![Samples from the same noise](grid.png)",
         "![Training losses](losses.png)",
         "## Cost of one image",
@@ -76,10 +84,10 @@ def _headline(result: dict) -> str:
     over = f"mean over {seeds} seed{'s' * (seeds > 1)}, with the range"
     parts = []
     for name, ratios in result["summary"]["times_smaller"].items():
-        if _is_tuned(name):
+        if is_tuned(name):
             parts.append(
-                f"A GAN fine-tune against the real digits divides the Frechet distance to them of {ratios['over']} "
-                f"by {_ratio(ratios['frechet_to_real'], 2)}: {over}."
+                f"A GAN fine-tune against the real {result['subject']} divides the Frechet distance to them of "
+                f"{ratios['over']} by {_ratio(ratios['frechet_to_real'], 2)}: {over}."
             )
         else:
             parts.append(
@@ -87,11 +95,19 @@ def _headline(result: dict) -> str:
                 f"Frechet distance to the teacher by {_ratio(ratios['frechet_to_teacher'])} and the error to the "
                 f"teacher's endpoint by {_ratio(ratios['endpoint_mse'])}: {over}."
             )
+    if result["subject"] == "scenes":
+        parts += [_adherence(result, name, gains) for name, gains in result["summary"]["larger_by"].items()]
     return "\n\n".join(parts)
 
 
-def _is_tuned(name: str) -> bool:
-    return name.endswith("+ GAN")
+def _adherence(result: dict, name: str, gains: dict) -> str:
+    """What a sampler changes in the share of scenes that are all as their prompt says, seed by seed."""
+    said = []
+    for side, words in (("seen", "seen prompts"), ("held_out", "held-out prompts")):
+        gain = gains[f"scenes_{side}"]
+        mean, least, most = (100 * gain[each] for each in ("mean", "min", "max"))
+        said.append(f"**{mean:+.1f}** points on {words} ({least:+.1f} to {most:+.1f})")
+    return f"All four cells as the prompt says, {name} less {gains['over']}, seed by seed: {' and '.join(said)}."
 
 
 def _ratio(spread: dict, digits: int = 1) -> str:
@@ -110,54 +126,64 @@ def _student_name(name: str) -> str:
     return f"student, {name}" + (" (step distillation)" if name == "N=0" else "")
 
 
+def _shares(result: dict) -> list[str]:
+    """The scores of a row that are shares."""
+    return [name for name in SHARE_HEADINGS if name in result["teacher"]]
+
+
 def _score_table(result: dict) -> str:
     teacher, count = result["teacher"], result["settings"]["demo"]["evaluation"]["count"]
-    steps = result["settings"]["trajectories"]
-    rows = [
-        [
-            f"teacher, {steps['sampling_steps']} steps",
-            "0",
-            "0",
-            f"{teacher['frechet_to_real']:.1f}",
-            f"{100 * teacher['class_consistency']:.1f} %",
-        ]
-    ]
+    steps, shares = result["settings"]["trajectories"], _shares(result)
+    rows = [["real scenes", "", "", "0", *_plain_shares(result["real"], shares)]] if result["real"] else []
+    known = ["0", "0", f"{teacher['frechet_to_real']:.1f}"]
+    rows.append([f"teacher, {steps['sampling_steps']} steps", *known, *_plain_shares(teacher, shares)])
     for name, scores in result["summary"]["scores"].items():
-        rows.append(
-            [
-                f"{_student_name(name)}, {len(steps['keep'])} steps",
-                _spread(scores["frechet_to_teacher"], 2),
-                _spread(scores["endpoint_mse"], 4),
-                _spread(scores["frechet_to_real"], 1),
-                _percent(scores["class_consistency"]),
-            ]
-        )
-    header = [
-        f"sampler ({count} images each)",
-        "Frechet distance to teacher",
-        "endpoint MSE",
-        "Frechet distance to real digits",
-        "classified as their label",
-    ]
-    return _table(header, rows)
+        distances = [_spread(scores[metric], DISTANCE_HEADINGS[metric][1]) for metric in DISTANCES]
+        percents = [_percent(scores[metric]) for metric in shares]
+        rows.append([f"{_student_name(name)}, {len(steps['keep'])} steps", *distances, *percents])
+    headings = [DISTANCE_HEADINGS[metric][0].format(result["subject"]) for metric in DISTANCES]
+    first = f"sampler ({count} images each)"
+    return _table([first, *headings, *(SHARE_HEADINGS[metric][0] for metric in shares)], rows)
+
+
+def _plain_shares(scores: dict, shares: list[str]) -> list[str]:
+    return [f"{100 * scores[metric]:.1f} %" for metric in shares]
 
 
 def _how_to_read(result: dict) -> str:
-    settings = result["settings"]["demo"]
+    settings, scenes = result["settings"]["demo"], result["subject"] == "scenes"
     seeds, accuracy = len(settings["seeds"]), 100 * result["classifier_held_out_accuracy"]
+    steers, rows = ("prompts", " (of each cell)") if scenes else ("labels", "")
+    real = "scenes of the same prompts made of any of the 1797 scans" if scenes else "all 1797 scans"
+    last = (
+        "The last columns say how well the prompts are followed; read them against the rows of the teacher and of the "
+        "real scenes, which the classifier does not always read right. "
+        if scenes
+        else "The last column says how recognisable the images are; read it against the teacher's row. "
+    )
     return (
-        f"How to read it: all samplers start from the same {settings['evaluation']['count']} noise images and labels, "
-        "which no training saw. The Frechet distance compares Gaussians fitted to the 64 hidden activations of a small "
-        f"classifier of these digits (accuracy {accuracy:.1f} % on digits held out from its training); it is not FID, "
-        "and its values compare only within this report. To the teacher: how far the student's distribution is from "
-        "that of the teacher's images. Endpoint MSE: mean squared difference, per pixel on the [-1, 1] scale, to the "
-        "image the teacher makes from the same noise. To real digits: against all 1797 scans; the teacher and the "
-        "GAN's heads were trained on 80 % of them. The last column says how recognisable the images are; read it "
-        "against the teacher's row. "
+        f"How to read it: all samplers take the same {settings['evaluation']['count']} noise images and {steers}; "
+        "no training saw that noise. The Frechet distance compares Gaussians fitted to the 64 hidden activations"
+        f"{rows} of a small classifier of these digits (accuracy {accuracy:.1f} % on digits held out from its "
+        "training); it is not FID, and its values compare only within this report. To the teacher: how far the "
+        "student's distribution is from that of the teacher's images. Endpoint MSE: mean squared difference, per pixel "
+        "on the [-1, 1] scale, to the image the teacher makes from the same noise. To the real ones: against "
+        f"{real}; the teacher and the GAN's heads were trained on 80 % of them. {last}"
         "The students of one seed share initial weights (the teacher's), batches, their order, and "
-        "all hyper-parameters; cells give the mean over "
-        f"{seeds} seed{'s' * (seeds > 1)} and, in brackets, the smallest and largest. All seeds share one teacher, so "
-        "the ranges do not hold the spread over teachers."
+        f"all hyper-parameters; cells give the mean over {seeds} seed{'s' * (seeds > 1)} and, in brackets, the "
+        "smallest and largest. All seeds share one teacher, so the ranges do not hold the spread over teachers."
+    )
+
+
+def _how_to_read_text(result: dict) -> str:
+    settings = result["settings"]["demo"]
+    return (
+        "A prompt names the digit, or nothing, in each of the four cells. Half of the images are of prompts that "
+        "teacher, encoder and students were trained on, half of held-out ones: a fifth of all combinations, which no "
+        "training saw. A cell is right where the classifier reads the digit that the prompt says, or finds no ink "
+        "where it says nothing; all four must be, for the scene. The text encoder takes bytes "
+        f"({settings['scenes']['encoder_layers']} transformer layer{'s' * (settings['scenes']['encoder_layers'] != 1)}"
+        "), was trained with the teacher and is frozen after."
     )
 
 
@@ -183,20 +209,18 @@ def _cost_table(result: dict) -> str:
 
 
 def _run_table(result: dict) -> str:
+    shares = _shares(result)
     rows = [
         [
             row["sampler"],
             str(row["seed"]),
-            f"{row['frechet_to_teacher']:.3f}",
-            f"{row['endpoint_mse']:.4f}",
-            f"{row['frechet_to_real']:.2f}",
-            f"{100 * row['class_consistency']:.2f} %",
+            *(f"{row[metric]:.{DISTANCE_HEADINGS[metric][3]}f}" for metric in DISTANCES),
+            *(f"{100 * row[metric]:.2f} %" for metric in shares),
         ]
         for row in result["students"]
     ]
-    return _table(
-        ["student", "seed", "Frechet to teacher", "endpoint MSE", "Frechet to real", "classified as label"], rows
-    )
+    headings = [*(DISTANCE_HEADINGS[metric][2] for metric in DISTANCES), *(SHARE_HEADINGS[m][1] for m in shares)]
+    return _table(["student", "seed", *headings], rows)
 
 
 def _settings(result: dict) -> str:
@@ -205,8 +229,8 @@ def _settings(result: dict) -> str:
     trajectories, students, demo = settings["trajectories"], settings["distill"], settings["demo"]
     return "\n".join(
         [
-            f"- Model: DiT, width {model['hidden_size']}, depth {model['depth']}, {model['num_heads']} heads, "
-            f"patch {model['patch_size']}, {result['teacher']['parameters']:,} parameters.",
+            f"- Model: {model['family']}, width {model['hidden_size']}, depth {model['depth']}, {model['num_heads']} "
+            f"heads, patch {model['patch_size']}, {result['teacher']['parameters']:,} parameters.",
             f"- Teacher: {train['steps']} steps of batch {train['batch_size']}, seed {train['seed']}; sampled with "
             f"{trajectories['sampling_steps']} DDIM steps, guidance {trajectories['cfg_scale']}.",
             f"- Trajectories: {trajectories['count']}, seed {trajectories['seed']}, states at respaced indices "
@@ -229,75 +253,3 @@ def _timings(result: dict) -> str:
     seconds = result["seconds_per_stage"]
     rows = [[name, f"{value:.1f}"] for name, value in seconds.items()]
     return _table(["stage", "seconds"], [*rows, ["all", f"{sum(seconds.values()):.1f}"]])
-
-
-def write_losses(path: Path, teacher_log: list[dict], student_logs: dict[tuple[str, int], list[dict]]) -> None:
-    """Two log-scale panels: the teacher's loss, and the students' by sampler, one line per seed.
-
-    student_logs: (sampler, seed) -> log.
-    """
-    figure = Figure(figsize=(10, 3.8), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(
-        [line["step"] for line in teacher_log], [line["loss"] for line in teacher_log], color=TEACHER_COLOUR, lw=1.2
-    )
-    left.set_title("Teacher: epsilon MSE")
-    names = list(dict.fromkeys(name for name, _ in student_logs))
-    for name, colour in zip(names, _colours(len(names)), strict=True):
-        logs = [log for (own, _), log in student_logs.items() if own == name]
-        for index, log in enumerate(logs):
-            label = name + (f" ({len(logs)} seeds)" if len(logs) > 1 else "") if index == 0 else None
-            right.plot(
-                [line["step"] for line in log], [line["loss"] for line in log], color=colour, lw=1.2, label=label
-            )
-    right.set_title("Students: MSE to the next state, teacher-forced")
-    right.legend(frameon=False)
-    for axes in (left, right):
-        axes.set_yscale("log")
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25, which="both")
-        axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
-
-
-def _colours(count: int) -> list:
-    if count <= len(COLOURS):
-        return list(COLOURS[:count])
-    tab20 = matplotlib.colormaps["tab20"]
-    return [tab20(i % tab20.N) for i in range(count)]
-
-
-def write_grid(
-    path: Path, teacher_images: torch.Tensor, student_images: dict[tuple[str, int], torch.Tensor], labels: torch.Tensor
-) -> None:
-    """One column per noise: the teacher's image, and per sampler (first seed) its image and the difference to it.
-
-    teacher_images: (n, 1, h, w) in [-1, 1]; student_images: (sampler, seed) -> the same; labels: (n,), column titles.
-    """
-    columns = torch.arange(min(GRID_COLUMNS, len(labels)))
-    columns = columns[labels[columns].argsort(stable=True)]
-    first_seed: dict[str, torch.Tensor] = {}
-    for (name, _), images in student_images.items():
-        first_seed.setdefault(name, images)
-    rows = [("teacher", teacher_images[columns], "gray_r")]
-    for name, images in first_seed.items():
-        rows.append((name, images[columns], "gray_r"))
-        if not _is_tuned(name):  # it is trained away from the teacher
-            rows.append((f"{name} minus teacher", images[columns] - teacher_images[columns], "RdBu_r"))
-    figure = Figure(figsize=(0.62 * len(columns) + 1.9, 0.66 * len(rows) + 0.55), dpi=110, layout="constrained")
-    axes = np.atleast_2d(figure.subplots(len(rows), len(columns), squeeze=False))
-    for (name, images, colours), row_axes in zip(rows, axes, strict=True):
-        for image, one in zip(images, row_axes, strict=True):
-            one.imshow(image[0].numpy(), cmap=colours, vmin=-1, vmax=1, interpolation="nearest")
-            one.set(xticks=[], yticks=[])
-            one.spines[:].set_color("#dddddd")
-        row_axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    for label, one in zip(labels[columns].tolist(), axes[0], strict=True):
-        one.set_title(str(label), fontsize=10)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")

@@ -1,0 +1,171 @@
+"""Scores of the demo's samplers from noise that no training saw, and what an image costs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ard.common.streams import noise_at
+from ard.conditions.sources import null_tensors
+from ard.data.latents import RealLatents
+from ard.data.trajectories import MakeBatch
+from ard.demo.settings import DemoConfig
+from ard.demo.students import Made, Sampler, Stopwatch
+from ard.evaluation.metrics import FeatureStatistics, endpoint_mse, feature_statistics, frechet_distance
+from ard.training import stages
+from ard_kernels import flops
+
+DISTANCES = ("frechet_to_teacher", "endpoint_mse", "frechet_to_real")  # the smaller the better; other scores are shares
+FACTS = ("sampler", "history_layers", "seed")  # of a row, besides its scores
+
+
+class Subject(Protocol):
+    """What a demo shows: single digits by label, or scenes by prompt.
+
+    real_images: what distances to real ones are measured to. captions: of the evaluated images, (count,).
+    """
+
+    name: str
+    real_images: Tensor
+    captions: list[str]
+
+    def make_teacher(self, out: Path, watch: Stopwatch) -> Made:
+        """Trains it; everything below may be asked for after that only."""
+
+    def real(self) -> RealLatents:
+        """What the fine-tune compares with."""
+
+    def conditions(self, count: int) -> tuple[Tensor, ...]:
+        """The model's conditions of the first ``count`` evaluated images."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Rows (m, F) whose Gaussians are compared."""
+
+    def shares(self, images: Tensor) -> dict[str, float]:
+        """Of all evaluated images, the shares that show what they should."""
+
+
+def teacher_sampler(made: Made) -> MakeBatch:
+    """(noise, *conditions) -> the teacher's last prediction alone."""
+    null = null_tensors(stages.source_of(made.recipe), made.recipe.trajectories.negative_prompt)
+    return stages.sampler(made.teacher, made.recipe.trajectories, (0,), torch.device("cpu"), null)
+
+
+class Judge:
+    """Scores samplers on one set of held-out noise; the teacher's images from it are the reference."""
+
+    def __init__(self, made: Made, subject: Subject, config: DemoConfig, watch: Stopwatch):
+        settings = config.demo.evaluation
+        self.subject, self.watch, self.batch_size = subject, watch, settings.batch_size
+        self.noise = noise_at(settings.seed, range(settings.count), made.recipe.model.image_shape)
+        self.conditions = subject.conditions(settings.count)
+        self.real = self.statistics(subject.real_images)
+        sample = teacher_sampler(made)
+        self.teacher_images = self.sample("score teacher", lambda *inputs: sample(*inputs).x0[:, -1])
+        self.teacher = self.statistics(self.teacher_images)
+        self.student_images: dict[tuple[str, int], Tensor] = {}
+
+    def statistics(self, images: Tensor) -> FeatureStatistics:
+        return feature_statistics(self.subject.features(images))
+
+    def sample(self, name: str, sampler: Callable[..., Tensor]) -> Tensor:
+        """Images of all held-out noise."""
+        images = []
+        with self.watch.stage(name, len(self.noise)) as advance:
+            inputs = (self.noise, *self.conditions)
+            for batch in zip(*(tensor.split(self.batch_size) for tensor in inputs), strict=True):
+                images.append(sampler(*batch))
+                advance(len(batch[0]))
+        return torch.cat(images)
+
+    def scores(self, images: Tensor) -> dict[str, float]:
+        distance = frechet_distance(self.statistics(images), self.real)
+        return {"frechet_to_real": distance, **self.subject.shares(images)}
+
+    def row(self, sampler: Sampler) -> dict[str, Any]:
+        images = self.sample(
+            f"score {sampler.name} seed {sampler.seed}", lambda *inputs: sampler.student.sample(*inputs)[:, -1]
+        )
+        self.student_images[sampler.name, sampler.seed] = images
+        return {
+            "sampler": sampler.name,
+            "history_layers": sampler.history_layers,
+            "seed": sampler.seed,
+            "frechet_to_teacher": frechet_distance(self.statistics(images), self.teacher),
+            "endpoint_mse": endpoint_mse(images, self.teacher_images),
+            **self.scores(images),
+        }
+
+
+def is_tuned(name: str) -> bool:
+    """Whether a sampler's name is of a fine-tuned one."""
+    return name.endswith(" + GAN")
+
+
+def summarize(rows: Sequence[dict]) -> dict:
+    """Per sampler: mean, min, max of each score over seeds; and, seed by seed, how many times smaller a distance is and
+    how much larger a share.
+
+    A student with history is compared with the first one, a fine-tuned one with the one it started from.
+    """
+    metrics = [name for name in rows[0] if name not in FACTS]
+    by_name: dict[str, list[dict]] = {}
+    for row in rows:
+        by_name.setdefault(row["sampler"], []).append(row)
+
+    def spread(values: list[float]) -> dict[str, float]:
+        return {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
+
+    first, smaller, larger = next(iter(by_name)), {}, {}
+    for name, own in by_name.items():
+        other = name.removesuffix(" + GAN") if is_tuned(name) else first
+        if name != other:
+            pairs = list(zip(by_name[other], own, strict=True))
+            ratios = {metric: spread([base[metric] / row[metric] for base, row in pairs]) for metric in DISTANCES}
+            shares = [metric for metric in metrics if metric not in DISTANCES]
+            gains = {metric: spread([row[metric] - base[metric] for base, row in pairs]) for metric in shares}
+            smaller[name], larger[name] = {"over": other, **ratios}, {"over": other, **gains}
+    scores = {
+        name: {metric: spread([row[metric] for row in own]) for metric in metrics} for name, own in by_name.items()
+    }
+    return {"scores": scores, "times_smaller": smaller, "larger_by": larger}
+
+
+def measure_costs(
+    made: Made, subject: Subject, samplers: Sequence[Sampler], config: DemoConfig, watch: Stopwatch
+) -> list[dict]:
+    """FLOPs (analytic) and seconds per image of each sampler: median over repeats, the samplers taking turns."""
+    settings, trajectories, model = config.demo.evaluation, made.recipe.trajectories, made.recipe.model
+    noise = noise_at(settings.seed, range(settings.timing_batch_size), model.image_shape)
+    inputs = (noise, *subject.conditions(settings.timing_batch_size))
+    forwards = trajectories.sampling_steps * (1 if trajectories.cfg_scale == 1.0 else 2)
+    # name, history layers, (noise, *conditions) -> samples, FLOPs of an image
+    runs: list[tuple[str, int | None, Callable[..., object], int]]
+    runs = [("teacher", None, teacher_sampler(made), forwards * flops.teacher_forward(model))]
+    for sampler in samplers[: len(config.demo.history_layers)]:  # a fine-tune changes no cost
+        n = sampler.history_layers
+        cost = flops.student_sampling(model, made.recipe.steps, n)
+        runs.append((f"student N={n}", n, sampler.student.sample, cost))
+    times: dict[str, list[float]] = {name: [] for name, *_ in runs}
+    with watch.stage("timing", settings.timing_repeats) as advance:
+        for _ in range(settings.timing_repeats):
+            for name, _, run, _ in runs:
+                start = time.perf_counter()
+                run(*inputs)
+                times[name].append(time.perf_counter() - start)
+            advance()
+    return [
+        {
+            "sampler": name,
+            "history_layers": n,
+            "flops": cost,
+            "seconds": statistics.median(times[name]) / settings.timing_batch_size,
+        }
+        for name, n, _, cost in runs
+    ]
