@@ -216,8 +216,49 @@ def test_a_callback_may_replace_the_latents(pipe):
     assert (pipe(PROMPTS[0], callback_on_step_end=last, **options).images == 7).all()
     changed = pipe(PROMPTS[0], callback_on_step_end=first, **options).images
     assert (changed - pipe(PROMPTS[0], **options).images).abs().max() > 1e-3  # the next steps have read it
-    with pytest.raises(ValueError, match=r"callback_on_step_end: latents are \(1, 4\); expected \(1, 4, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"callback_on_step_end: latents are \(1, 4\) torch.float32; expected \(1, 4, 8, 8\)"
+    ):
         pipe(PROMPTS[0], callback_on_step_end=lambda *_: {"latents": torch.zeros(1, 4)}, **options)
+
+
+@pytest.mark.parametrize(
+    "outputs, message",
+    [
+        ([1], r"gave a list; expected a dict or None"),
+        (True, r"gave a bool"),
+        (torch.zeros(1, *CHW), r"gave a Tensor"),
+        ({"latents": 3}, r"latents are int; expected \(1, 4, 8, 8\) floating point"),
+        ({"latents": np.zeros((1, *CHW))}, r"latents are ndarray"),
+        ({"latents": torch.zeros(1, *CHW, dtype=torch.int64)}, r"latents are \(1, 4, 8, 8\) torch.int64"),
+    ],
+)
+def test_what_a_callback_gives_is_checked(pipe, outputs, message):
+    with pytest.raises(ValueError, match="callback_on_step_end: " + message):
+        pipe(PROMPTS[0], callback_on_step_end=lambda *_: outputs, output_type="latent")
+
+
+def test_a_mask_is_one_and_zero(pipe):
+    """One that is added to logits, 0 for what is read, would be read the other way round."""
+    text, mask = pipe.encode_prompt("three")
+    for wrong in ((1 - mask.float()) * -1e4, 0.5 * mask.float(), mask.float() / 0):
+        with pytest.raises(ValueError, match=r"expected floating point, and 1 for the tokens to read, 0 for the"):
+            pipe(prompt_embeds=text, prompt_attention_mask=wrong)
+    with pytest.raises(ValueError, match=r"got torch.int64, and a mask from False to True; expected floating point"):
+        pipe(prompt_embeds=text.long(), prompt_attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "mappings, message",
+    [
+        ({"model": None, "settings": {}}, r"settings are nothing"),
+        ({"model": {}, "settings": None}, r"settings are NoneType; expected \('steps', "),
+        ({"model": None, "settings": make_student(TEXT).settings}, r"model is a NoneType; expected a mapping"),
+    ],
+)
+def test_a_config_that_was_edited_is_refused(mappings, message):
+    with pytest.raises(ValueError, match=message):
+        ARDTransformer(**mappings)
 
 
 def test_progress_bar(pipe, capsys):

@@ -161,6 +161,7 @@ def test_a_cut_file_is_refused(folder):
     [
         ({"_class_name": "AutoencoderTiny"}, r"holds a AutoencoderTiny; expected an AutoencoderKL"),
         ({"shift_factor": 0.1}, r"shift_factor is 0\.1; expected none"),
+        ({"latents_mean": [0.0] * 4}, r"latents_mean is .*; expected none"),
     ],
 )
 def test_other_autoencoders_are_refused(folder, changes, message):

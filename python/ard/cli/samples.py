@@ -113,6 +113,7 @@ def sample(
 ) -> None:
     """Sample a student: images as ADM-format .npz through a VAE or of a pixel model, else latents."""
     from ard.common.process import started
+    from ard.conditions.sources import require_encoder
     from ard.config.recipe import read_recipe
     from ard.diffusion.sampling import SamplingConfig, parse_classes, write_samples
     from ard.weights.opened import open_student
@@ -123,6 +124,8 @@ def sample(
         student, opened = open_student(source, recipe, weights, unfinished=unfinished)
         chosen = parse_classes(classes)
         texts = given_prompts(student, prompts, prompt, encoder, truncate, out, process)
+        if texts is not None:
+            require_encoder(texts, opened.text_encoder, str(source))
         count = count or (len(chosen or texts.texts) if texts else 100)
         settings = SamplingConfig(count, batch_size, seed, chosen, precision, cuda_graph)
         codec = LatentCodec(vae, device=process.device) if vae is not None else None
@@ -267,6 +270,10 @@ def given_prompts(
                 )
             sizes: dict[str, Any] = {"truncate": truncate, "process": process, "on_progress": advance}
             where = str(write_prompts(out / "prompts", prompt, text_encoder, **sizes).folder)
+    elif encoder is not None or truncate:
+        raise ValueError(
+            "--encoder or --truncate is given without a text to encode; expected --prompt, or a file of prompts"
+        )
     source = condition_source(student.config, where)
     return source if isinstance(source, Prompts) else None
 

@@ -152,7 +152,7 @@ def finetune_gan(
     device: Device = None,
 ) -> None:
     """Fine-tune a distilled student against real latents, by heads on the frozen teacher's features."""
-    from ard.conditions.sources import condition_source
+    from ard.conditions.sources import condition_source, encoder_of, require_encoder
     from ard.data.latents import open_real
     from ard.training import stages
     from ard.weights.opened import open_student
@@ -166,6 +166,9 @@ def finetune_gan(
         dit, sha256 = opened_teacher(recipe, random_teacher, unfinished)
         student, source = open_student(required(recipe.gan.student, "gan.student"), recipe, unfinished=unfinished)
         captions = condition_source(recipe.model, recipe.gan.captions or recipe.trajectories.prompts)
+        prompts = stages.source_of(recipe)
+        require_encoder(captions, encoder_of(prompts), "trajectories.prompts")
+        require_encoder(prompts, source.text_encoder, str(source.path))
         real = open_real(required(recipe.gan.real, "gan.real"), recipe.model, captions)
         trajectories = opened_trajectories(recipe, dit, sha256, process)
         with steps_bar("finetune-gan", recipe.gan.train, process) as on_step:

@@ -27,6 +27,7 @@ Config = TypeVar("Config", bound="DataclassInstance")
 
 SEED = f"[0, {2**63 - 1}]"  # what NumPy's and PyTorch's generators both take
 COUNT = "[1, 1000000000]"
+LATER = {"later": True}  # metadata of a field that was added later: fingerprints of before it stay as they were
 
 
 def require_ranges(where: str, values: Mapping[str, Any], ranges: Mapping[str, str]) -> None:
@@ -150,6 +151,13 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def fingerprint(settings: DataclassInstance) -> str:
-    """12 hexadecimal digits that differ between settings; a name for a store's folder."""
-    content = json.dumps(dataclasses.asdict(settings), sort_keys=True)
+    """12 hexadecimal digits that differ between settings; a name for a store's folder.
+
+    A field with the metadata `LATER` counts only where it is not its default.
+    """
+    values = dataclasses.asdict(settings)
+    for each in dataclasses.fields(settings):
+        if each.metadata == LATER and values[each.name] == each.default:
+            del values[each.name]
+    content = json.dumps(values, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]

@@ -21,7 +21,7 @@ from ard.common.process import Process
 from ard.common.settings import fingerprint
 from ard.models.config import Condition
 from ard.storage.files import DamagedFile, shown, write_text
-from ard.storage.shards import ShardedStore, ShardSpec, Tensors, write_shards
+from ard.storage.shards import MANIFEST_NAME, ShardedStore, ShardSpec, Tensors, write_shards
 
 TEXTS_NAME = "prompts.txt"
 LARGEST_FILE = 1 << 30  # bytes of texts
@@ -124,7 +124,8 @@ def write_prompts(
 
     prompts: one line of text each, at least one. truncate: cut what has more tokens than the encoder keeps, instead of
     refusing it.
-    Raises ValueError, before anything is written, for a prompt that is empty, too long or has a line break in it.
+    Raises ValueError, before anything is written, for a prompt that is empty, too long or has a line break in it, as
+    one of ``negative`` may not be either, unless empty; and for a folder that holds other texts.
     """
     process, folder = process or Process(), Path(folder)
     given = list(dict.fromkeys(prompts))
@@ -132,9 +133,14 @@ def write_prompts(
         check_prompt(text, f"prompt {number}")
     if not given:
         raise ValueError("prompts: got none; expected one at least")
-    texts = list(dict.fromkeys([*given, EMPTY, *negative]))
+    others = [text for text in dict.fromkeys(negative) if text != EMPTY]
+    for number, text in enumerate(others):
+        check_prompt(text, f"negative prompt {number}")
+    texts = list(dict.fromkeys([*given, EMPTY, *others]))
     if not truncate:
-        _require_short(given, encoder)
+        _require_short([*given, *others], encoder)
+    if (folder / TEXTS_NAME).exists() and not (folder / MANIFEST_NAME).exists():
+        raise ValueError(f"{folder / TEXTS_NAME} holds other texts; expected a new folder, or a store")
     spec = PromptSpec(
         count=len(texts),
         shard_size=shard_size,
@@ -166,7 +172,7 @@ def check_prompt(text: str, where: str) -> None:
         raise ValueError(f"{where} is empty; expected text")
     if len(text) > LONGEST_PROMPT:
         raise ValueError(f"{where} has {len(text)} characters; expected at most {LONGEST_PROMPT}")
-    if len(text.splitlines()) > 1:
+    if text.splitlines() != [text]:
         raise ValueError(f"{where} has more than one line: {shown(text)}; expected one")
 
 

@@ -127,6 +127,23 @@ def condition_source(model: ModelConfig, prompts: str | None) -> ConditionSource
     return Prompts(store)
 
 
+def encoder_of(source: ConditionSource) -> str | None:
+    """Fingerprint of the text encoder of prompts; None where there is no text."""
+    return source.store.spec.encoder if isinstance(source, Prompts) else None
+
+
+def require_encoder(source: ConditionSource, expected: str | None, whose: str) -> None:
+    """Raises ValueError for prompts that another text encoder has encoded: of the same sizes, but of another meaning.
+
+    expected: its fingerprint, None where it is not known. whose: what has read its text so far.
+    """
+    if isinstance(source, Prompts) and expected is not None and source.store.spec.encoder != expected:
+        raise ValueError(
+            f"{source.store.folder} was encoded by {described(source.store.spec.encoder)}; expected "
+            f"{described(expected)}, the text encoder of {whose}"
+        )
+
+
 def null_tensors(source: ConditionSource, negative_prompt: str | None) -> tuple[Tensor, ...] | None:
     """The conditions (1, ...) of a negative prompt; None without one. Raises ValueError for a text not stored."""
     if negative_prompt is None:

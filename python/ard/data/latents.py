@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ard.common.process import Process
-from ard.common.settings import fingerprint
+from ard.common.settings import LATER, fingerprint
 from ard.common.streams import noise_at
 from ard.conditions.prompts import read_caption
 from ard.conditions.sources import ConditionSource, Prompts, source_for
@@ -40,7 +40,8 @@ class LatentSpec(Conditioned, ShardSpec):
     encoder: str  # fingerprint of the VAE, or "none"
     seed: int = 0  # of the posterior's noise
     dtype: str = "float32"
-    prompts: str | None = None  # fingerprint of the source of the conditions, where they are numbers of prompts
+    # fingerprint of the source of the conditions, where they are numbers of prompts
+    prompts: str | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         for name in ("image_shape", "conditions"):

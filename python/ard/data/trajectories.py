@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ard.common.process import Process
-from ard.common.settings import fingerprint
+from ard.common.settings import LATER, fingerprint
 from ard.common.streams import noise_at
 from ard.conditions.sources import ConditionSource, named, source_for
 from ard.config.choices import DTYPES, STATE_KINDS, check_keep
@@ -42,8 +42,9 @@ class StoreSpec(Conditioned, ShardSpec):
     cfg_interval: tuple[float, float] | None = None
     family: str = "dit"
     model: str = ""  # fingerprint of its config: no tensor shows the number of heads
-    prompts: str | None = None  # fingerprint of the source of the conditions, where they are numbers of prompts
-    negative_prompt: str | None = None  # in place of the null conditions
+    # fingerprint of the source of the conditions, where they are numbers of prompts
+    prompts: str | None = field(default=None, metadata=LATER)
+    negative_prompt: str | None = field(default=None, metadata=LATER)  # in place of the null conditions
     solver: str = "ddim"
     shift: float = 0.0
     teacher_sha256: str = ""  # of the teacher's weights

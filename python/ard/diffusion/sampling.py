@@ -157,7 +157,8 @@ def write_samples(
         "file": "samples.npz" if pixels else "samples.safetensors",
         "count": config.count,
         "seed": config.seed,
-        ("prompts" if prompts else "classes"): prompts.texts if prompts else list(config.classes) or "all",
+        **({"prompts": prompts.texts} if prompts else {}),
+        "classes": list(config.classes) or "all",  # or numbers of the prompts
         "steps": student.steps,
         "precision": config.precision,
         "processes": process.world_size,
@@ -197,9 +198,10 @@ def _assemble(folder: Path, content: dict[str, Any], batch_size: int, one_by_one
 
 def write_pictures(folder: Path, parts: ShardedStore, prompts: Tensor, batch_size: int) -> None:
     """images/<number of the prompt>-<sample>.png, of five and six digits; those of an earlier call are removed."""
-    if folder.is_dir():
-        remove_folder(folder)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if re.fullmatch(r"\d{5,}-\d{6,}\.png", path.name, re.ASCII):
+            path.unlink()
     for rows in torch.arange(len(parts)).split(batch_size):
         for row, image in zip(rows.tolist(), parts.read("images", rows).numpy(), strict=True):
             write_png(folder / f"{int(prompts[row]):05d}-{row:06d}.png", image)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ard.common.process import Process
 from ard.common.settings import fingerprint
-from ard.conditions.sources import ConditionSource, condition_source, null_tensors
+from ard.conditions.sources import ConditionSource, condition_source, encoder_of, null_tensors
 from ard.config.choices import autocast
 from ard.config.recipe import Recipe, plain
 from ard.config.sections import TrainConfig, TrajectoriesConfig
@@ -39,6 +39,7 @@ from ard.training.objectives import StudentObjective, TeacherObjective
 from ard.training.preview import Preview
 from ard.training.run_state import Run
 from ard.training.trainer import Fitted, Trainer
+from ard.weights.opened import TEXT_ENCODER
 
 OnStep = Callable[[int], Any]
 
@@ -117,6 +118,12 @@ def sampler(
 def source_of(recipe: Recipe) -> ConditionSource:
     """Where the recipe's conditions come from."""
     return condition_source(recipe.model, recipe.trajectories.prompts)
+
+
+def student_facts(recipe: Recipe, source: ConditionSource) -> dict[str, Any]:
+    """What a student's checkpoints say of it."""
+    encoder = encoder_of(source)
+    return recipe.student_facts() | ({} if encoder is None else {TEXT_ENCODER: encoder})
 
 
 def store_spec(recipe: Recipe, teacher_sha256: str, source: ConditionSource) -> StoreSpec:
@@ -233,7 +240,8 @@ def distill(
 ) -> tuple[ARDStudent, Fitted]:
     """A student that starts as a copy of the teacher, after regression on the trajectories."""
     require_model(recipe, teacher, "teacher")
-    require_spec(trajectories, store_spec(recipe, teacher_sha256, source_of(recipe)))
+    source = source_of(recipe)
+    require_spec(trajectories, store_spec(recipe, teacher_sha256, source))
     process, config, student_config = process or Process(), recipe.distill, recipe.student
     student = ARDStudent.from_teacher(
         teacher,
@@ -244,7 +252,7 @@ def distill(
         timesteps=recipe.segment_times,
     )
     objective = StudentObjective(trajectories, state=student_config.state, seed=config.seed, device=process.device)
-    facts = recipe.student_facts()
+    facts = student_facts(recipe, source)
     identity = {**facts, "train": config.identity(), "trajectories": trajectories.spec.fingerprint()}
     run = Run(folder, facts, identity, resume, recipe)
     return _fit(recipe, student, objective, config, run, trajectories, process, on_step)
@@ -270,11 +278,12 @@ def finetune(
         raise ValueError("recipe: gan is missing; expected the settings of the GAN fine-tune")
     require_model(recipe, teacher, "teacher")
     require_model(recipe, student, "student")
-    require_spec(trajectories, store_spec(recipe, teacher_sha256, source_of(recipe)))
+    source = source_of(recipe)
+    require_spec(trajectories, store_spec(recipe, teacher_sha256, source))
     require_groups(recipe, process)
     student, teacher = student.to(process.device), teacher.to(process.device)
     objective = GanObjective(trajectories, student, teacher, real, config, state=recipe.student.state, process=process)
-    facts, gan = recipe.student_facts(), plain(config)
+    facts, gan = student_facts(recipe, source), plain(config)
     settings = {name: value for name, value in gan.items() if name not in ("train", "student", "real", "captions")}
     identity = {**facts, "train": config.train.identity(), "gan": settings, "student_sha256": student_sha256}
     settings["feature_timestep"] = feature_timestep(config, recipe.model)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from ard.config.recipe import Recipe
 from ard.models.pixart import PixArtConfig
-from ard.storage.files import write_tensors
+from ard.storage.files import shown, write_tensors
 from ard.weights.diffusers_format import class_of, save_diffusers, segment_teacher_state
 from ard.weights.names import infer_config, unseen_of, with_positions
 from ard.weights.opened import model_config, open_source, open_student, require_config
+from ard.weights.text_encoder import TextEncoderFiles
 
 TARGETS = ("public", "diffusers")
 
@@ -25,10 +26,19 @@ def export_pipeline(
     unfinished: bool = False,
     recipe: Recipe | None = None,
 ) -> str:
-    """Writes a student as a folder for `ard.pipeline.ARDPipeline` and says so; see `write_pipeline`."""
+    """Writes a student as a folder for `ard.pipeline.ARDPipeline` and says so; see `write_pipeline`.
+
+    Raises ValueError for another text encoder than the one that a run's student was trained with, too.
+    """
     from ard.weights.pipeline import write_pipeline  # needs diffusers
 
-    student, _ = open_student(source, recipe, weights, unfinished=unfinished)
+    student, opened = open_student(source, recipe, weights, unfinished=unfinished)
+    if encoder is not None and opened.text_encoder is not None:
+        found = TextEncoderFiles.of(encoder).fingerprint()
+        if found != opened.text_encoder:
+            raise ValueError(
+                f"{encoder} is the text encoder {found}; expected {shown(opened.text_encoder)}, that of {source}"
+            )
     write_pipeline(out, student, vae=vae, text_encoder=encoder, link=link)
     parts = [name for name, part in (("VAE", vae), ("text encoder", encoder)) if part is not None]
     return f"{out}: ARDPipeline of {student.steps} steps, with {' and '.join(parts) or 'no other part'}"

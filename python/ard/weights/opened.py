@@ -26,6 +26,7 @@ from ard.weights.names import unseen_of
 from ard.weights.public import load_student, load_teacher, read_state, student_of, student_steps, teacher_of
 
 WEIGHTS = ("ema", "model")
+TEXT_ENCODER = "text_encoder"  # among the facts of a student that is steered by text: the encoder's fingerprint
 UNSTATED = ("caption_tokens",)  # fields of a model that a diffusers folder does not say
 
 
@@ -38,6 +39,11 @@ class Source:
     sha256: str
     facts: Mapping[str, Any]
     step: int | None = None
+
+    @property
+    def text_encoder(self) -> str | None:
+        """Fingerprint of the encoder whose text a student has read; None where its run says none."""
+        return self.facts.get(TEXT_ENCODER)
 
 
 def open_source(path: str | Path, weights: str = "ema", *, unfinished: bool = False) -> Source:

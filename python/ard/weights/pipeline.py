@@ -60,7 +60,10 @@ class ARDTransformer(ModelMixin, ConfigMixin):
     def __init__(self, model: dict, settings: dict):
         super().__init__()
         if not isinstance(settings, dict) or sorted(settings) != sorted(_SETTINGS):
-            raise ValueError(f"ARDTransformer: settings are {listing(list(map(str, settings)))}; expected {_SETTINGS}")
+            found = (listing(list(settings)) or "nothing") if isinstance(settings, dict) else type(settings).__name__
+            raise ValueError(f"ARDTransformer: settings are {found}; expected {_SETTINGS}")
+        if not isinstance(model, dict):
+            raise ValueError(f"ARDTransformer: model is a {type(model).__name__}; expected a mapping of sizes")
         self.student = ARDStudent(build(config_class(model), model, "model"), **settings)
 
     @classmethod
@@ -188,7 +191,7 @@ class ARDPipeline(DiffusionPipeline):
                     return None
                 inputs = {name: states_Bchw for name in callback_on_step_end_tensor_inputs}
                 outputs = callback_on_step_end(self, step, times[step], inputs)
-                return _replaced((outputs or {}).get("latents"), states_Bchw)
+                return _replaced(outputs, states_Bchw)
 
             states_Bchw = self.transformer(noise_Bchw, *conditions, on_step=on_step)[:, -1]
         images = states_Bchw if output_type == "latent" else self._images(states_Bchw, output_type)
@@ -266,6 +269,11 @@ class ARDPipeline(DiffusionPipeline):
                 f"prompt_embeds, prompt_attention_mask: got {tuple(embeds_nNE.shape)}, {tuple(mask_nN.shape)}; "
                 f"expected (n, {N}, {E}), (n, {N})"
             )
+        if not embeds_nNE.is_floating_point() or not ((mask_nN == 0) | (mask_nN == 1)).all():  # no additive mask
+            raise ValueError(
+                f"prompt_embeds, prompt_attention_mask: got {embeds_nNE.dtype}, and a mask from {mask_nN.min()} to "
+                f"{mask_nN.max()}; expected floating point, and 1 for the tokens to read, 0 for the others"
+            )
         return embeds_nNE.to(device, self.transformer.dtype), mask_nN.to(device, torch.bool)
 
     def _class_labels(self, class_labels: int | Sequence[int] | Tensor) -> Tensor:
@@ -307,14 +315,16 @@ class ARDPipeline(DiffusionPipeline):
         return self.image_processor.postprocess(states_Bchw, output_type=output_type)
 
 
-def _replaced(latents: Tensor | None, states_Bchw: Tensor) -> Tensor | None:
+def _replaced(outputs: Any, states_Bchw: Tensor) -> Tensor | None:
     """What a callback gave in place of the states."""
+    if outputs is not None and not isinstance(outputs, dict):
+        raise ValueError(f"callback_on_step_end: gave a {type(outputs).__name__}; expected a dict or None")
+    latents = (outputs or {}).get("latents")
     if latents is None or latents is states_Bchw:
         return None
-    if latents.shape != states_Bchw.shape:
-        raise ValueError(
-            f"callback_on_step_end: latents are {tuple(latents.shape)}; expected {tuple(states_Bchw.shape)}"
-        )
+    if not isinstance(latents, Tensor) or latents.shape != states_Bchw.shape or not latents.is_floating_point():
+        got = f"{tuple(latents.shape)} {latents.dtype}" if isinstance(latents, Tensor) else type(latents).__name__
+        raise ValueError(f"callback_on_step_end: latents are {got}; expected {tuple(states_Bchw.shape)} floating point")
     return latents.to(states_Bchw)
 
 

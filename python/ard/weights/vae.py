@@ -48,10 +48,9 @@ class LatentCodec:
         if content.get("_class_name") != "AutoencoderKL":
             found = str(content.get("_class_name"))[:80]
             raise ValueError(f"LatentCodec: {folder} holds a {found}; expected an AutoencoderKL")
-        if content.get("shift_factor") is not None:
-            raise ValueError(
-                f"LatentCodec: shift_factor is {shown(content['shift_factor'])}; expected none, a scale only"
-            )
+        for name in ("shift_factor", "latents_mean", "latents_std"):
+            if content.get(name) is not None:
+                raise ValueError(f"LatentCodec: {name} is {shown(content[name])}; expected none, a scale only")
         _require_bounded(AutoencoderKL, content, folder)
         self.fingerprint = _fingerprint([folder / "config.json", *weight_files(folder)])
         try:
