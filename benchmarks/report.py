@@ -151,6 +151,8 @@ def take_demo(path: Path) -> None:
     report = json.loads(path.read_text())
     if report["quick"]:
         sys.exit(f"benchmarks.report: {path} is of `ard demo --quick`; expected the whole demo")
+    if report.get("subject", "digits") != "digits":  # which older reports do not say
+        sys.exit(f"benchmarks.report: {path} is of {report['subject']}; expected the demo of digits")
     settings = report["settings"]
     facts = {
         "summary": report["summary"],
