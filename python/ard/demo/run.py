@@ -49,9 +49,7 @@ def run_demo(
         subject: Subject = kind(data, classifier, config)
         advance()
     made = subject.make_teacher(out, watch)
-    store, real, samplers = make_trajectories(made, out, watch), subject.real(), []
-    for seed in config.demo.seeds:
-        samplers += make_students(made, store, real, seed, config, out, watch)
+    samplers = make_students(made, make_trajectories(made, out, watch), subject.real(), config, out, watch)
     judge = Judge(made, subject, config, watch)
     teacher_scores = judge.scores(judge.teacher_images)
     rows = [judge.row(sampler) for sampler in samplers]

@@ -59,8 +59,9 @@ class ComparisonConfig(Ranged):
     seeds: tuple[int, ...]  # of the data order; replace those of the recipe's training
     evaluation: EvaluationConfig
     scenes: ScenesConfig | None = None  # instead of single digits
+    workers: int = 1  # processes that train students side by side, of one thread each; 1: this one, with its threads
 
-    RANGES: ClassVar = {"history_layers": "[0, 1024]", "seeds": SEED}
+    RANGES: ClassVar = {"history_layers": "[0, 1024]", "seeds": SEED, "workers": "[1, 64]"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,12 +33,13 @@ class Stopwatch:
     """Seconds per stage, and its progress while it runs."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    shown: bool = True
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
         """Yields advance(n=1)."""
         start = time.perf_counter()
-        with progress_bar(name, total) as advance:
+        with progress_bar(name, total, self.shown) as advance:
             yield advance
         self.seconds[name] = time.perf_counter() - start
 
@@ -83,35 +86,81 @@ def make_trajectories(made: Made, out: Path, watch: Stopwatch) -> TrajectoryStor
 
 
 def make_students(
-    made: Made, store: TrajectoryStore, real: RealLatents, seed: int, config: DemoConfig, out: Path, watch: Stopwatch
+    made: Made, store: TrajectoryStore, real: RealLatents, config: DemoConfig, out: Path, watch: Stopwatch
 ) -> list[Sampler]:
-    """The averaged students of one seed, in eval mode: one per history_layers, and the last one fine-tuned."""
-    teacher, teacher_sha256, recipe = made.teacher, made.sha256, made.recipe
-    samplers = []
-    recipe = replace(recipe, distill=replace(recipe.distill, seed=seed))
-    assert recipe.gan is not None  # of a DemoConfig
-    gan = replace(recipe.gan, train=replace(recipe.gan.train, seed=seed))
-    recipe = replace(recipe, gan=gan)
-    for layers in config.demo.history_layers:
+    """The averaged students of every seed, in eval mode: one per history_layers, and the last one fine-tuned.
+
+    With several workers they are trained side by side, in processes of one thread each: which of them trains what, and
+    how many there are beyond one, changes no bit.
+    """
+    seeds, layers = config.demo.seeds, config.demo.history_layers
+    jobs = [Job(made, store.folder, real, seed, n, n == layers[-1], config, out) for seed in seeds for n in layers]
+    if config.demo.workers == 1:
+        return [sampler for job in jobs for sampler in job.run(watch, store)]
+    longest_first = sorted(range(len(jobs)), key=lambda number: -jobs[number].steps)
+    context = multiprocessing.get_context("spawn")
+    total, made_by_job = sum(job.steps for job in jobs), {}
+    with watch.stage("students", total) as advance, ProcessPoolExecutor(config.demo.workers, context) as pool:
+        futures = {pool.submit(_run_alone, jobs[number]): number for number in longest_first}
+        for future in as_completed(futures):
+            made_by_job[futures[future]] = future.result()
+            advance(jobs[futures[future]].steps)
+    return [sampler for number in range(len(jobs)) for sampler in made_by_job[number]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A student of one seed and so many history layers; and, if ``tune``, its fine-tune."""
+
+    made: Made
+    trajectories: Path
+    real: RealLatents
+    seed: int
+    layers: int
+    tune: bool
+    config: DemoConfig
+    out: Path
+
+    @property
+    def steps(self) -> int:
+        recipe = self.made.recipe
+        assert recipe.gan is not None  # of a DemoConfig
+        return recipe.distill.steps + (recipe.gan.train.steps if self.tune else 0)
+
+    def run(self, watch: Stopwatch, store: TrajectoryStore) -> list[Sampler]:
+        teacher, teacher_sha256, recipe = self.made.teacher, self.made.sha256, self.made.recipe
+        seed, layers, name = self.seed, self.layers, f"N={self.layers}"
+        assert recipe.gan is not None  # of a DemoConfig
+        gan = replace(recipe.gan, train=replace(recipe.gan.train, seed=seed))
+        recipe = replace(recipe, distill=replace(recipe.distill, seed=seed), gan=gan)
         recipe = replace(recipe, student=replace(recipe.student, history_layers=layers))
-        name, folder = f"N={layers}", out / f"student-n{layers}-seed{seed}"
+        folder = self.out / f"student-n{layers}-seed{seed}"
         with watch.training(f"student {name} seed {seed}", recipe.distill.steps) as on_step:
             student, fitted = stages.distill(
                 recipe, teacher, teacher_sha256, store, folder, resume=False, on_step=on_step
             )
-        samplers.append(Sampler(name, layers, seed, averaged(student, fitted), fitted.log))
-    name = f"{name} + GAN"
-    with watch.training(f"student {name} seed {seed}", gan.train.steps) as on_step:
-        tuned, fitted = stages.finetune(
-            recipe,
-            copy.deepcopy(student),
-            open_source(folder).sha256,
-            teacher,
-            teacher_sha256,
-            store,
-            real,
-            out / f"student-n{layers}-gan-seed{seed}",
-            resume=False,
-            on_step=on_step,
-        )
-    return [*samplers, Sampler(name, layers, seed, averaged(tuned, fitted), fitted.log)]
+        samplers = [Sampler(name, layers, seed, averaged(student, fitted), fitted.log)]
+        if not self.tune:
+            return samplers
+        name = f"{name} + GAN"
+        with watch.training(f"student {name} seed {seed}", gan.train.steps) as on_step:
+            tuned, fitted = stages.finetune(
+                recipe,
+                copy.deepcopy(student),
+                open_source(folder).sha256,
+                teacher,
+                teacher_sha256,
+                store,
+                self.real,
+                self.out / f"student-n{layers}-gan-seed{seed}",
+                resume=False,
+                on_step=on_step,
+            )
+        return [*samplers, Sampler(name, layers, seed, averaged(tuned, fitted), fitted.log)]
+
+
+def _run_alone(job: Job) -> list[Sampler]:
+    """In a process of its own, on one thread: two threads that wait for each other would each take a core."""
+    torch.set_num_threads(1)
+    store = TrajectoryStore(job.trajectories, stages.source_of(job.made.recipe))
+    return job.run(Stopwatch(shown=False), store)
