@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -100,7 +102,7 @@ def make_students(
     longest_first = sorted(range(len(jobs)), key=lambda number: -jobs[number].steps)
     context = multiprocessing.get_context("spawn")
     total, made_by_job = sum(job.steps for job in jobs), {}
-    with watch.stage("students", total) as advance, ProcessPoolExecutor(config.demo.workers, context) as pool:
+    with watch.stage("students", total) as advance, ProcessPoolExecutor(config.demo.workers, context, _begin) as pool:
         futures = {pool.submit(_run_alone, jobs[number]): number for number in longest_first}
         for future in as_completed(futures):
             made_by_job[futures[future]] = future.result()
@@ -159,8 +161,21 @@ class Job:
         return [*samplers, Sampler(name, layers, seed, averaged(tuned, fitted), fitted.log)]
 
 
-def _run_alone(job: Job) -> list[Sampler]:
-    """In a process of its own, on one thread: two threads that wait for each other would each take a core."""
+def _begin() -> None:
+    """A worker has one thread, as two that wait for each other would take a core each; and it ends with its parent,
+    which a pool's workers outlive if that is killed."""
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _run_alone(job: Job) -> list[Sampler]:
+    """In a worker."""
     store = TrajectoryStore(job.trajectories, stages.source_of(job.made.recipe))
     return job.run(Stopwatch(shown=False), store)
