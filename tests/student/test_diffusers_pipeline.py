@@ -344,7 +344,9 @@ def test_wrong_calls(pipe):
 
 def test_components_must_fit(pipe, parts, tmp_path):
     vae, encoder, tokenizer = pipe.vae, pipe.text_encoder, pipe.tokenizer
+    shifted = diffusers.AutoencoderKL(latent_channels=4, latents_mean=[0.5] * 4)
     for call, message in (
+        (lambda: of(TEXT, vae=shifted), r"vae has latents_mean=.*; expected a scale only"),
         (lambda: of(PIXELS, vae=vae), r"vae: has latents of 4 channels; expected the student's 1"),
         (lambda: of(TEXT, text_encoder=encoder), r"got one of text_encoder and tokenizer; expected both"),
         (

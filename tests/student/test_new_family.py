@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from ard import ARDStudent
@@ -72,6 +73,36 @@ def test_a_new_family_needs_its_file_and_a_line(backwards, tmp_path):
     assert student.segment_times == (1000.0, 600.0, 400.0, 200.0)
     write_samples(student, tmp_path / "samples", SamplingConfig(5, batch_size=5))
     assert plan(recipe)["flops"]["overhead of the history"] > 0
+
+
+@dataclass(frozen=True)
+class PairConfig(ClassConfig):
+    """Steered by two classes."""
+
+    family: str = field(default="pair", kw_only=True)
+
+    CONVENTION: ClassVar = Convention("velocity", "linear", noise_time=0.0, data_time=1.0)
+    conditions: ClassVar = (Condition("labels", classes=3), Condition("style", classes=2))
+
+
+class PairTrunk(DiTTrunk):
+    def condition(self, t_BS: Tensor, *conditions: Tensor) -> Tensor:
+        return super().condition(t_BS, conditions[0]) + conditions[1][:, None, None]
+
+
+class Pair(Teacher, PairTrunk):
+    pass
+
+
+def test_samples_of_two_classes(monkeypatch, tmp_path, pillow):
+    """Images with the labels; what else steers them has no place in the file."""
+    from ard.diffusion.sampling import SamplingConfig, write_samples
+
+    monkeypatch.setitem(FAMILIES, "pair", Family(PairConfig, PairTrunk, Pair))
+    config = PairConfig(input_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=3)
+    student = ARDStudent(config, steps=2, history_layers=1)
+    write_samples(student, tmp_path, SamplingConfig(5, batch_size=5))
+    assert np.load(tmp_path / "samples.npz")["arr_1"].tolist() == [0, 1, 2, 0, 1]
 
 
 @dataclass(frozen=True)

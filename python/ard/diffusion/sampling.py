@@ -183,8 +183,8 @@ def _assemble(folder: Path, content: dict[str, Any], batch_size: int, one_by_one
     shown = parts.read("images", every[:GRID_SAMPLES])
     if path.suffix == ".npz":
         batches = (parts.read("images", rows).numpy() for rows in every.split(batch_size))
-        (labels,) = conditions.values()  # or numbers of prompts
-        write_npz(path, batches, len(parts), labels=labels.numpy())
+        labels = conditions.get("labels", conditions.get("prompt"))
+        write_npz(path, batches, len(parts), labels=None if labels is None else labels.numpy())
     else:
         write_tensors(path, {"images": parts.read("images", every), **conditions})
         shown = torch.from_numpy(to_uint8(latent_preview(shown)))

@@ -24,11 +24,11 @@ from ard.config.recipe import plain
 from ard.models.config import Condition
 from ard.models.families import config_class
 from ard.models.student import ARDStudent
-from ard.storage.files import atomic_folder, write_json
+from ard.storage.files import atomic_folder, shown, write_json
 from ard.weights.diffusers_format import INDEX_NAME, model_folder, weight_files
 from ard.weights.names import listing
 from ard.weights.text_encoder import TextEncoderFiles, encode_texts, token_counts
-from ard.weights.vae import LatentCodec
+from ard.weights.vae import UNREAD, LatentCodec
 
 try:
     import diffusers
@@ -127,8 +127,9 @@ class ARDPipeline(DiffusionPipeline):
             None if vae is None else vae.config.latent_channels,
             None if text_encoder is None else text_encoder.config.d_model,
         )
-        if vae is not None and vae.config.get("shift_factor") is not None:
-            raise ValueError(f"ARDPipeline: vae has shift_factor={vae.config.shift_factor}; expected a scale only")
+        for name in UNREAD if vae is not None else ():
+            if vae.config.get(name) is not None:
+                raise ValueError(f"ARDPipeline: vae has {name}={shown(vae.config[name])}; expected a scale only")
         self.image_processor = VaeImageProcessor()
 
     @classmethod

@@ -18,6 +18,7 @@ from torch import Tensor
 from ard.storage.files import file_sha256, shown, whole_tensors
 from ard.weights.diffusers_format import model_folder, read_json, weight_files
 
+UNREAD = ("shift_factor", "latents_mean", "latents_std")  # of an autoencoder whose latents are more than scaled
 _MOST_LAYERS = 100  # of an autoencoder; the published one has 8
 
 
@@ -48,7 +49,7 @@ class LatentCodec:
         if content.get("_class_name") != "AutoencoderKL":
             found = str(content.get("_class_name"))[:80]
             raise ValueError(f"LatentCodec: {folder} holds a {found}; expected an AutoencoderKL")
-        for name in ("shift_factor", "latents_mean", "latents_std"):
+        for name in UNREAD:
             if content.get(name) is not None:
                 raise ValueError(f"LatentCodec: {name} is {shown(content[name])}; expected none, a scale only")
         _require_bounded(AutoencoderKL, content, folder)
