@@ -1,7 +1,14 @@
 """ard-kernels: the ops of AutoRegressive Distillation (ARD, arXiv 2504.11295). Needs torch and numpy only."""
 
 from ard_kernels import flops
-from ard_kernels.block_causal_attention import block_causal_attention, block_causal_attention_packed
+from ard_kernels.block_causal_attention import (
+    SegmentMask,
+    block_causal_attention,
+    block_causal_attention_packed,
+    merge_attention,
+    segment_attention,
+    segment_attention_packed,
+)
 from ard_kernels.common.backends import BackendStatus, backends, use_backend
 from ard_kernels.history_attention import HeadNorm, HistoryCache, HistoryRouting, history_attention
 from ard_kernels.segment_adaln import adaln_modulate, gate_residual, gate_residual_adaln
@@ -12,6 +19,7 @@ __all__ = [
     "HeadNorm",
     "HistoryCache",
     "HistoryRouting",
+    "SegmentMask",
     "__version__",
     "adaln_modulate",
     "backends",
@@ -21,5 +29,8 @@ __all__ = [
     "gate_residual",
     "gate_residual_adaln",
     "history_attention",
+    "merge_attention",
+    "segment_attention",
+    "segment_attention_packed",
     "use_backend",
 ]

@@ -1,4 +1,4 @@
-"""Attention over segments: every token sees its own segment and the allowed earlier ones (ARD, Fig. 4)."""
+"""Attention over segments: each token sees whole segments. Block-causal masks (ARD, Fig. 4), and any other."""
 
 from __future__ import annotations
 
@@ -8,15 +8,86 @@ from typing import Literal, overload
 import torch
 
 from ard_kernels.block_causal_attention import spec
+from ard_kernels.block_causal_attention.mask import SegmentMask, causal_code
+from ard_kernels.block_causal_attention.merge import merge_attention
 from ard_kernels.block_causal_attention.op import forward_op, packed_op
-from ard_kernels.common.arguments import check_scale
+from ard_kernels.common.arguments import check_scale, described
 from ard_kernels.common.autocast import cast_to_autocast
 from ard_kernels.common.backends import resolve
-from ard_kernels.common.segments import check_segment_length
+from ard_kernels.common.segments import check_segment_length, segment_count
 
-__all__ = ["block_causal_attention", "block_causal_attention_packed"]
+__all__ = [
+    "SegmentMask",
+    "block_causal_attention",
+    "block_causal_attention_packed",
+    "merge_attention",
+    "segment_attention",
+    "segment_attention_packed",
+]
 
-OP = "block_causal_attention"
+
+@overload
+def segment_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SegmentMask, *, segment_length: int | Sequence[int],
+    key_segment_length: int | Sequence[int] | None = ..., scale: float | None = ..., layout: str = ...,
+    return_lse: Literal[False] = ..., backend: str | None = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def segment_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SegmentMask, *, segment_length: int | Sequence[int],
+    key_segment_length: int | Sequence[int] | None = ..., scale: float | None = ..., layout: str = ...,
+    return_lse: Literal[True], backend: str | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+def segment_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: SegmentMask,
+    *,
+    segment_length: int | Sequence[int],
+    key_segment_length: int | Sequence[int] | None = None,
+    scale: float | None = None,
+    layout: str = "bhtd",
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale * Q K^T + mask) V, where `mask` says which query segment sees which key segment.
+
+    Args:
+        q: (B, H, T_q, D), or (B, T_q, H, D) with layout "bthd"; fp32, bf16 or fp16 (fp64 on the torch backend), D a
+            multiple of 8 up to 256.
+        k, v: (B, H_kv, T_k, D), like q; H a multiple of H_kv. Query head h reads key head h // (H / H_kv): grouped
+            queries, with H_kv = 1 one head for all. Any strides with a contiguous last dim are read in place; tokens
+            that overlap in memory are copied first.
+        mask: S_q x S_k, see `SegmentMask`.
+        segment_length: tokens per query segment L (T_q = S_q * L), or the S_q lengths of ragged segments.
+        key_segment_length: the same of the S_k key segments; default: segment_length.
+        scale: softmax scale, a number; default 1 / sqrt(D).
+        return_lse: also return the log-sum-exp of each query's scores, (B, H, T_q) fp32, differentiable: what
+            `merge_attention` joins partial results by.
+        backend: None chooses; see `ard_kernels.backends()`.
+
+    Returns:
+        out, like q in shape, layout and dtype, its memory ordered (B, T, H, D); with return_lse (out, lse).
+        Accumulation is fp32. A query that sees nothing: out 0, lse -inf, no gradient. Under autocast q, k, v are cast
+        to its dtype first, as scaled_dot_product_attention does. A NaN or infinity reaches the queries that see it and
+        no others; on GPU backends also queries whose tile holds its segment (a product with a zero weight).
+
+    Raises:
+        ValueError: a shape, dtype, device, length, mask or backend outside this contract.
+    """
+    op = "segment_attention"
+    spec.check_qkv(op, q, k, v, layout, own_tokens=True)
+    if not isinstance(mask, SegmentMask):
+        raise ValueError(f"{op}: mask is {described(mask)}; expected an ard_kernels.SegmentMask")
+    token_dim = layout.index("t")
+    tokens, k_tokens = q.shape[token_dim], k.shape[token_dim]
+    q_lengths = check_segment_length(op, segment_length, "q", tokens, (token_dim, q.shape, layout))
+    name = "segment_length" if key_segment_length is None else "key_segment_length"
+    key_segment_length = segment_length if key_segment_length is None else key_segment_length
+    k_lengths = check_segment_length(op, key_segment_length, "k", k_tokens, (token_dim, k.shape, layout), name)
+    spec.check_mask(op, mask, segment_count(q_lengths, tokens), segment_count(k_lengths, k_tokens))
+    return _attend(op, q, k, v, mask.code, q_lengths, k_lengths, scale, layout, return_lse, backend)
 
 
 @overload
@@ -44,44 +115,93 @@ def block_causal_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale * Q K^T + mask) V, where a query of segment s sees segments s-window+1 .. s and the first `sink`.
+    """`segment_attention` where a query of segment s sees segments s-window+1 .. s and the first `sink`.
 
     Args:
-        q, k, v: (B, H, T, D), or (B, T, H, D) with layout "bthd"; fp32, bf16 or fp16 (fp64 on the torch backend),
-            D a multiple of 8 up to 256. Any strides with a contiguous last dim are read in place, so the three may be
-            views of one packed qkv projection; tokens that overlap in memory are copied first.
+        q, k, v: as in `segment_attention`, with the same T.
         segment_length: tokens per segment L (T = S * L), or the S lengths of ragged segments.
-        window: *segments* (not tokens) a query sees, its own included; None sees all earlier ones, and so does any
-            window >= S. `window=1` is block-diagonal.
+        window: *segments* (not tokens, not frames) a query sees, its own included and the sink not; None sees all
+            earlier ones, and so does any window >= S. `window=1` is block-diagonal.
         sink: the first `sink` segments are seen by every later query.
-        scale: softmax scale, a number; default 1 / sqrt(D).
-        return_lse: also return the log-sum-exp of each query's scores, (B, H, T) fp32, not differentiable.
-        backend: None chooses; see `ard_kernels.backends()`.
+        scale, layout, return_lse, backend: as in `segment_attention`.
 
     Returns:
-        out, like q in shape, layout and dtype, its memory ordered (B, T, H, D); with return_lse (out, lse).
-        Accumulation is fp32. Under autocast q, k, v are cast to its dtype first, as scaled_dot_product_attention does.
-        A NaN or infinity reaches the queries that see it and no others; on GPU backends also queries whose tile holds
-        its segment (a product with a zero weight).
+        As `segment_attention`.
 
     Raises:
         ValueError: a shape, dtype, device, segment, window, sink or backend outside this contract.
 
     Source: ARD, arXiv 2504.11295, Sec. 3 and Fig. 4 (masks M1 window=1, M2 window=2, M3 window=1 sink=1, M4 None).
     """
-    spec.check_qkv(OP, q, k, v, layout)
+    op = "block_causal_attention"
+    spec.check_qkv(op, q, k, v, layout)
     token_dim = layout.index("t")
-    lengths = check_segment_length(OP, segment_length, "q", q.shape[token_dim], (token_dim, q.shape, layout))
-    window, sink = spec.check_window(OP, window, sink)
-    scale = check_scale(OP, scale, q.shape[-1])
+    lengths = check_segment_length(op, segment_length, "q", q.shape[token_dim], (token_dim, q.shape, layout))
+    code = _causal(op, window, sink, lengths, q.shape[token_dim])
+    return _attend(op, q, k, v, code, lengths, lengths, scale, layout, return_lse, backend)
+
+
+def _causal(op: str, window: int | None, sink: int, lengths: list[int], tokens: int) -> str:
+    window, sink = spec.check_window(op, window, sink)
+    spec.warn_of_tokens(op, window, lengths, tokens)
+    return causal_code(window, sink)
+
+
+def _attend(
+    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, code: str, q_lengths: list[int], k_lengths: list[int],
+    scale: float | None, layout: str, return_lse: bool, backend: str | None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The rest of the unpacked forms, behind the checks of shapes and mask."""
+    scale, token_dim = check_scale(op, scale, q.shape[-1]), layout.index("t")
     q, k, v = (x if spec.rows_apart(x, token_dim) else x.contiguous() for x in cast_to_autocast(q, k, v))
-    chosen = resolve(OP, backend, q.device, q.dtype, q.shape[-1])
+    chosen = resolve(op, backend, q.device, q.dtype, q.shape[-1])
     if layout == "bthd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out, lse = forward_op(q, k, v, lengths, window, sink, scale, chosen)
+    out, lse = forward_op(q, k, v, code, q_lengths, k_lengths, scale, chosen)
     if layout == "bthd":
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
+
+
+@overload
+def segment_attention_packed(
+    qkv: torch.Tensor, mask: SegmentMask, *, segment_length: int | Sequence[int], scale: float | None = ...,
+    return_lse: Literal[False] = ..., backend: str | None = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def segment_attention_packed(
+    qkv: torch.Tensor, mask: SegmentMask, *, segment_length: int | Sequence[int], scale: float | None = ...,
+    return_lse: Literal[True], backend: str | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+def segment_attention_packed(
+    qkv: torch.Tensor,
+    mask: SegmentMask,
+    *,
+    segment_length: int | Sequence[int],
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`segment_attention` of one packed projection, whose gradient comes back packed: no copy joins dq, dk, dv.
+
+    Args:
+        qkv: (B, T, 3, H, D), any strides with a contiguous last dim.
+        mask: S x S.
+        segment_length, scale, return_lse, backend: as in `segment_attention`.
+
+    Returns:
+        out, (B, T, H, D) contiguous; with return_lse (out, lse), lse (B, H, T) fp32.
+
+    Raises:
+        ValueError: as `segment_attention`.
+    """
+    op = "segment_attention_packed"
+    spec.check_packed(op, qkv)
+    if not isinstance(mask, SegmentMask):
+        raise ValueError(f"{op}: mask is {described(mask)}; expected an ard_kernels.SegmentMask")
+    lengths = check_segment_length(op, segment_length, "qkv", qkv.shape[1], (1, qkv.shape))
+    spec.check_mask(op, mask, *[segment_count(lengths, qkv.shape[1])] * 2)
+    return _attend_packed(op, qkv, mask.code, lengths, scale, return_lse, backend)
 
 
 @overload
@@ -104,14 +224,14 @@ def block_causal_attention_packed(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`block_causal_attention` of one packed projection, whose gradient comes back packed: no copy joins dq, dk, dv.
+    """`block_causal_attention` of one packed projection (B, T, 3, H, D): `segment_attention_packed` with its mask.
 
     Args:
-        qkv: (B, T, 3, H, D), any strides with a contiguous last dim.
-        segment_length, window, sink, scale, return_lse, backend: as in `block_causal_attention`.
+        qkv, segment_length, scale, return_lse, backend: as in `segment_attention_packed`.
+        window, sink: as in `block_causal_attention`.
 
     Returns:
-        out, (B, T, H, D) contiguous; with return_lse (out, lse), lse (B, H, T) fp32.
+        As `segment_attention_packed`.
 
     Raises:
         ValueError: as `block_causal_attention`.
@@ -119,11 +239,19 @@ def block_causal_attention_packed(
     op = "block_causal_attention_packed"
     spec.check_packed(op, qkv)
     lengths = check_segment_length(op, segment_length, "qkv", qkv.shape[1], (1, qkv.shape))
-    window, sink = spec.check_window(op, window, sink)
+    code = _causal(op, window, sink, lengths, qkv.shape[1])
+    return _attend_packed(op, qkv, code, lengths, scale, return_lse, backend)
+
+
+def _attend_packed(
+    op: str, qkv: torch.Tensor, code: str, lengths: list[int], scale: float | None, return_lse: bool,
+    backend: str | None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The rest of the packed forms, behind the checks of shape and mask."""
     scale = check_scale(op, scale, qkv.shape[-1])
     (qkv,) = cast_to_autocast(qkv)
     qkv = qkv if spec.rows_apart(qkv, 1) else qkv.contiguous()
-    chosen = resolve(OP, backend, qkv.device, qkv.dtype, qkv.shape[-1])
-    out, lse = packed_op(qkv, lengths, window, sink, scale, chosen)
+    chosen = resolve(op.removesuffix("_packed"), backend, qkv.device, qkv.dtype, qkv.shape[-1])
+    out, lse = packed_op(qkv, code, lengths, scale, chosen)
     out = out.transpose(1, 2)
     return (out, lse) if return_lse else out

@@ -1,7 +1,8 @@
-"""Block-causal attention, said once: segments, who sees whom, validation. Pure index algebra, no data movement.
+"""Attention over segments, said once: which tokens see which, validation. Pure index algebra, no data movement.
 
-A query in segment s sees the keys of segments `max(0, s - window + 1) .. s` (window None: `0 .. s`) and of the
-first `sink` segments. The masks of the ARD paper (arXiv 2504.11295, Fig. 4):
+A mask (`mask.py`) says which query segment sees which key segment. Block-causal: a query in segment s sees the keys of
+segments `max(0, s - window + 1) .. s` (window None: `0 .. s`) and of the first `sink` segments. The masks of the ARD
+paper (arXiv 2504.11295, Fig. 4):
 
     M1 block-diagonal   window=1            M3 own + noise segment   window=1, sink=1
     M2 sliding window   window=2            M4 block-causal          window=None
@@ -11,70 +12,82 @@ first `sink` segments. The masks of the ARD paper (arXiv 2504.11295, Fig. 4):
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
+from ard_kernels.block_causal_attention.mask import Run, SegmentMask, causal_code, mask_of
 from ard_kernels.common.arguments import check_int, check_tensor, described, is_int
 from ard_kernels.common.dtypes import DTYPES, EXPECTED, accumulation_dtype
-from ard_kernels.common.segments import segment_offsets
+from ard_kernels.common.segments import segment_count, segment_offsets
 
 MAX_HEAD_DIM = 256
-MOST_SEGMENTS = 1 << 31  # a window or sink beyond is no other mask, but would not fit into the ops' int64
+MOST_SEGMENTS = 1 << 31  # a window or sink beyond is no other mask
 
 
-def first_window_segment(segment: int, window: int | None) -> int:
-    """First segment inside the window of a query in `segment`."""
-    return 0 if window is None else max(0, segment - window + 1)
+class Segments(NamedTuple):
+    """A mask and the segments it stands over, as ops and backends pass them on; hashable."""
+
+    mask: str  # SegmentMask.code, or causal_code
+    q_lengths: tuple[int, ...]
+    k_lengths: tuple[int, ...]
 
 
-def key_ranges(offsets: Sequence[int], segment: int, window: int | None, sink: int) -> list[tuple[int, int]]:
-    """Token ranges [start, stop) that a query of `segment` sees: one, or sink and window when they do not touch."""
-    first = first_window_segment(segment, window)
-    if sink >= first:
-        return [(offsets[0], offsets[segment + 1])]
-    own = (offsets[first], offsets[segment + 1])
-    return [(offsets[0], offsets[sink]), own] if sink else [own]
+class Visibility(NamedTuple):
+    """`Segments` in tokens."""
+
+    q_offsets: list[int]  # (S_q + 1,)
+    k_offsets: list[int]  # (S_k + 1,)
+    keys: list[list[Run]]  # per query segment, the token ranges it sees, in order and apart
+    queries: list[list[Run]]  # per key segment, those of the queries that see it
+    pairs: int  # (query, key) token pairs that the mask keeps
 
 
-def query_range(offsets: Sequence[int], segment: int, window: int | None, sink: int) -> tuple[int, int]:
-    """Token range [start, stop) of the queries that see `segment`; always contiguous, which the backward uses."""
-    segments = len(offsets) - 1
-    last = segments if window is None or segment < sink else min(segments, segment + window)
-    return offsets[segment], offsets[last]
+@lru_cache(maxsize=1024)
+def visibility(segments: Segments, q_tokens: int, k_tokens: int) -> Visibility:
+    """`segments` in tokens; made once per shape."""
+    q_offsets, k_offsets = (
+        segment_offsets(lengths, tokens)
+        for lengths, tokens in ((segments.q_lengths, q_tokens), (segments.k_lengths, k_tokens))
+    )
+    mask = mask_of(segments.mask, len(q_offsets) - 1)
+    keys = _tokens(mask, k_offsets)
+    queries = _tokens(mask.transposed(), q_offsets)
+    return Visibility(q_offsets, k_offsets, keys, queries, mask.pairs(q_offsets, k_offsets))
+
+
+def _tokens(mask: SegmentMask, offsets: list[int]) -> list[list[Run]]:
+    return [[(offsets[first], offsets[stop]) for first, stop in runs] for runs in mask.runs]
+
+
+def segment_ids(offsets: Sequence[int], device: torch.device | None = None) -> torch.Tensor:
+    """(T,) segment of each token."""
+    stops = torch.tensor(offsets[1:], device=device)
+    return torch.bucketize(torch.arange(offsets[-1], device=device), stops, right=True)
+
+
+def block_causal(lengths: Sequence[int], window: int | None, sink: int) -> Segments:
+    """Segments of which each sees earlier ones, by the op's `lengths`."""
+    return Segments(causal_code(window, sink), tuple(lengths), tuple(lengths))
 
 
 def useful_pairs(lengths: Sequence[int], tokens: int, window: int | None, sink: int) -> int:
-    """Number of (query, key) pairs that the mask keeps."""
-    offsets = segment_offsets(lengths, tokens)
-    pairs = 0
-    for segment in range(len(offsets) - 1):
-        keys = sum(stop - start for start, stop in key_ranges(offsets, segment, window, sink))
-        pairs += (offsets[segment + 1] - offsets[segment]) * keys
-    return pairs
-
-
-def segment_ids(lengths: Sequence[int], tokens: int, device: torch.device | None = None) -> torch.Tensor:
-    """(T,) segment of each token."""
-    stops = torch.tensor(segment_offsets(lengths, tokens)[1:], device=device)
-    return torch.bucketize(torch.arange(tokens, device=device), stops, right=True)
-
-
-def sees(query_Q: torch.Tensor, key_K: torch.Tensor, window: int | None, sink: int) -> torch.Tensor:
-    """(Q, K) bool: the mask predicate itself, on the segments of queries and keys."""
-    query_Q1, key_1K = query_Q[:, None], key_K[None, :]
-    in_window = key_1K <= query_Q1
-    if window is not None:
-        in_window &= key_1K > query_Q1 - window
-    return in_window | ((key_1K < sink) & (key_1K <= query_Q1))
+    """Number of (query, key) pairs that a block-causal mask keeps."""
+    return visibility(block_causal(lengths, window, sink), tokens, tokens).pairs
 
 
 def dense_mask(
-    lengths: Sequence[int], tokens: int, window: int | None, sink: int, device: torch.device | None = None
+    lengths: Sequence[int], tokens: int, window: int | None, sink: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """(T, T) bool, True where query (row) sees key (column)."""
-    segment_T = segment_ids(lengths, tokens, device)
-    return sees(segment_T, segment_T, window, sink)
+    """(T, T) bool of a block-causal mask, True where query (row) sees key (column)."""
+    offsets = segment_offsets(lengths, tokens)
+    each = [stop - start for start, stop in pairwise(offsets)]
+    return mask_of(causal_code(window, sink), len(each)).dense(each, device=device)
 
 
 def empty_output(q_BHTD: torch.Tensor) -> torch.Tensor:
@@ -91,27 +104,91 @@ def check_window(op: str, window: int | None, sink: int) -> tuple[int | None, in
     return None if window is None else min(int(window), MOST_SEGMENTS), min(sink, MOST_SEGMENTS)
 
 
-def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
-    """ValueError unless q, k, v are alike: 4-D, one shape, dtype and device, head dim a multiple of 8 up to 256."""
+def warn_of_tokens(op: str, window: int | None, lengths: Sequence[int], tokens: int) -> None:
+    """Tell who passes a window in tokens: it is larger than the number of segments, and so no window at all."""
+    if window is None or is_compiling() or window < lengths[0] or lengths[0] < 8:
+        return
+    segments = segment_count(lengths, tokens)
+    if window > segments and window % lengths[0] == 0:
+        warnings.warn(
+            f"{op}: window={window} of {segments} segments sees all of them. A window counts segments, the own one "
+            f"included; {window} tokens are window={window // lengths[0]}",
+            stacklevel=3,
+        )
+
+
+def check_code(
+    op: str, code: str, q_lengths: Sequence[int], k_lengths: Sequence[int], tokens: tuple[int, int]
+) -> None:
+    """ValueError unless `code`, as ops take a mask, is one over as many query and key segments as there are."""
+    counts = segment_count(q_lengths, tokens[0]), segment_count(k_lengths, tokens[1])
+    if code.startswith("causal ") and counts[0] != counts[1]:
+        raise ValueError(f"{op}: k has {counts[1]} segments; expected q's {counts[0]}")
+    try:
+        mask = mask_of(code, counts[0])
+    except ValueError as error:
+        raise ValueError(f"{op}: {error}") from None
+    check_mask(op, mask, *counts)
+
+
+def check_mask(op: str, mask: SegmentMask, query_segments: int, key_segments: int) -> None:
+    """ValueError unless the mask has so many query and key segments."""
+    for name, segments, expected in (
+        ("q", query_segments, mask.query_segments),
+        ("k", key_segments, mask.key_segments),
+    ):
+        if segments != expected:
+            raise ValueError(f"{op}: {name} has {segments} segments; expected the mask's {expected}")
+
+
+def check_qkv(
+    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str,
+    grouped: bool = True, own_tokens: bool = False,
+) -> None:  # fmt: skip
+    """ValueError unless q, k, v are 4-D and alike in dtype and device, head dim a multiple of 8 up to 256.
+
+    k and v have q's shape, but for heads that divide q's (grouped) and another number of tokens (own_tokens).
+    """
     if layout not in ("bhtd", "bthd"):
         raise ValueError(f"{op}: layout is {described(layout)}; expected 'bhtd' or 'bthd'")
     check_tensor(op, "q", q)
     if q.dim() != 4:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected 4 dims ({', '.join(layout.upper())})")
-    check_like_q(op, q, {"k": k, "v": v})
+    check_tensor(op, "k", k)
+    expected = list(q.shape)
+    if k.dim() == 4:
+        head_dim, token_dim = layout.index("h"), layout.index("t")
+        heads, kv_heads = q.shape[head_dim], k.shape[head_dim]
+        if grouped and (heads == kv_heads or (kv_heads > 0 and heads % kv_heads == 0)):
+            expected[head_dim] = kv_heads
+        if own_tokens:
+            expected[token_dim] = k.shape[token_dim]
+    if k.dim() != 4 or list(k.shape) != expected:
+        free = " (heads may be fewer that divide q's)" * grouped + " (with tokens of its own)" * own_tokens
+        raise ValueError(f"{op}: k has shape {tuple(k.shape)}; expected q's {tuple(q.shape)}{free}")
+    _check_alike(op, "q", q, {"k": k})
+    check_tensor(op, "v", v)
+    if v.shape != k.shape:
+        raise ValueError(f"{op}: v has shape {tuple(v.shape)}; expected k's {tuple(k.shape)}")
+    _check_alike(op, "q", q, {"v": v})
     check_dtype_and_head_dim(op, "q", q.dtype, q.shape[-1])
 
 
-def check_like_q(op: str, q: torch.Tensor, others: dict[str, torch.Tensor]) -> None:
-    """ValueError unless the others have q's shape, dtype and device."""
-    for name, other in others.items():
-        check_tensor(op, name, other)
-        if other.shape != q.shape:
-            raise ValueError(f"{op}: {name} has shape {tuple(other.shape)}; expected q's {tuple(q.shape)}")
-        if other.dtype != q.dtype:
-            raise ValueError(f"{op}: {name} has dtype {other.dtype}; expected q's {q.dtype}")
-        if other.device != q.device:
-            raise ValueError(f"{op}: {name} is on {other.device}; expected q's {q.device}")
+def check_like(op: str, name: str, x: torch.Tensor, others: dict[str, torch.Tensor]) -> None:
+    """ValueError unless the others have the shape, dtype and device of x, which is called `name`."""
+    for other_name, other in others.items():
+        check_tensor(op, other_name, other)
+        if other.shape != x.shape:
+            raise ValueError(f"{op}: {other_name} has shape {tuple(other.shape)}; expected {name}'s {tuple(x.shape)}")
+    _check_alike(op, name, x, others)
+
+
+def _check_alike(op: str, name: str, x: torch.Tensor, others: dict[str, torch.Tensor]) -> None:
+    for other_name, other in others.items():
+        if other.dtype != x.dtype:
+            raise ValueError(f"{op}: {other_name} has dtype {other.dtype}; expected {name}'s {x.dtype}")
+        if other.device != x.device:
+            raise ValueError(f"{op}: {other_name} is on {other.device}; expected {name}'s {x.device}")
 
 
 def check_packed(op: str, qkv: torch.Tensor) -> None:
@@ -152,9 +229,9 @@ def check_rows_apart(op: str, tensors: dict[str, torch.Tensor], token_dim: int =
             )
 
 
-def check_lse(op: str, lse: torch.Tensor, q: torch.Tensor) -> None:
+def check_lse(op: str, lse: torch.Tensor, q: torch.Tensor, name: str = "lse") -> None:
     """ValueError unless lse is what the forward returns for q (B, H, T, D)."""
-    check_tensor(op, "lse", lse)
+    check_tensor(op, name, lse)
     dtype = accumulation_dtype(q.dtype)
     if lse.shape != q.shape[:3] or lse.dtype != dtype or lse.device != q.device or not lse.is_contiguous():
-        raise ValueError(f"{op}: lse is {described(lse)}; expected contiguous {dtype} of shape {tuple(q.shape[:3])}")
+        raise ValueError(f"{op}: {name} is {described(lse)}; expected contiguous {dtype} of shape {tuple(q.shape[:3])}")

@@ -3,17 +3,21 @@
 Forward and dQ: rows are queries, columns keys. dK and dV: rows are keys, columns the queries that see them. A row tile
 visits *full* column tiles, which every one of its rows sees whole, without any mask arithmetic; then *masked* ones.
 
-    items   (tiles, 8)  row start, row stop, first run's start and tiles, second run's start and tiles (the full tiles:
-                        at most two runs, sink and window), first and last + 1 of its entries in `masked`
-    masked  (n, 2)      column start and stop: columns of the tile at or past stop do not count
-    bounds  (T, 3)      what a row sees: columns < bounds[0], and bounds[1] <= column < bounds[2]
+    items         (tiles, 8)  row start, row stop, first run's start and tiles, second run's start and tiles (the full
+                              tiles of the two longest runs), first and last + 1 of its entries in `masked`
+    masked        (n, 4)      column start and stop: columns of the tile at or past stop do not count; `at`: the bounds
+                              of a row of segment s are bounds[at + s]; 0
+    bounds        (m, 4)      what a row sees of a masked tile: columns < bounds[0], and bounds[1] <= column < bounds[2]
+    row_segments  (T,)        segment of each row
 
-Rows of a tile with the most column tiles come first, so that the last wave of thread blocks is a short one.
+Row tiles of the same segments share their masked entries. Every row tile has a column tile: one that sees nothing has a
+masked one without columns. Tiles with the most column tiles come first, so that the last wave of thread blocks is a
+short one.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -22,21 +26,33 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ard_kernels.block_causal_attention.spec import key_ranges, query_range
+from ard_kernels.block_causal_attention.mask import Run, merged
+from ard_kernels.block_causal_attention.spec import Segments, visibility
 from ard_kernels.common.gpu_support import upload
-from ard_kernels.common.segments import segment_offsets
 
 # Heads whose keys and values fit in half of an H100's 50 MB of L2 are worked on together, tile by tile; the next group
 # starts when they are done. Without groups (all heads' longest tile first) K and V would come from HBM for every tile.
 GROUP_BYTES = 24 << 20
 
+Bounds = tuple[int, int, int, int]
+
+
+class Tables(NamedTuple):
+    """Of one mask at one tile size, as NumPy arrays (see the module's docstring)."""
+
+    items: np.ndarray
+    masked: np.ndarray
+    bounds: np.ndarray
+    row_segments: np.ndarray
+
 
 class Schedule(NamedTuple):
-    """Tables of one mask at one tile size (see the module's docstring)."""
+    """`Tables` on a device."""
 
     items: torch.Tensor
     masked: torch.Tensor
     bounds: torch.Tensor
+    row_segments: torch.Tensor
 
     @property
     def has_masked(self) -> bool:
@@ -55,111 +71,150 @@ def heads_per_group(batch_heads: int, bytes_per_head: int) -> int:
     return -(-batch_heads // groups)
 
 
-def visible_ranges(offsets: Sequence[int], window: int | None, sink: int, by_key: bool) -> list[list[tuple[int, int]]]:
-    """Per segment, the column ranges its rows see: at most two, in order."""
-    segments = range(len(offsets) - 1)
-    if by_key:
-        return [[query_range(offsets, segment, window, sink)] for segment in segments]
-    return [key_ranges(offsets, segment, window, sink) for segment in segments]
-
-
-def row_bounds(offsets: Sequence[int], ranges: list[list[tuple[int, int]]]) -> np.ndarray:
-    """`bounds` of the module's docstring."""
-    per_segment = [(0, *own[0]) if len(own) == 1 else (own[0][1], *own[1]) for own in ranges]
-    return np.repeat(np.array(per_segment, np.int32), np.diff(offsets), axis=0)
-
-
-def _runs(ranges: list[list[tuple[int, int]]]) -> list[tuple[int, int, bool]]:
+def _pieces(ranges: Sequence[Sequence[Run]]) -> list[tuple[int, int, bool]]:
     """Columns that some segment sees, cut where who sees them changes: (start, stop, all segments see it), merged."""
     if len(ranges) == 1:
         return [(start, stop, True) for start, stop in ranges[0]]
-    cuts = sorted({cut for own in ranges for pair in own for cut in pair})
-    runs: list[tuple[int, int, bool]] = []
-    for start, stop in pairwise(cuts):
-        seen = sum(any(a <= start < b for a, b in own) for own in ranges)
+    seen_from: dict[int, int] = {}  # at each cut, by how many segments more the columns from there on are seen
+    for own in ranges:
+        for start, stop in own:
+            seen_from[start] = seen_from.get(start, 0) + 1
+            seen_from[stop] = seen_from.get(stop, 0) - 1
+    pieces: list[tuple[int, int, bool]] = []
+    seen = 0
+    for start, stop in pairwise(sorted(seen_from)):
+        seen += seen_from[start]
         if seen == 0:
             continue
         full = seen == len(ranges)
-        if runs and runs[-1][1] == start and runs[-1][2] == full:
-            start = runs.pop()[0]
-        runs.append((start, stop, full))
-    return runs
+        if pieces and pieces[-1][1] == start and pieces[-1][2] == full:
+            start = pieces.pop()[0]
+        pieces.append((start, stop, full))
+    return pieces
 
 
-def tile_runs(runs: list[tuple[int, int, bool]], block: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """Full runs as [start, tiles] x 2 flat, and the masked tiles; what is left of a full run joins the run after it."""
-    full: list[int] = []
-    partial: list[tuple[int, int]] = []
-    for start, stop, whole in runs:
-        if whole:
-            tiles = (stop - start) // block
-            if tiles:
-                full += [start, tiles]
-            start += tiles * block
-        if partial and partial[-1][1] == start:
-            start = partial.pop()[0]
-        if start < stop:
-            partial.append((start, stop))
-    masked = [(tile, stop) for start, stop in partial for tile in range(start, stop, block)]
-    return full + [0] * (4 - len(full)), masked
+def tile_runs(pieces: Sequence[tuple[int, int, bool]], block: int) -> tuple[list[int], list[Run]]:
+    """The full tiles as two runs, [start, tiles] x 2 flat, and the columns left for masked tiles, in order."""
+    tiles_of = [(stop - start) // block if full else 0 for start, stop, full in pieces]
+    longest = sorted(range(len(pieces)), key=lambda i: -tiles_of[i])[:2]
+    runs: list[int] = []
+    rest: list[Run] = []
+    for i, (start, stop, _) in enumerate(pieces):
+        if i in longest and tiles_of[i]:
+            runs += [start, tiles_of[i]]
+            start += tiles_of[i] * block
+        rest.append((start, stop))
+    return runs + [0] * (4 - len(runs)), merged(rest)
 
 
-def _tables(
-    offsets: Sequence[int], ranges: list[list[tuple[int, int]]], cuts: list[tuple[int, int]], block: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """items and masked for the row tiles `cuts`, longest first."""
-    rows: list[tuple[int, ...]] = []
-    masked: list[tuple[int, int]] = []
-    known: dict[tuple[int, int], tuple] = {}
-    for start, stop in cuts:
-        segments = bisect_right(offsets, start) - 1, bisect_right(offsets, stop - 1)
-        if segments not in known:
-            full, partial = tile_runs(_runs(ranges[slice(*segments)]), block)
-            known[segments] = (*full, len(masked), len(masked) + len(partial))
-            masked += partial
-        rows.append((start, stop, *known[segments]))
-    items = np.array(rows, np.int32).reshape(-1, 8)
-    longest_first = np.argsort(-column_tiles(items), kind="stable")
-    return items[longest_first], np.array(masked, np.int32).reshape(-1, 2)
+def _bounds(start: int, stop: int, ranges: Sequence[Run]) -> Bounds | None:
+    """What a row that sees `ranges` sees of the columns start .. stop; None when it takes more than two intervals."""
+    first = max(0, bisect_right(ranges, (start,)) - 1)
+    inside = [(max(a, start), min(b, stop)) for a, b in ranges[first : bisect_left(ranges, (stop,))]]
+    inside = [(a, b) for a, b in inside if a < b]
+    if not inside:
+        return 0, 0, 0, 0
+    if len(inside) == 1:
+        return 0, *inside[0], 0
+    if len(inside) == 2 and inside[0][0] == start:
+        return inside[0][1], *inside[1], 0
+    return None
+
+
+def masked_tiles(rest: Sequence[Run], ranges: Sequence[Sequence[Run]], block: int) -> list[tuple[Run, list[Bounds]]]:
+    """The masked tiles over the columns `rest`: (start, stop), and the bounds of each segment's rows.
+
+    A tile ends early where a row would see more of it than two intervals.
+    """
+    tiles: list[tuple[Run, list[Bounds]]] = []
+    for start, end in rest:
+        while start < end:
+            stop = min(start + block, end)
+            each = [_bounds(start, stop, own) for own in ranges]
+            while None in each:  # the last place where what some row sees begins or ends
+                stop = max(cut for own in ranges for run in own for cut in run if start < cut < stop)
+                each = [_bounds(start, stop, own) for own in ranges]
+            if any(bounds != (0, 0, 0, 0) for bounds in each):
+                tiles.append(((start, stop), [bounds for bounds in each if bounds is not None]))
+            start = stop
+    return tiles
+
+
+class _Builder:
+    """Tables for one way to cut the rows."""
+
+    def __init__(self, offsets: Sequence[int], ranges: Sequence[Sequence[Run]], block: int):
+        self.offsets, self.ranges, self.block = offsets, ranges, block
+        self.masked: list[tuple[int, int, int, int]] = []
+        self.bounds: list[Bounds] = []
+        self.known: dict[Run, tuple[int, ...]] = {}
+
+    def columns(self, segments: Run) -> tuple[int, ...]:
+        """The last six fields of an item whose rows are of these segments."""
+        if segments not in self.known:
+            first, last = segments
+            ranges = self.ranges[first:last]
+            runs, rest = tile_runs(_pieces(ranges), self.block)
+            tiles = masked_tiles(rest, ranges, self.block)
+            if not tiles and not runs[1]:
+                tiles = [((0, 0), [(0, 0, 0, 0)] * len(ranges))]
+            begin = len(self.masked)
+            for (start, stop), bounds in tiles:
+                self.masked.append((start, stop, len(self.bounds) - first, 0))
+                self.bounds += bounds
+            self.known[segments] = (*runs, begin, len(self.masked))
+        return self.known[segments]
+
+    def tables(self, cuts: Sequence[Run]) -> tuple[np.ndarray, ...]:
+        """items, longest first, masked and bounds for the row tiles `cuts`."""
+        rows = [
+            (start, stop, *self.columns((bisect_right(self.offsets, start) - 1, bisect_left(self.offsets, stop))))
+            for start, stop in cuts
+        ]
+        items = np.array(rows, np.int32).reshape(-1, 8)
+        longest_first = np.argsort(-column_tiles(items), kind="stable")
+        masked, bounds = (np.array(table, np.int32).reshape(-1, 4) for table in (self.masked, self.bounds))
+        return items[longest_first], masked, bounds
 
 
 def make_tables(
-    lengths: Sequence[int],
-    tokens: int,
-    window: int | None,
-    sink: int,
-    block_rows: int,
-    block_columns: int,
-    by_key: bool,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(items, masked, bounds) as the module's docstring says.
+    segments: Segments, q_tokens: int, k_tokens: int, block_rows: int, block_columns: int, by_key: bool
+) -> Tables:
+    """The tables as the module's docstring says.
 
     Row tiles either start anew at every segment, or run across segments: whichever visits fewer column tiles.
     """
-    offsets = segment_offsets(lengths, tokens)
-    ranges = visible_ranges(offsets, window, sink, by_key)
+    seen = visibility(segments, q_tokens, k_tokens)
+    offsets, ranges = (seen.k_offsets, seen.queries) if by_key else (seen.q_offsets, seen.keys)
+    tokens = offsets[-1]
     aligned = [
         (start, min(start + block_rows, stop))
         for begin, stop in pairwise(offsets)
         for start in range(begin, stop, block_rows)
     ]
     across = [(start, min(start + block_rows, tokens)) for start in range(0, tokens, block_rows)]
-    choices = [_tables(offsets, ranges, cuts, block_columns) for cuts in (aligned, across)]
-    items, masked = min(choices, key=lambda tables: int(column_tiles(tables[0]).sum()))
-    return items, masked, row_bounds(offsets, ranges)
+    choices = [_Builder(offsets, ranges, block_columns).tables(cuts) for cuts in (aligned, across)]
+    items, masked, bounds = min(choices, key=lambda tables: int(column_tiles(tables[0]).sum()))
+    row_segments = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
+    return Tables(items, masked, bounds, row_segments)
+
+
+def useful_share(segments: Segments, q_tokens: int, k_tokens: int, block: tuple[int, int], by_key: bool) -> float:
+    """Share of the (row, column) pairs of all visited tiles that the mask keeps: what a launch's FLOPs are good for."""
+    items = make_tables(segments, q_tokens, k_tokens, *block, by_key).items
+    return visibility(segments, q_tokens, k_tokens).pairs / (int(column_tiles(items).sum()) * block[0] * block[1])
 
 
 @lru_cache(maxsize=1024)
 def schedule(
-    lengths: tuple[int, ...],
-    tokens: int,
-    window: int | None,
-    sink: int,
+    segments: Segments,
+    q_tokens: int,
+    k_tokens: int,
     block_rows: int,
     block_columns: int,
     by_key: bool,
     device: torch.device,
 ) -> Schedule:
     """The tables on `device`; made once."""
-    tables = make_tables(lengths, tokens, window, sink, block_rows, block_columns, by_key)
+    tables = make_tables(segments, q_tokens, k_tokens, block_rows, block_columns, by_key)
     return Schedule(*(upload(table, device) for table in tables))

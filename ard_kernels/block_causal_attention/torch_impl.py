@@ -1,27 +1,29 @@
 """Block-causal attention as a composition of PyTorch ops: no T x T mask (but for tiny T).
 
 Forward, one attention call per group of query segments over the keys they see. Backward, one call per group of *key*
-segments over the queries that see them: that set is contiguous for every mask, dK and dV of the group come out
-complete, and only dQ is accumulated (half the additions of a loop over query segments). This is exact because each call
-gets the global output and log-sum-exp. A group is one segment, whose call wastes no FLOP, or several short ones under a
-mask. Block-diagonal masks over equal segments become one call by a batch reshape.
+segments and run of queries that see them (block-causal masks have one run): dK and dV of the group are complete after
+its last call, and only dQ is accumulated (half the additions of a loop over query segments). This is exact because each
+call gets the global output and log-sum-exp. A group is one segment, whose call wastes no FLOP, or several short ones
+under a mask. Block-diagonal masks over equal segments become one call by a batch reshape.
+
+Query heads that share a head of keys and values are more queries of that head: no copy of keys or values is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ard_kernels.block_causal_attention.spec import empty_output, key_ranges, query_range, sees, segment_ids
+from ard_kernels.block_causal_attention.mask import Run, mask_of, merged
+from ard_kernels.block_causal_attention.spec import Segments, empty_output, visibility
 from ard_kernels.common.autocast import without_autocast
 from ard_kernels.common.dtypes import accumulation_dtype
 from ard_kernels.common.library import private
-from ard_kernels.common.segments import segment_offsets
 
 # Segments shorter than ALONE share calls, GROUP tokens or more in each; longer ones have a call each. Measured with
 # AVX2, fp32, 1 thread, forward + backward in ms by tokens of a group (first: a call per segment):
@@ -36,7 +38,7 @@ FEWEST_KEYS = 16
 MOST_KEPT_PAIRS = 1 << 20  # masks of 4 MiB in fp32 are kept for the next call of their shape; larger ones are made anew
 
 Gradients = tuple[Tensor, Tensor, Tensor]
-TokenRanges = list[tuple[int, int]]  # [start, stop)
+TokenRanges = list[Run]
 
 # What scaled_dot_product_attention calls on the CPU; called directly for its log-sum-exp and its backward. None in a
 # version of torch that has them under other names: matmuls serve there too.
@@ -50,6 +52,9 @@ def _fused(device: torch.device) -> bool:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v and lse (B, H, T). The CPU has a fused kernel; elsewhere fp32 matmuls."""
+    if q.shape[1] != k.shape[1]:
+        out, lse = attend(*_as_queries(k.shape[1], q), k, v, scale, _of_queries(q, k, mask))
+        return _as_heads(q, out), _as_heads(q, lse)
     if _fused(q.device):
         if mask is None and k.shape[2] < FEWEST_KEYS:
             mask = q.new_zeros(q.shape[2], k.shape[2])
@@ -69,18 +74,59 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None =
 
 
 def attend_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, mask: Tensor | None
-) -> Gradients:
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    mask: Tensor | None,
+) -> Gradients:  # fmt: skip
     """(dq, dk, dv) of `attend` restricted to these queries and keys, given the *global* out and lse of the queries."""
-    if _fused(q.device):
+    if q.shape[1] != k.shape[1]:
+        grad_, q_, out_ = _as_queries(k.shape[1], grad_out, q, out)
+        lse_, *grad_lse_ = _as_queries(k.shape[1], *(x for x in (lse, grad_lse) if x is not None))
+        dq, dk, dv = attend_backward(
+            grad_, grad_lse_[0] if grad_lse_ else None, q_, k, v, out_, lse_, scale, _of_queries(q, k, mask)
+        )
+        return _as_heads(q, dq), dk, dv
+    if not _fused(q.device):
+        return _attend_backward(grad_out, grad_lse, q, k, v, out, lse, scale, mask)
+    if grad_lse is None:
         return _FLASH_BACKWARD(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
-    return _attend_backward(grad_out, q, k, v, out, lse, scale, mask)
+    # ds = p (do v^T + dlse - delta): dlse as two more numbers of do, which add up to it, beside ones of v.
+    most = grad_lse.to(q.dtype)
+    pair = torch.stack((most, (grad_lse - most).to(q.dtype)), -1)
+    wide = (_widen(x, 0) for x in (q, k))
+    dq, dk, dv = _FLASH_BACKWARD(
+        _widen(grad_out, pair), *wide, _widen(v, 1), _widen(out, 0), lse, 0.0, False, attn_mask=mask, scale=scale
+    )
+    D = q.shape[-1]
+    return dq[..., :D], dk[..., :D], dv[..., :D]
+
+
+def _widen(x: Tensor, by: Tensor | int) -> Tensor:
+    """x (..., D) as (..., D + 8) with `by` in the first two new places."""
+    wide = torch.nn.functional.pad(x, (0, 8))
+    wide[..., x.shape[-1] : x.shape[-1] + 2] = by
+    return wide
+
+
+def _as_queries(kv_heads: int, *tensors: Tensor) -> list[Tensor]:
+    """(B, H, T, ...) as (B, kv_heads, heads per kv head * T, ...)."""
+    return [x.unflatten(1, (kv_heads, -1)).flatten(2, 3) for x in tensors]
+
+
+def _as_heads(like: Tensor, x: Tensor) -> Tensor:
+    """Inverse of `_as_queries`, for the (B, H, T) of `like`."""
+    return x.unflatten(2, (-1, like.shape[2])).flatten(1, 2)
+
+
+def _of_queries(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask of `_as_queries(q)`."""
+    return None if mask is None else mask.repeat(q.shape[1] // k.shape[1], 1)
 
 
 @without_autocast
 def _attend_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, mask: Tensor | None
-) -> Gradients:
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    mask: Tensor | None,
+) -> Gradients:  # fmt: skip
     """`attend_backward` by matmuls."""
     acc = accumulation_dtype(q.dtype)
     q_, k_, v_, grad_out_ = q.to(acc), k.to(acc), v.to(acc), grad_out.to(acc)
@@ -89,6 +135,8 @@ def _attend_backward(
         scores = scores + mask
     p = (scores - lse[..., None]).exp()
     delta = (grad_out_ * out.to(acc)).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta - grad_lse[..., None]
     ds = p * (grad_out_ @ v_.transpose(-1, -2) - delta) * scale
     return (ds @ k_).to(q.dtype), (ds.transpose(-1, -2) @ q_).to(q.dtype), (p.transpose(-1, -2) @ grad_out_).to(q.dtype)
 
@@ -96,69 +144,70 @@ def _attend_backward(
 class Block(NamedTuple):
     """One attention call: the queries of one or several segments (backward: the keys), and what any of them sees."""
 
-    rows: tuple[int, int]
-    columns: TokenRanges
-    make_mask: Callable[[], Tensor] | None  # None: all rows see all columns
+    rows: Run
+    columns: TokenRanges  # backward: one
+    make_mask: Callable[[], Tensor] | None  # of 0 and -inf, (queries, keys); None: all rows see all columns
 
     def mask(self) -> Tensor | None:
-        """(queries, keys) of 0 and -inf."""
         return None if self.make_mask is None else self.make_mask()
 
 
 class Plan(NamedTuple):
     """How to run one shape; made once, since tiny ones would notice."""
 
-    folded: int  # tokens per segment where a block-diagonal mask is one call on a batch of segments; else 0
+    folded: Run | None  # tokens of a query and a key segment where a block-diagonal mask is one call on a batch of them
     forward: list[Block]
     backward: list[Block]
 
 
-def _groups(offsets: Sequence[int], grouped: bool) -> list[tuple[int, int]]:
-    """(first, stop) segments that share a call."""
-    groups: list[tuple[int, int]] = []
+def _groups(offsets: Sequence[int], alone: Sequence[bool]) -> list[Run]:
+    """[first, stop) segments that share a call."""
+    groups: list[Run] = []
     first = 0
     for stop in range(1, len(offsets)):
-        long = offsets[stop] - offsets[stop - 1] >= ALONE
-        if long and first < stop - 1:
+        if alone[stop - 1] and first < stop - 1:
             groups.append((first, stop - 1))
             first = stop - 1
-        if not grouped or long or offsets[stop] - offsets[first] >= GROUP or stop == len(offsets) - 1:
+        if alone[stop - 1] or offsets[stop] - offsets[first] >= GROUP or stop == len(offsets) - 1:
             groups.append((first, stop))
             first = stop
     return groups
 
 
-def _union(ranges: Sequence[TokenRanges]) -> TokenRanges:
-    """Token ranges that any of the segments' ranges hold, in order; touching ones are merged."""
-    merged: TokenRanges = []
-    for start, stop in sorted({pair for own in ranges for pair in own}):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        else:
-            merged.append((start, stop))
-    return merged
-
-
-def _additive_mask(
-    segment_T: Tensor, window: int | None, sink: int, queries: TokenRanges, keys: TokenRanges, dtype: torch.dtype
-) -> Tensor:
-    """(queries, keys) of 0 and -inf for token ranges of both."""
-    query_Q, key_K = (torch.cat([segment_T[slice(*each)] for each in ranges]) for ranges in (queries, keys))
-    seen = sees(query_Q, key_K, window, sink)
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
+def _additive_mask(offsets: Sequence[int], ranges: Sequence[TokenRanges], columns: TokenRanges, like: Tensor) -> Tensor:
+    """(rows, columns) of 0 and -inf, for rows of the segments `offsets` that see `ranges`."""
+    (first, _), (_, last) = columns[0], columns[-1]
+    mask = like.new_full((offsets[-1] - offsets[0], last - first), float("-inf"))
+    for (start, stop), own in zip(pairwise(offsets), ranges, strict=True):
+        for a, b in own:
+            mask[start - offsets[0] : stop - offsets[0], max(a - first, 0) : max(b - first, 0)] = 0
+    return torch.cat([mask[:, a - first : b - first] for a, b in columns], 1)
 
 
 def _blocks(
-    offsets: Sequence[int], ranges: list[TokenRanges], grouped: bool, make: Callable[[TokenRanges, TokenRanges], Tensor]
+    offsets: Sequence[int], ranges: Sequence[TokenRanges], grouped: bool, by_key: bool, like: Tensor
 ) -> list[Block]:
-    """The calls for what each segment sees; `make` makes the mask of (rows, columns)."""
+    """The calls for what each segment sees; those by key have one range of queries each. `like`: the mask's tensor."""
     blocks: list[Block] = []
     pairs = 0
-    for first, stop in _groups(offsets, grouped):
-        rows, columns = (offsets[first], offsets[stop]), _union(ranges[first:stop])
-        alike = all(own == ranges[first] for own in ranges[first:stop])
-        pairs += 0 if alike else (rows[1] - rows[0]) * sum(b - a for a, b in columns)
-        blocks.append(Block(rows, columns, None if alike else partial(make, [rows], columns)))
+    alone = [
+        not (grouped and own) or stop - start >= ALONE
+        for (start, stop), own in zip(pairwise(offsets), ranges, strict=True)
+    ]
+    for first, stop in _groups(offsets, alone):
+        rows, own = (offsets[first], offsets[stop]), ranges[first:stop]
+        alike = all([each == own[0] for each in own])
+        union = merged([each for seen in own for each in seen])
+        for columns in [[each] for each in union] if by_key and union else [union]:
+            make = None
+            if not alike:
+                pairs += (rows[1] - rows[0]) * sum(b - a for a, b in columns)
+
+                def make(segments=offsets[first : stop + 1], own=own, columns=columns):
+                    mask = _additive_mask(segments, own, columns, like)
+                    return mask.T.contiguous() if by_key else mask
+
+            blocks.append(Block(rows, columns, make))
     if pairs > MOST_KEPT_PAIRS:
         return blocks
     return [block if block.make_mask is None else block._replace(make_mask=cache(block.make_mask)) for block in blocks]
@@ -166,26 +215,27 @@ def _blocks(
 
 @lru_cache(maxsize=64)
 def _make_plan(
-    T: int, dtype: torch.dtype, device: torch.device, lengths: tuple[int, ...], window: int | None, sink: int,
-    grouped: bool,
-) -> Plan:  # fmt: skip
+    q_tokens: int, k_tokens: int, dtype: torch.dtype, device: torch.device, segments: Segments, grouped: bool
+) -> Plan:
     """grouped: whether segments may share a call under a mask."""
-    offsets = segment_offsets(lengths, T)
-    segments = range(len(offsets) - 1)
-    if len(segments) == 1 or (window == 1 and sink == 0 and len(lengths) == 1):
-        return Plan(offsets[1], [], [])
-    segment_T = segment_ids(lengths, T, device)
-
-    def mask(queries: TokenRanges, keys: TokenRanges) -> Tensor:
-        return _additive_mask(segment_T, window, sink, queries, keys, dtype)
-
-    keys = [key_ranges(offsets, segment, window, sink) for segment in segments]
-    queries = [[query_range(offsets, segment, window, sink)] for segment in segments]
+    seen = visibility(segments, q_tokens, k_tokens)
+    count = len(seen.q_offsets) - 1
+    diagonal = mask_of(segments.mask, count).runs == tuple([((i, i + 1),) for i in range(count)])
+    lengths = {(q1 - q0, k1 - k0) for (q0, q1), (k0, k1) in zip(pairwise(seen.q_offsets), pairwise(seen.k_offsets))}
+    if diagonal and len(lengths) == 1 and len(seen.k_offsets) == len(seen.q_offsets):
+        return Plan(lengths.pop(), [], [])
+    like = torch.empty(0, dtype=dtype, device=device)
     return Plan(
-        0,
-        _blocks(offsets, keys, grouped, mask),
-        _blocks(offsets, queries, grouped, lambda rows, cols: mask(cols, rows)),
+        None,
+        _blocks(seen.q_offsets, seen.keys, grouped, False, like),
+        _blocks(seen.k_offsets, seen.queries, grouped, True, like),
     )
+
+
+def _plan(q: Tensor, k: Tensor, segments: Segments, grouped: bool | None) -> Plan:
+    """grouped: see `_make_plan`; None: where PyTorch's kernel is fused."""
+    grouped = _fused(q.device) if grouped is None else grouped
+    return _make_plan(q.shape[2], k.shape[2], q.dtype, q.device, segments, grouped)
 
 
 def _fold(x_BHTD: Tensor, length: int) -> Tensor:
@@ -225,87 +275,105 @@ def _finished(grads: Sequence[Tensor], into: Gradients | None) -> Gradients:
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Sequence[int],
-    window: int | None,
-    sink: int,
-    scale: float,
-    grouped: bool | None = None,
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, grouped: bool | None = None
 ) -> tuple[Tensor, Tensor]:
-    """q, k, v (B, H, T, D), not empty -> out (B, H, T, D) with (B, T, H, D) memory, lse (B, H, T) contiguous.
+    """q (B, H, T, D), k, v, not empty -> out (B, H, T, D) with (B, T, H, D) memory, lse (B, H, T) contiguous.
 
-    grouped: see `_make_plan`; None: where PyTorch's kernel is fused.
+    grouped: see `_plan`.
     """
-    grouped = _fused(q.device) if grouped is None else grouped
-    plan = _make_plan(q.shape[2], q.dtype, q.device, tuple(lengths), window, sink, grouped)
+    plan = _plan(q, k, segments, grouped)
     if plan.folded:
-        q_folded, k_folded, v_folded = (_fold(x, plan.folded) for x in (q, k, v))
-        out, lse = attend(q_folded, k_folded, v_folded, scale)
+        length, k_length = plan.folded
+        out, lse = attend(_fold(q, length), _fold(k, k_length), _fold(v, k_length), scale)
         return as_output(_unfold(out, q.shape[0])), _unfold(lse[..., None], q.shape[0])[..., 0].contiguous()
     parts = []
     for block in plan.forward:
-        keys, values = gather(k, block.columns), gather(v, block.columns)
-        parts.append(attend(q[:, :, slice(*block.rows)], keys, values, scale, block.mask()))
+        rows = q[:, :, slice(*block.rows)]
+        if block.columns:
+            parts.append(attend(rows, gather(k, block.columns), gather(v, block.columns), scale, block.mask()))
+        else:
+            parts.append(_unseeing(rows))
     outs, lses = zip(*parts, strict=True)
     one = len(parts) == 1
     out, lse = (as_output(outs[0]), lses[0].contiguous()) if one else (_cat_tokens(outs), torch.cat(lses, 2))
     if any(block.make_mask for block in plan.forward) and not _finite(out):
-        return forward(q, k, v, lengths, window, sink, scale, grouped=False)
+        return forward(q, k, v, segments, scale, grouped=False)
     return out, lse
+
+
+def _unseeing(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs of queries that see nothing."""
+    return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=accumulation_dtype(q.dtype))
 
 
 def backward(
     grad_out: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    lengths: Sequence[int],
-    window: int | None,
-    sink: int,
+    segments: Segments,
     scale: float,
     into: Gradients | None = None,
     grouped: bool | None = None,
 ) -> Gradients:
-    """dq, dk, dv, written to `into` where given: (B, H, T, D) tensors of any strides. grouped: as in `forward`."""
-    grouped = _fused(q.device) if grouped is None else grouped
-    plan = _make_plan(q.shape[2], q.dtype, q.device, tuple(lengths), window, sink, grouped)
+    """dq, dk, dv, written to `into` where given: tensors like q, k, v of any strides. grouped: as in `forward`."""
+    plan = _plan(q, k, segments, grouped)
     if plan.folded:
-        grad_f, q_f, k_f, v_f, out_f, lse_f = (_fold(x, plan.folded) for x in (grad_out, q, k, v, out, lse[..., None]))
-        shares = attend_backward(grad_f, q_f, k_f, v_f, out_f, lse_f[..., 0], scale, None)
+        length, k_length = plan.folded
+        grad_f, q_f, out_f = (_fold(x, length) for x in (grad_out, q, out))
+        lse_f, *grad_lse_f = (
+            _fold(x[..., None], length)[..., 0] for x in (lse, *([] if grad_lse is None else [grad_lse]))
+        )
+        k_f, v_f = (_fold(x, k_length) for x in (k, v))
+        dlse_f = grad_lse_f[0] if grad_lse_f else None
+        shares = attend_backward(grad_f, dlse_f, q_f, k_f, v_f, out_f, lse_f, scale, None)
         return _finished([_unfold(grad, q.shape[0]) for grad in shares], into)
-    if len(plan.backward) == 1:
-        grads = _finished(attend_backward(grad_out, q, k, v, out, lse, scale, plan.backward[0].mask()), into)
+    whole = len(plan.backward) == 1 and plan.backward[0].columns == [(0, q.shape[2])]
+    if whole:
+        mask = plan.backward[0].mask()
+        grads = _finished(attend_backward(grad_out, grad_lse, q, k, v, out, lse, scale, mask), into)
     else:
         grads = into or (empty_output(q), empty_output(k), empty_output(v))
-        _accumulate(plan.backward, grad_out, q, k, v, out, lse, scale, grads)
+        _accumulate(plan.backward, grad_out, grad_lse, q, k, v, out, lse, scale, grads)
     if any(block.make_mask for block in plan.backward) and not _finite(*grads):
-        return backward(grad_out, q, k, v, out, lse, lengths, window, sink, scale, grads, grouped=False)
+        return backward(grad_out, grad_lse, q, k, v, out, lse, segments, scale, grads, grouped=False)
     return grads
 
 
 def _accumulate(
-    blocks: list[Block], grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
-    into: Gradients,
+    blocks: list[Block], grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+    lse: Tensor, scale: float, into: Gradients,
 ) -> None:  # fmt: skip
     """dk and dv block by block, and dq as the sum of the blocks' shares, in fp32 also for half precision."""
     dq, dk, dv = into
     dq_sum: Tensor | None = None
+    written = 0  # keys whose dk and dv a block before has begun
     for block in blocks:
-        keys, ((start, stop),) = slice(*block.rows), block.columns
+        keys = slice(*block.rows)
+        if not block.columns:
+            dk[:, :, keys], dv[:, :, keys] = 0, 0
+            continue
+        ((start, stop),) = block.columns
         grad_here, q_here, out_here, lse_here = (x[:, :, start:stop] for x in (grad_out, q, out, lse))
-        part, dk[:, :, keys], dv[:, :, keys] = attend_backward(
-            grad_here, q_here, k[:, :, keys], v[:, :, keys], out_here, lse_here, scale, block.mask()
+        dlse_here = None if grad_lse is None else grad_lse[:, :, start:stop]
+        part, *of_keys = attend_backward(
+            grad_here, dlse_here, q_here, k[:, :, keys], v[:, :, keys], out_here, lse_here, scale, block.mask()
         )
+        for whole, share in zip((dk, dv), of_keys, strict=True):
+            if keys.stop > written:
+                whole[:, :, keys] = share
+            else:
+                whole[:, :, keys] += share
+        written = keys.stop
         if dq_sum is None and (start, stop) == (0, q.shape[2]):
             dq_sum = part.to(accumulation_dtype(q.dtype))
             continue
         dq_sum = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype)) if dq_sum is None else dq_sum
         dq_sum[:, :, start:stop].add_(part)
-    dq.copy_(dq_sum)  # type: ignore[arg-type]  # there is a block
+    dq.copy_(dq_sum) if dq_sum is not None else dq.zero_()
 
 
 def _finite(*tensors: Tensor) -> bool:
@@ -316,14 +384,17 @@ def _finite(*tensors: Tensor) -> bool:
     return all(x.sum(dtype=accumulation_dtype(x.dtype)).isfinite() for x in tensors)
 
 
-def composite(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None, sink: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def composite(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
     """`forward` of PyTorch ops that can be differentiated in any mode and order: per segment, scores in memory."""
-    offsets = segment_offsets(lengths, q.shape[2])
+    seen = visibility(segments, q.shape[2], k.shape[2])
     parts = []
-    for segment, (start, stop) in enumerate(pairwise(offsets)):
-        ranges = key_ranges(offsets, segment, window, sink)
-        parts.append(_attend(q[:, :, start:stop], gather(k, ranges), gather(v, ranges), scale))
+    for (start, stop), ranges in zip(pairwise(seen.q_offsets), seen.keys, strict=True):
+        rows = q[:, :, start:stop]
+        if ranges:
+            (queries,) = _as_queries(k.shape[1], rows)
+            part = _attend(queries, gather(k, ranges), gather(v, ranges), scale)
+            parts.append((_as_heads(rows, part[0]), _as_heads(rows, part[1])))
+        else:
+            parts.append(_unseeing(rows))
     outs, lses = zip(*parts, strict=True)
-    return _cat_tokens(outs), torch.cat(lses, 2).detach()
+    return _cat_tokens(outs), torch.cat(lses, 2)

@@ -21,8 +21,18 @@ def segment_offsets(lengths: Sequence[int], tokens: int) -> list[int]:
     return offsets
 
 
+def segment_count(lengths: Sequence[int], tokens: int) -> int:
+    """Number of segments, by an op's `lengths`."""
+    return len(lengths) if len(lengths) > 1 else tokens // lengths[0]
+
+
 def check_segment_length(
-    op: str, segment_length: int | Sequence[int], name: str, tokens: int, of: tuple = ()
+    op: str,
+    segment_length: int | Sequence[int],
+    name: str,
+    tokens: int,
+    of: tuple = (),
+    argument: str = "segment_length",
 ) -> list[int]:
     """The op's `lengths` list for the `tokens` tokens of tensor `name`, or a ValueError that says what was expected.
 
@@ -31,19 +41,19 @@ def check_segment_length(
     if not is_int(segment_length) and hasattr(segment_length, "tolist"):  # lengths in a tensor or array
         segment_length = segment_length.tolist()
     if is_int(segment_length):
-        length = check_int(op, "segment_length", segment_length, 1, "tokens")
+        length = check_int(op, argument, segment_length, 1, "tokens")
         if tokens % length != 0:
             raise ValueError(
-                f"{op}: {name} has {tokens} tokens; expected a multiple of segment_length={length}{_counted(*of)}"
+                f"{op}: {name} has {tokens} tokens; expected a multiple of {argument}={length}{_counted(*of)}"
             )
         return [length]
     if not isinstance(segment_length, Sequence) or isinstance(segment_length, str) or not segment_length:
         got = described(segment_length)
-        raise ValueError(f"{op}: segment_length is {got}; expected an int or a sequence of ints, one per segment")
-    lengths = [check_int(op, f"segment_length[{i}]", n, 1, "tokens") for i, n in enumerate(segment_length)]
+        raise ValueError(f"{op}: {argument} is {got}; expected an int or a sequence of ints, one per segment")
+    lengths = [check_int(op, f"{argument}[{i}]", n, 1, "tokens") for i, n in enumerate(segment_length)]
     if sum(lengths) != tokens:
         raise ValueError(
-            f"{op}: segment_length sums to {sum(lengths)}; expected the {tokens} tokens of {name}{_counted(*of)}"
+            f"{op}: {argument} sums to {sum(lengths)}; expected the {tokens} tokens of {name}{_counted(*of)}"
         )
     return lengths
 

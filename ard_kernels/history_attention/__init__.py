@@ -66,7 +66,7 @@ def history_attention(
     # The flag and not torch.compiler.is_exporting(), which is True in all that torch 2.11 compiles.
     if getattr(torch.compiler, "_is_exporting_flag", False):
         raise NotImplementedError(f"{op}: torch.export would freeze the cache into the program; expected torch.compile")
-    check_qkv(op, q, k, v, layout)
+    check_qkv(op, q, k, v, layout, grouped=False)
     window, sink = check_window(op, window, sink)
     scale = check_scale(op, scale, q.shape[-1])
     if not isinstance(cache, HistoryCache):

@@ -56,7 +56,7 @@ def _check(
     layer: int, window: int | None, sink: int, scale: float, *norms_and_backend: Any,
 ) -> None:  # fmt: skip
     *norms, backend = norms_and_backend
-    check_qkv(OP, q, k, v, "bhtd")
+    check_qkv(OP, q, k, v, "bhtd", grouped=False)
     check_rows_apart(OP, {"q": q, "k": k, "v": v})
     check_window(OP, window, sink)
     check_memory(keys, values, workspace, positions)

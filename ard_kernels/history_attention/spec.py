@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from ard_kernels.block_causal_attention.spec import first_window_segment
+from ard_kernels.block_causal_attention.mask import first_window_segment
 from ard_kernels.common.arguments import described, is_int
 from ard_kernels.common.autocast import autocast_dtype
 
