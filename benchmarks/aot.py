@@ -26,7 +26,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ard_kernels.block_causal_attention import triton_impl as attention
-from ard_kernels.block_causal_attention.spec import empty_output
+from ard_kernels.block_causal_attention.spec import block_causal, empty_output
 from ard_kernels.block_causal_attention.tiles import column_tiles, make_tables
 from ard_kernels.common import tuning
 from ard_kernels.common.arguments import NORM_EPS
@@ -136,9 +136,10 @@ def head_dim(key: str) -> int:
     return 160 if width == 192 else width
 
 
-def _attention_run(kernel: str, bits: int, D: int, L: int) -> Callable[[], object]:
+def _attention_run(kernel: str, bits: int, D: int, L: int, kv_heads: int) -> Callable[[], object]:
     dtype = torch.bfloat16 if bits == 16 else torch.float32
     q, k, v = (x.transpose(1, 2) for x in torch.empty(1, 2 * L, 3, 2, D, dtype=dtype).unbind(2))
+    k, v, segments = k[:, :kv_heads], v[:, :kv_heads], block_causal([L], None, 0)
     if kernel == "attention_history":
         cache = torch.empty(2, 1, 2, 4 * L, D, dtype=dtype).unbind(0)
         segment = [x[:, :, :L] for x in (q, k, v)]
@@ -146,8 +147,8 @@ def _attention_run(kernel: str, bits: int, D: int, L: int) -> Callable[[], objec
         return lambda: history.forward(*segment, *cache, empty_output(segment[0]), workspace, L, 0, 0, 0.1, None, None)
     out, lse = empty_output(q), torch.empty(1, 2, 2 * L)
     if kernel == "attention_forward":
-        return lambda: attention.forward(q, k, v, out, lse, [L], None, 0, 0.1)
-    return lambda: attention.backward(out, q, k, v, out, lse, q, k, v, [L], None, 0, 0.1)
+        return lambda: attention.forward(q, k, v, out, lse, segments, 0.1)
+    return lambda: attention.backward(out, None, q, k, v, out, lse, q, k, v, segments, 0.1)
 
 
 def _adaln_run(kernel: str, bits: int, C: int, per_token: bool) -> Callable[[], object]:
@@ -163,7 +164,9 @@ def _adaln_run(kernel: str, bits: int, C: int, per_token: bool) -> Callable[[], 
 
 
 def cases(key: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(variant, run). Attention: full tiles only, and boundary tiles too. adaLN: rows per segment, and per token."""
+    """(variant, run). Attention: full tiles only, boundary tiles too, and the same with heads of keys that two of
+    queries share, where a kernel goes through both. adaLN: rows per segment, and per token.
+    """
     kernel, bits, width, length = key.split("/")
     bits = int(bits.removesuffix("bit"))
     if kernel.startswith("adaln"):
@@ -171,8 +174,9 @@ def cases(key: str) -> Iterator[tuple[str, Callable[[], object]]]:
             yield variant, _adaln_run(kernel, bits, int(width), variant == "token")
         return
     full, ragged = (64, 40) if length == "short" else (256, 200)
-    for variant, L in (("full", full), ("masked", ragged)):
-        yield variant, _attention_run(kernel, bits, head_dim(key), L)
+    for variant, L, kv_heads in (("full", full, 2), ("masked", ragged, 2), ("grouped", ragged, 1)):
+        if variant != "grouped" or kernel == "attention_backward_dkv":
+            yield variant, _attention_run(kernel, bits, head_dim(key), L, kv_heads)
 
 
 FUNCTIONS = {  # kernels of a key, by the name of the function
@@ -203,7 +207,8 @@ def _issued_over_useful(name: str, asm: dict, options: dict, key: str, arch: int
     if not flops or name == "append_and_attend":  # two loops there: cache and own segment
         return ""
     per_tile = flops / (2 * block_m * block_n * D * MATMULS[name])
-    items, _, _ = make_tables([256], 1024, None, 0, block_m, block_n, name == "backward_dkv")
+    segments = block_causal([256], None, 0)
+    items = make_tables(segments, 1024, 1024, block_m, block_n, name == "backward_dkv").items
     return f"{per_tile * column_tiles(items).sum() * block_m * block_n / (10 * 256 * 256):.3f}"
 
 
@@ -233,7 +238,7 @@ def problems(row: Row, serialised: bool, arch: int) -> list[str]:
         found.append(f"{row.shared_bytes} bytes of shared memory; the limit is {SHARED[arch][0]}")
     if row.blocks_per_sm < 1:
         found.append(f"{row.registers} registers x {32 * row.warps} threads do not fit")
-    if row.variant in ("full", "masked") and row.kernel in MATMULS and "/16bit/" in row.key and not row.tensor_core_ops:
+    if row.variant in ("full", "masked", "grouped") and row.kernel in MATMULS and "/16bit/" in row.key and not row.tensor_core_ops:
         found.append(f"no {TENSOR_CORES[arch]}")
     if not row.wide_accesses and row.kernel not in ("add_splits", "add_chunks"):
         found.append("no 16-byte accesses of global memory")

@@ -10,6 +10,7 @@ import heapq
 
 import numpy as np
 
+from ard_kernels.block_causal_attention.spec import block_causal
 from ard_kernels.block_causal_attention.tiles import column_tiles, make_tables
 from ard_kernels.block_causal_attention.triton_impl import head_of
 
@@ -37,6 +38,7 @@ def efficiency(
     batch_heads: int, group: int, slots: int, by_key: bool = False,
 ) -> float:  # fmt: skip
     """Work / (slots x makespan), 1 when no slot is ever idle."""
-    items, _, _ = make_tables(lengths, tokens, window, sink, config["BLOCK_M"], config["BLOCK_N"], by_key)
+    segments = block_causal(lengths, window, sink)
+    items = make_tables(segments, tokens, tokens, config["BLOCK_M"], config["BLOCK_N"], by_key).items
     costs = program_costs(items, batch_heads, group)
     return costs.sum() / (slots * makespan(costs, slots))

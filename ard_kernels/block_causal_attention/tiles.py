@@ -5,10 +5,13 @@ visits *full* column tiles, which every one of its rows sees whole, without any 
 
     items         (tiles, 8)  row start, row stop, first run's start and tiles, second run's start and tiles (the full
                               tiles of the two longest runs), first and last + 1 of its entries in `masked`
-    masked        (n, 4)      column start and stop: columns of the tile at or past stop do not count; `at`: the bounds
+    masked        (n, 4)      column start and stop: no row sees columns of the tile at or past stop; `at`: the bounds
                               of a row of segment s are bounds[at + s]; 0
-    bounds        (m, 4)      what a row sees of a masked tile: columns < bounds[0], and bounds[1] <= column < bounds[2]
+    bounds        (m,)        what a row sees of a masked tile, columns counted from its start: those below
+                              bounds & 1023, and from bounds >> 10 & 1023 on those below bounds >> 20
     row_segments  (T,)        segment of each row
+
+The last two have a tile's rows more: kernels look up the rows of a whole tile.
 
 Row tiles of the same segments share their masked entries. Every row tile has a column tile: one that sees nothing has a
 masked one without columns. Tiles with the most column tiles come first, so that the last wave of thread blocks is a
@@ -34,7 +37,7 @@ from ard_kernels.common.gpu_support import upload
 # starts when they are done. Without groups (all heads' longest tile first) K and V would come from HBM for every tile.
 GROUP_BYTES = 24 << 20
 
-Bounds = tuple[int, int, int, int]
+BOUND_BITS = 10  # three of them are one int32; a tile has fewer than 1 << BOUND_BITS columns
 
 
 class Tables(NamedTuple):
@@ -107,26 +110,27 @@ def tile_runs(pieces: Sequence[tuple[int, int, bool]], block: int) -> tuple[list
     return runs + [0] * (4 - len(runs)), merged(rest)
 
 
-def _bounds(start: int, stop: int, ranges: Sequence[Run]) -> Bounds | None:
-    """What a row that sees `ranges` sees of the columns start .. stop; None when it takes more than two intervals."""
-    first = max(0, bisect_right(ranges, (start,)) - 1)
-    inside = [(max(a, start), min(b, stop)) for a, b in ranges[first : bisect_left(ranges, (stop,))]]
+def packed_bounds(first_stop: int, start: int, stop: int) -> int:
+    """An entry of `bounds`."""
+    return first_stop | start << BOUND_BITS | stop << 2 * BOUND_BITS
+
+
+def _bounds(tile: int, stop: int, ranges: Sequence[Run]) -> int | None:
+    """What a row that sees `ranges` sees of the columns tile .. stop; None when it takes more than two intervals."""
+    first = max(0, bisect_right(ranges, (tile,)) - 1)
+    inside = [(max(a, tile) - tile, min(b, stop) - tile) for a, b in ranges[first : bisect_left(ranges, (stop,))]]
     inside = [(a, b) for a, b in inside if a < b]
-    if not inside:
-        return 0, 0, 0, 0
-    if len(inside) == 1:
-        return 0, *inside[0], 0
-    if len(inside) == 2 and inside[0][0] == start:
-        return inside[0][1], *inside[1], 0
-    return None
+    if len(inside) == 2 and inside[0][0] == 0:
+        return packed_bounds(inside[0][1], *inside[1])
+    return None if len(inside) > 1 else packed_bounds(0, *inside[0]) if inside else 0
 
 
-def masked_tiles(rest: Sequence[Run], ranges: Sequence[Sequence[Run]], block: int) -> list[tuple[Run, list[Bounds]]]:
+def masked_tiles(rest: Sequence[Run], ranges: Sequence[Sequence[Run]], block: int) -> list[tuple[Run, list[int]]]:
     """The masked tiles over the columns `rest`: (start, stop), and the bounds of each segment's rows.
 
     A tile ends early where a row would see more of it than two intervals.
     """
-    tiles: list[tuple[Run, list[Bounds]]] = []
+    tiles: list[tuple[Run, list[int]]] = []
     for start, end in rest:
         while start < end:
             stop = min(start + block, end)
@@ -134,8 +138,8 @@ def masked_tiles(rest: Sequence[Run], ranges: Sequence[Sequence[Run]], block: in
             while None in each:  # the last place where what some row sees begins or ends
                 stop = max(cut for own in ranges for run in own for cut in run if start < cut < stop)
                 each = [_bounds(start, stop, own) for own in ranges]
-            if any(bounds != (0, 0, 0, 0) for bounds in each):
-                tiles.append(((start, stop), [bounds for bounds in each if bounds is not None]))
+            if any(each):
+                tiles.append(((start, stop), [bounds or 0 for bounds in each]))
             start = stop
     return tiles
 
@@ -146,7 +150,7 @@ class _Builder:
     def __init__(self, offsets: Sequence[int], ranges: Sequence[Sequence[Run]], block: int):
         self.offsets, self.ranges, self.block = offsets, ranges, block
         self.masked: list[tuple[int, int, int, int]] = []
-        self.bounds: list[Bounds] = []
+        self.bounds: list[int] = []
         self.known: dict[Run, tuple[int, ...]] = {}
 
     def columns(self, segments: Run) -> tuple[int, ...]:
@@ -157,7 +161,7 @@ class _Builder:
             runs, rest = tile_runs(_pieces(ranges), self.block)
             tiles = masked_tiles(rest, ranges, self.block)
             if not tiles and not runs[1]:
-                tiles = [((0, 0), [(0, 0, 0, 0)] * len(ranges))]
+                tiles = [((0, 0), [0] * len(ranges))]
             begin = len(self.masked)
             for (start, stop), bounds in tiles:
                 self.masked.append((start, stop, len(self.bounds) - first, 0))
@@ -173,8 +177,7 @@ class _Builder:
         ]
         items = np.array(rows, np.int32).reshape(-1, 8)
         longest_first = np.argsort(-column_tiles(items), kind="stable")
-        masked, bounds = (np.array(table, np.int32).reshape(-1, 4) for table in (self.masked, self.bounds))
-        return items[longest_first], masked, bounds
+        return items[longest_first], np.array(self.masked, np.int32).reshape(-1, 4), np.array(self.bounds, np.int32)
 
 
 def make_tables(
@@ -196,7 +199,7 @@ def make_tables(
     choices = [_Builder(offsets, ranges, block_columns).tables(cuts) for cuts in (aligned, across)]
     items, masked, bounds = min(choices, key=lambda tables: int(column_tiles(tables[0]).sum()))
     row_segments = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
-    return Tables(items, masked, bounds, row_segments)
+    return Tables(items, masked, np.pad(bounds, (0, block_rows)), np.pad(row_segments, (0, block_rows), "edge"))
 
 
 def useful_share(segments: Segments, q_tokens: int, k_tokens: int, block: tuple[int, int], by_key: bool) -> float:

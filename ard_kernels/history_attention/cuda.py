@@ -81,7 +81,7 @@ def forward(
         *map(extension.heads_view, (q, cache_k, cache_v, out)),
         workspace.data_ptr(),
         (*(table.data_ptr() for table in tables), tiles, group),
-        B, H, L, splits, tiles_per_split, scale, dtype, D, stream,
+        (B, H, H, L, stop), splits, tiles_per_split, scale, dtype, D, stream,
     )  # fmt: skip
     if splits > 1:
         gpu.history_add_splits(workspace.data_ptr(), extension.heads_view(out), B, H, L, D, splits, dtype, stream)

@@ -1,6 +1,6 @@
 """The tables of history attention in CUDA: what block_causal_attention/tiles.py describes, for one new segment.
 
-Rows are the L new queries, columns the tokens of the cache; all rows see the columns [0, sink_stop) and
+Rows are the L new queries, of one segment; columns the tokens of the cache; all rows see the columns [0, sink_stop) and
 [window_start, stop). A full run's last columns that fill no tile are a masked one. Index algebra only.
 """
 
@@ -11,19 +11,26 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ard_kernels.block_causal_attention.tiles import Schedule, column_tiles, tile_runs
+from ard_kernels.block_causal_attention.tiles import Schedule, Tables, column_tiles, masked_tiles, tile_runs
 from ard_kernels.common.gpu_support import upload
 
 
 def make_tables(
     rows: int, sink_stop: int, window_start: int, stop: int, block_rows: int, block_columns: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(items, masked, bounds) for `rows` queries."""
+) -> Tables:
+    """The tables for `rows` queries."""
     ranges = [(0, sink_stop), (window_start, stop)] if sink_stop else [(window_start, stop)]
-    full, masked = tile_runs([(*own, True) for own in ranges], block_columns)
-    items = [(row, min(row + block_rows, rows), *full, 0, len(masked)) for row in range(0, rows, block_rows)]
-    bounds = np.tile(np.array([sink_stop, window_start, stop], np.int32), (rows, 1))
-    return np.array(items, np.int32).reshape(-1, 8), np.array(masked, np.int32).reshape(-1, 2), bounds
+    runs, rest = tile_runs([(*own, True) for own in ranges], block_columns)
+    tiles = masked_tiles(rest, [ranges], block_columns)
+    items = [(row, min(row + block_rows, rows), *runs, 0, len(tiles)) for row in range(0, rows, block_rows)]
+    masked = [(*columns, i, 0) for i, (columns, _) in enumerate(tiles)]
+    bounds = [own for _, (own,) in tiles]
+    return Tables(
+        np.array(items, np.int32).reshape(-1, 8),
+        np.array(masked, np.int32).reshape(-1, 4),
+        np.array(bounds, np.int32),
+        np.zeros(rows + block_rows, np.int32),
+    )
 
 
 @lru_cache(maxsize=1024)

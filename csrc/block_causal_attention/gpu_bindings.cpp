@@ -18,23 +18,31 @@ namespace py = pybind11;
 namespace ard {
 namespace {
 
-// (items, masked, bounds pointers, tiles, heads per group)
-using Tables = std::tuple<uintptr_t, uintptr_t, uintptr_t, int32_t, int32_t>;
+// (items, masked, bounds, row_segments pointers, tiles, heads per group)
+using Tables = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int32_t, int32_t>;
+// (B, H, H_kv, T_q, T_k)
+using Sizes = std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t>;
 
 TileTables tables_of(const Tables& tables) {
-  return {pointer<const TileItem>(std::get<0>(tables)), pointer<const MaskedTile>(std::get<1>(tables)),
-          pointer<const RowBounds>(std::get<2>(tables)), std::get<3>(tables), std::get<4>(tables)};
+  const auto& [items, masked, bounds, row_segments, tiles, group] = tables;
+  return {pointer<const TileItem>(items), pointer<const MaskedTile>(masked), pointer<const int32_t>(bounds),
+          pointer<const int32_t>(row_segments), tiles, group};
+}
+
+AttentionSizes sizes_of(const Sizes& sizes) {
+  const auto& [batch, heads, kv_heads, tokens, key_tokens] = sizes;
+  return {batch, heads, kv_heads, tokens, key_tokens};
 }
 
 // |scale| * log2(e), never 0: a masked score of -inf must stay -inf.
 float base2_scale(float scale) { return std::max(std::fabs(scale) * 1.4426950408889634f, FLT_MIN); }
 
 AttentionParams params_of(const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
-                          const Tables& tables, int32_t batch, int32_t heads, int32_t tokens, float scale) {
+                          const Tables& tables, const Sizes& sizes, float scale) {
   AttentionParams p;
+  static_cast<AttentionSizes&>(p) = sizes_of(sizes);
   p.q = q, p.k = k, p.v = v, p.out = out;
   p.tiles = tables_of(tables);
-  p.batch = batch, p.heads = heads, p.tokens = tokens;
   p.scale = base2_scale(scale);
   p.flip = scale < 0 ? 0x80008000u : 0;
   return p;
@@ -43,11 +51,10 @@ AttentionParams params_of(const HeadsView& q, const HeadsView& k, const HeadsVie
 // (multiprocessors if the Hopper kernel serves the call on compute capability `chip`, else 0; rows and columns of a
 // tile)
 std::tuple<int, int, int> attention_forward_kernel(const HeadsView& q, const HeadsView& k, const HeadsView& v,
-                                                   const HeadsView& out, int32_t batch, int32_t heads, int32_t tokens,
-                                                   float scale, int dtype, int head_dim, int chip,
-                                                   int multiprocessors) {
+                                                   const HeadsView& out, const Sizes& sizes, float scale, int dtype,
+                                                   int head_dim, int chip, int multiprocessors) {
 #ifdef ARD_CUDA_SM90
-  const AttentionParams p = params_of(q, k, v, out, {}, batch, heads, tokens, scale);
+  const AttentionParams p = params_of(q, k, v, out, {}, sizes, scale);
   if (chip == 90 && is_compiled(head_dim) && sm90_serves(p, static_cast<DType>(dtype))) {
     return {multiprocessors, sm90::kBlockM, sm90::kBlockN};
   }
@@ -57,9 +64,9 @@ std::tuple<int, int, int> attention_forward_kernel(const HeadsView& q, const Hea
 
 // hopper_blocks: the first of forward_kernel's results.
 void attention_forward(const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out, uintptr_t lse,
-                       const Tables& tables, int32_t batch, int32_t heads, int32_t tokens, float scale, int dtype,
-                       int head_dim, int hopper_blocks, uintptr_t stream) {
-  AttentionParams p = params_of(q, k, v, out, tables, batch, heads, tokens, scale);
+                       const Tables& tables, const Sizes& sizes, float scale, int dtype, int head_dim,
+                       int hopper_blocks, uintptr_t stream) {
+  AttentionParams p = params_of(q, k, v, out, tables, sizes, scale);
   p.lse = pointer<float>(lse);
   with_head_dim(head_dim, [&](auto dim) {
 #ifdef ARD_CUDA_SM90
@@ -72,10 +79,9 @@ void attention_forward(const HeadsView& q, const HeadsView& k, const HeadsView& 
 }
 
 void attention_history(const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
-                       uintptr_t workspace, const Tables& tables, int32_t batch, int32_t heads, int32_t tokens,
-                       int32_t splits, int32_t tiles_per_split, float scale, int dtype, int head_dim,
-                       uintptr_t stream) {
-  AttentionParams p = params_of(q, k, v, out, tables, batch, heads, tokens, scale);
+                       uintptr_t workspace, const Tables& tables, const Sizes& sizes, int32_t splits,
+                       int32_t tiles_per_split, float scale, int dtype, int head_dim, uintptr_t stream) {
+  AttentionParams p = params_of(q, k, v, out, tables, sizes, scale);
   p.workspace = pointer<float>(workspace);
   p.splits = splits, p.tiles_per_split = tiles_per_split;
   with_head_dim(head_dim,
@@ -84,13 +90,14 @@ void attention_history(const HeadsView& q, const HeadsView& k, const HeadsView& 
 
 void attention_backward(const HeadsView& grad_out, const HeadsView& q, const HeadsView& k, const HeadsView& v,
                         const HeadsView& out, const HeadsView& dq, const HeadsView& dk, const HeadsView& dv,
-                        uintptr_t lse, uintptr_t delta, const Tables& by_query, const Tables& by_key, int32_t batch,
-                        int32_t heads, int32_t tokens, float scale, int dtype, int head_dim, uintptr_t stream) {
+                        uintptr_t lse, uintptr_t grad_lse, uintptr_t statistics, const Tables& by_query,
+                        const Tables& by_key, const Sizes& sizes, float scale, int dtype, int head_dim,
+                        uintptr_t stream) {
   AttentionBackwardParams p;
+  static_cast<AttentionSizes&>(p) = sizes_of(sizes);
   p.grad_out = grad_out, p.q = q, p.k = k, p.v = v, p.out = out, p.dq = dq, p.dk = dk, p.dv = dv;
-  p.lse = pointer<float>(lse), p.delta = pointer<float>(delta);
+  p.lse = pointer<float>(lse), p.grad_lse = pointer<float>(grad_lse), p.statistics = pointer<float>(statistics);
   p.by_query = tables_of(by_query), p.by_key = tables_of(by_key);
-  p.batch = batch, p.heads = heads, p.tokens = tokens;
   p.scale = scale;
   p.scale2 = scale < 0 ? -base2_scale(scale) : base2_scale(scale);
   with_head_dim(head_dim,

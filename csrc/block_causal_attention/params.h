@@ -18,16 +18,22 @@ constexpr int forward_block_n(int head_dim) { return head_dim == 96 ? 32 : 64; }
 struct TileTables {
   const TileItem* items = nullptr;
   const MaskedTile* masked = nullptr;
-  const RowBounds* bounds = nullptr;  // (T,)
+  const int32_t *bounds = nullptr, *row_segments = nullptr;  // padded: rows of a whole tile can be looked up
   int32_t tiles = 0, group = 0;
 };
 
-// lse = ln sum exp(scale * q k^T), out = softmax(scale * q k^T) v
-struct AttentionParams {
-  HeadsView q, k, v, out;  // (B, H, T, D)
-  float* lse = nullptr;    // (B, H, T)
+// B, H, T_q of the queries, H_kv, T_k of the keys; query head h reads key head h / share, share = H / H_kv.
+struct AttentionSizes {
+  int32_t batch = 0, heads = 0, kv_heads = 0, tokens = 0, key_tokens = 0;
+
+  constexpr int32_t share() const { return heads / kv_heads; }
+};
+
+// lse = ln sum exp(scale * q k^T), out = softmax(scale * q k^T) v; a query that sees nothing: -inf and 0
+struct AttentionParams : AttentionSizes {
+  HeadsView q, k, v, out;  // q, out: (B, H, T_q, D); k, v: (B, H_kv, T_k, D)
+  float* lse = nullptr;    // (B, H, T_q)
   TileTables tiles;
-  int32_t batch = 0, heads = 0, tokens = 0;  // tokens: of q
   float scale = 0;                           // |scale| * log2(e), never 0
   uint32_t flip = 0;                         // 0x80008000 for a negative scale: xor-ed onto pairs of q, else 0
   // Split keys: block y takes the column tiles from y * tiles_per_split on; see store_partial of sm80_forward.h.
@@ -35,14 +41,14 @@ struct AttentionParams {
   int32_t splits = 1, tiles_per_split = 0;
 };
 
-// delta = rowsum(grad_out * out), ds = p * (grad_out v^T - delta); dq = scale ds k, dk = scale ds^T q, dv = p^T
+// delta = rowsum(grad_out * out) - grad_lse, ds = p * (grad_out v^T - delta); dq = scale ds k, dk = scale ds^T q, dv = p^T
 // grad_out
-struct AttentionBackwardParams {
-  HeadsView grad_out, q, k, v, out, dq, dk, dv;  // (B, H, T, D)
-  const float* lse = nullptr;                    // (B, H, T)
-  float* delta = nullptr;                        // (B, H, T), written by the dQ kernel, read by the other
+struct AttentionBackwardParams : AttentionSizes {
+  HeadsView grad_out, q, k, v, out, dq, dk, dv;    // as in AttentionParams
+  const float *lse = nullptr, *grad_lse = nullptr;  // (B, H, T_q); grad_lse may be null: zeros
+  // (2, B, H, T_q), written by the dQ kernel, read by the other: lse * log2(e), 0 for a query that sees nothing; delta
+  float* statistics = nullptr;
   TileTables by_query, by_key;
-  int32_t batch = 0, heads = 0, tokens = 0;
   float scale = 0, scale2 = 0;  // scale2: times log2(e), never 0
 };
 

@@ -3,6 +3,7 @@
 //
 //   dQ      a block per query tile walks over its key tiles    p = exp2(scale2 q k^T - lse2),  delta = rowsum(do * o)
 //                                                              ds = p (do v^T - delta),        dq = scale ds k
+//           (delta also less the gradient of lse, where there is one)
 //   dK, dV  a block per key tile walks over the query tiles    dk = scale ds^T q,              dv = p^T do
 //
 // with scale2 = scale log2(e), lse2 = lse log2(e). Scores of the second are transposed: keys are rows. 7 products where
@@ -54,8 +55,8 @@ struct RowStatistics {
   float lse2, delta;
 };
 
-// delta of a warp's rows, written to memory, and their lse: each lane takes one row, then hands it to the lanes that
-// hold elements of it.
+// The statistics of a warp's rows, also written to memory: each lane takes one row, then hands it to the lanes that hold
+// elements of it. A row that sees nothing has scores of -inf alone, and -inf - -inf is not a number: lse2 is 0 there.
 template <class T, class Traits>
 ARD_DEVICE void row_statistics(RowStatistics (&own)[Traits::kMTiles][2], const AttentionBackwardParams& p,
                                const char* sGradRows, int batch_head, int row, int row_stop, int lane) {
@@ -77,8 +78,13 @@ ARD_DEVICE void row_statistics(RowStatistics (&own)[Traits::kMTiles][2], const A
         delta += low(out.word[i]) * low(grad.word[i]) + high(out.word[i]) * high(grad.word[i]);
       }
     }
-    p.delta[at] = delta;
-    lse2 = p.lse[at] * kLog2E;
+    const float lse = p.lse[at];
+    if (lse != -INFINITY) {
+      lse2 = lse * kLog2E;
+      if (p.grad_lse) delta -= p.grad_lse[at];
+    }
+    p.statistics[at] = lse2;
+    p.statistics[static_cast<int64_t>(p.batch) * p.heads * p.tokens + at] = delta;
   }
 #pragma unroll
   for (int m = 0; m < Traits::kMTiles; ++m) {
@@ -97,11 +103,12 @@ struct BackwardBlock {
   TileItem item;
   char *sA, *sB, *sStages;  // two row tiles, then stages of two column tiles and their statistics
 
-  ARD_DEVICE BackwardBlock(const AttentionBackwardParams& p, const TileTables& tables) {
+  // heads: of the rows.
+  ARD_DEVICE BackwardBlock(int batches, int heads, const TileTables& tables) {
     thread = thread_index(), lane = thread % 32;
-    const HeadTile place = head_tile(block_index(), p.batch * p.heads, tables.group, tables.tiles);
+    const HeadTile place = head_tile(block_index(), batches * heads, tables.group, tables.tiles);
     item = tables.items[place.tile];
-    batch_head = place.batch_head, batch = batch_head / p.heads, head = batch_head % p.heads;
+    batch_head = place.batch_head, batch = batch_head / heads, head = batch_head % heads;
     row = item.row + thread / 32 * Traits::kWarpRows;
     sA = shared_memory(), sB = sA + Traits::kBytesRows, sStages = sB + Traits::kBytesRows;
   }
@@ -115,9 +122,9 @@ struct BackwardBlock {
     copy_tile<Traits::kHeadDim, Traits::kBlockM, Traits::kThreads>(sX, head_pointer(x, batch, head), x.stride_token,
                                                                    item.row, item.row_stop, thread);
   }
-  ARD_DEVICE void copy_columns(char* sX, const HeadsView& x, MaskedTile tile) const {
-    copy_tile<Traits::kHeadDim, Traits::kBlockN, Traits::kThreads>(sX, head_pointer(x, batch, head), x.stride_token,
-                                                                   tile.start, tile.stop, thread);
+  ARD_DEVICE void copy_columns(char* sX, const HeadsView& x, int column_head, MaskedTile tile) const {
+    copy_tile<Traits::kHeadDim, Traits::kBlockN, Traits::kThreads>(sX, head_pointer(x, batch, column_head),
+                                                                   x.stride_token, tile.start, tile.stop, thread);
   }
 };
 
@@ -126,16 +133,17 @@ ARD_KERNEL(Traits::kThreads, Traits::kBlocks)
 sm80_backward_dq(const ARD_GRID_CONSTANT AttentionBackwardParams p) {
   constexpr int kHeadDim = Traits::kHeadDim, kMTiles = Traits::kMTiles, kStep = Traits::kStep;
   const TileTables& tables = p.by_query;
-  const BackwardBlock<Traits> block(p, tables);
+  const BackwardBlock<Traits> block(p.batch, p.heads, tables);
+  const int kv_head = block.head / p.share();
   const auto copy = [&](int j) {
     const MaskedTile tile = column_tile<Traits::kBlockN>(block.item, tables.masked, j);
-    block.copy_columns(block.stage(j), p.k, tile);
-    block.copy_columns(block.stage(j) + Traits::kBytesColumns, p.v, tile);
+    block.copy_columns(block.stage(j), p.k, kv_head, tile);
+    block.copy_columns(block.stage(j) + Traits::kBytesColumns, p.v, kv_head, tile);
   };
   block.copy_rows(block.sA, p.q);
   block.copy_rows(block.sB, p.grad_out);
   const int tiles = block.item.column_tiles();
-  if (tiles > 0) copy(0);
+  copy(0);
   cp_async_commit();
   cp_async_wait<0>();
   sync_block();
@@ -160,8 +168,7 @@ sm80_backward_dq(const ARD_GRID_CONSTANT AttentionBackwardParams p) {
       rows_times_rows<T, kHeadDim, kMTiles, kStep>(dp, sGrad, sK + Traits::kBytesColumns, block.lane);
       if (j >= block.item.full_tiles()) {
         const MaskedTile tile = column_tile<Traits::kBlockN>(block.item, tables.masked, j);
-        mask_scores(s, tables.bounds, block.row, block.item.row_stop, tile.start + first, tile.stop, p.scale < 0,
-                    block.lane);
+        mask_scores(s, tables, tile, block.row, first, p.scale < 0, block.lane);
       }
       score_gradient<Traits>(s, dp, p.scale2, [&](int m, int, int i) { return own[m][i / 2]; });
       weights_times_rows<T, kHeadDim, kMTiles, kStep>(dq, dp, sK, block.lane);
@@ -181,23 +188,28 @@ ARD_KERNEL(Traits::kThreads, Traits::kBlocks)
 sm80_backward_dkv(const ARD_GRID_CONSTANT AttentionBackwardParams p) {
   constexpr int kHeadDim = Traits::kHeadDim, kMTiles = Traits::kMTiles, kStep = Traits::kStep;
   const TileTables& tables = p.by_key;
-  const BackwardBlock<Traits> block(p, tables);
-  const int64_t statistics_at = static_cast<int64_t>(block.batch_head) * p.tokens;
+  const BackwardBlock<Traits> block(p.batch, p.kv_heads, tables);
+  // The column tiles of all query heads that read these keys, head by head: the j-th belongs to the member-th head.
+  const int head_tiles = block.item.column_tiles(), share = p.share();
+  const auto member = [&](int j) { return share == 1 ? 0 : j / head_tiles; };
   const auto copy = [&](int j) {
-    const MaskedTile tile = column_tile<Traits::kBlockN>(block.item, tables.masked, j);
-    block.copy_columns(block.stage(j), p.q, tile);
-    block.copy_columns(block.stage(j) + Traits::kBytesColumns, p.grad_out, tile);
+    const int head = block.head * share + member(j);
+    const MaskedTile tile = column_tile<Traits::kBlockN>(block.item, tables.masked, j - member(j) * head_tiles);
+    block.copy_columns(block.stage(j), p.q, head, tile);
+    block.copy_columns(block.stage(j) + Traits::kBytesColumns, p.grad_out, head, tile);
     if (block.thread < Traits::kBlockN) {
-      const bool here = tile.start + block.thread < tile.stop;
+      const int column = tile.start + block.thread;
+      const int64_t rows = static_cast<int64_t>(p.heads) * p.tokens;
+      const float* lse2 = p.statistics + block.batch * rows + static_cast<int64_t>(head) * p.tokens + column;
       char* to = block.stage(j) + 2 * Traits::kBytesColumns + 4 * block.thread;
-      cp_async_4(to, p.lse + statistics_at + tile.start + block.thread, here);
-      cp_async_4(to + 4 * Traits::kBlockN, p.delta + statistics_at + tile.start + block.thread, here);
+      cp_async_4(to, lse2, column < tile.stop);
+      cp_async_4(to + 4 * Traits::kBlockN, lse2 + p.batch * rows, column < tile.stop);
     }
   };
   block.copy_rows(block.sA, p.k);
   block.copy_rows(block.sB, p.v);
-  const int tiles = block.item.column_tiles();
-  if (tiles > 0) copy(0);
+  const int tiles = head_tiles * share;
+  copy(0);
   cp_async_commit();
 
   char *sK = block.own_rows(block.sA), *sV = block.own_rows(block.sB);
@@ -219,14 +231,13 @@ sm80_backward_dkv(const ARD_GRID_CONSTANT AttentionBackwardParams p) {
       clear(ds);
       rows_times_rows<T, kHeadDim, kMTiles, kStep>(s, sK, sQ, block.lane);
       if constexpr (kDk) rows_times_rows<T, kHeadDim, kMTiles, kStep>(ds, sV, sGrad, block.lane);
-      if (j >= block.item.full_tiles()) {
-        const MaskedTile tile = column_tile<Traits::kBlockN>(block.item, tables.masked, j);
-        mask_scores(s, tables.bounds, block.row, block.item.row_stop, tile.start + first, tile.stop, p.scale < 0,
-                    block.lane);
+      if (const int own = j - member(j) * head_tiles; own >= block.item.full_tiles()) {
+        const MaskedTile tile = column_tile<Traits::kBlockN>(block.item, tables.masked, own);
+        mask_scores(s, tables, tile, block.row, first, p.scale < 0, block.lane);
       }
       score_gradient<Traits>(s, ds, p.scale2, [&](int, int n, int i) {
         const float* column = statistics + first + 8 * n + fragment_column(block.lane, i);
-        return RowStatistics{load_shared(column) * kLog2E, load_shared(column + Traits::kBlockN)};
+        return RowStatistics{load_shared(column), load_shared(column + Traits::kBlockN)};
       });
       if constexpr (kDv) weights_times_rows<T, kHeadDim, kMTiles, kStep>(dv, s, sGrad, block.lane);
       if constexpr (kDk) weights_times_rows<T, kHeadDim, kMTiles, kStep>(dk, ds, sQ, block.lane);
@@ -248,16 +259,17 @@ template <class T, int kHeadDim>
 void launch_sm80_backward(const AttentionBackwardParams& p, void* stream) {
   using Dq = BackwardTraits<kHeadDim, kHeadDim <= 72 ? 2 : 1>;
   using Dkv = BackwardTraits<kHeadDim, 1>;
-  const int64_t heads = static_cast<int64_t>(p.batch) * p.heads;
-  launch<sm80_backward_dq<T, Dq>>(p.by_query.tiles * heads, 1, Dq::kThreads, Dq::kSharedBytes,
+  const int64_t query_blocks = static_cast<int64_t>(p.by_query.tiles) * p.batch * p.heads;
+  const int64_t key_blocks = static_cast<int64_t>(p.by_key.tiles) * p.batch * p.kv_heads;
+  launch<sm80_backward_dq<T, Dq>>(query_blocks, 1, Dq::kThreads, Dq::kSharedBytes,
                                   static_cast<Stream>(stream), p);
   if constexpr (kHeadDim <= 96) {
-    launch<sm80_backward_dkv<T, Dkv, true, true>>(p.by_key.tiles * heads, 1, Dkv::kThreads, Dkv::kSharedBytes,
+    launch<sm80_backward_dkv<T, Dkv, true, true>>(key_blocks, 1, Dkv::kThreads, Dkv::kSharedBytes,
                                                   static_cast<Stream>(stream), p);
   } else {
-    launch<sm80_backward_dkv<T, Dkv, true, false>>(p.by_key.tiles * heads, 1, Dkv::kThreads, Dkv::kSharedBytes,
+    launch<sm80_backward_dkv<T, Dkv, true, false>>(key_blocks, 1, Dkv::kThreads, Dkv::kSharedBytes,
                                                    static_cast<Stream>(stream), p);
-    launch<sm80_backward_dkv<T, Dkv, false, true>>(p.by_key.tiles * heads, 1, Dkv::kThreads, Dkv::kSharedBytes,
+    launch<sm80_backward_dkv<T, Dkv, false, true>>(key_blocks, 1, Dkv::kThreads, Dkv::kSharedBytes,
                                                    static_cast<Stream>(stream), p);
   }
 }

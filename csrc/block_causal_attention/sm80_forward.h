@@ -89,23 +89,23 @@ struct Softmax {
   }
 };
 
-// Scores of columns that a row does not see become -inf; +inf when a negative scale follows.
+// Scores of columns that a row does not see become -inf; +inf when a negative scale follows. They are those of a masked
+// tile from its column `first` on, of rows from `row` on.
 template <int kMTiles, int kTiles>
-ARD_DEVICE void mask_scores(float (&s)[kMTiles][kTiles][4], const RowBounds* bounds, int row, int row_stop, int start,
-                            int stop, bool negative, int lane) {
+ARD_DEVICE void mask_scores(float (&s)[kMTiles][kTiles][4], const TileTables& tables, const MaskedTile& tile, int row,
+                            int first, bool negative, int lane) {
   const float unseen = negative ? INFINITY : -INFINITY;
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = row + 16 * m + fragment_row(lane, 2 * half);
-      const RowBounds own = r < row_stop ? bounds[r] : RowBounds{0, 0, 0};
+      const RowBounds own(tables.bounds[tile.at + tables.row_segments[r]]);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          const int column = start + 8 * n + fragment_column(lane, i);
-          s[m][n][i] = own.sees(column) & (column < stop) ? s[m][n][i] : unseen;
+          s[m][n][i] = own.sees(first + 8 * n + fragment_column(lane, i)) ? s[m][n][i] : unseen;
         }
       }
     }
@@ -117,7 +117,7 @@ template <int kBlockN>
 ARD_DEVICE MaskedTile column_tile(const TileItem& item, const MaskedTile* masked, int j) {
   if (j >= item.full_tiles()) return masked[item.masked_begin + j - item.full_tiles()];
   const int start = full_tile_start(item, j, kBlockN);
-  return {start, start + kBlockN};
+  return {start, start + kBlockN, 0, 0};
 }
 
 struct alignas(8) FloatPair {
@@ -159,11 +159,12 @@ ARD_DEVICE void store_result(const AttentionParams& p, const Softmax<Traits>& so
   for (int m = 0; m < Traits::kMTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      inverse[m][half] = 1 / softmax.total[m][half];
+      const float total = softmax.total[m][half] == 0 ? 1 : softmax.total[m][half];  // 0: a row that sees nothing
+      inverse[m][half] = 1 / total;
       const int r = row + 16 * m + fragment_row(lane, 2 * half);
       if (p.lse && lane % 4 == 0 && r < row_stop) {
         p.lse[static_cast<int64_t>(batch_head) * p.tokens + r] =
-            (softmax.maximum_[m][half] + log2_approx(softmax.total[m][half])) / kLog2E;
+            (softmax.maximum_[m][half] + log2_approx(total)) / kLog2E;
       }
     }
   }
@@ -180,16 +181,17 @@ sm80_forward(const ARD_GRID_CONSTANT AttentionParams p) {
   const auto [tile, batch_head] = head_tile(block_index(), p.batch * p.heads, p.tiles.group, p.tiles.tiles);
   const TileItem item = p.tiles.items[tile];
   const int batch = batch_head / p.heads, head = batch_head % p.heads;
-  const char *gK = head_pointer(p.k, batch, head), *gV = head_pointer(p.v, batch, head);
+  const char *gK = head_pointer(p.k, batch, head / p.share()), *gV = head_pointer(p.v, batch, head / p.share());
   char *sQ = shared_memory(), *sKV = sQ + Traits::kBytesQ;
 
   const int first = kSplit ? block_index_y() * p.tiles_per_split : 0;
   const int last = kSplit ? min_int(first + p.tiles_per_split, item.column_tiles()) : item.column_tiles();
   const auto copy_columns = [&](int j) {
-    const auto [start, stop] = column_tile<kBlockN>(item, p.tiles.masked, j);
+    const MaskedTile tile = column_tile<kBlockN>(item, p.tiles.masked, j);
     char* sK = sKV + (j - first) % Traits::kStages * 2 * Traits::kBytesK;
-    copy_tile<kHeadDim, kBlockN, Traits::kThreads>(sK, gK, p.k.stride_token, start, stop, thread);
-    copy_tile<kHeadDim, kBlockN, Traits::kThreads>(sK + Traits::kBytesK, gV, p.v.stride_token, start, stop, thread);
+    copy_tile<kHeadDim, kBlockN, Traits::kThreads>(sK, gK, p.k.stride_token, tile.start, tile.stop, thread);
+    copy_tile<kHeadDim, kBlockN, Traits::kThreads>(sK + Traits::kBytesK, gV, p.v.stride_token, tile.start, tile.stop,
+                                                   thread);
   };
   const char* gQ = head_pointer(p.q, batch, head);
   copy_tile<kHeadDim, Traits::kBlockM, Traits::kThreads>(sQ, gQ, p.q.stride_token, item.row, item.row_stop, thread);
@@ -218,8 +220,7 @@ sm80_forward(const ARD_GRID_CONSTANT AttentionParams p) {
       rows_times_rows<T, kHeadDim, kMTiles, kBlockN>(s, sRows, sK, lane, p.flip);
     }
     if (j >= item.full_tiles()) {
-      const auto [start, stop] = column_tile<kBlockN>(item, p.tiles.masked, j);
-      mask_scores(s, p.tiles.bounds, row, item.row_stop, start, stop, false, lane);
+      mask_scores(s, p.tiles, column_tile<kBlockN>(item, p.tiles.masked, j), row, 0, false, lane);
     }
     softmax.step(s, o, p.scale);
     weights_times_rows<T, kHeadDim, kMTiles, kBlockN>(o, s, sK + Traits::kBytesK, lane);

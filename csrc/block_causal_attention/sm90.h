@@ -46,22 +46,20 @@ ARD_DEVICE void produce(const Params& p, char* shared, Barriers& barriers) {
     const auto* const words = reinterpret_cast<const Words*>(a.tiles.items + tile);
     const Words first = load_global(words), second = load_global(words + 1);
     const TileItem item = item_of(first, second);
-    const int batch = batch_head / a.heads, head = batch_head % a.heads;
+    const int batch = batch_head / a.heads, head = batch_head % a.heads, kv_head = head / a.share();
     const int full = item.full_tiles(), tiles = item.column_tiles();
     for (int j = 0; j < tiles; ++j) {
-      int start, stop = 0;
+      int start, at = 0;
       if (j < full) {
         start = full_tile_start(item, j, kBlockN);
       } else {
         const MaskedTile& masked = a.tiles.masked[item.masked_begin + j - full];
-        start = masked.start, stop = masked.stop;
+        start = masked.start, at = masked.at;
       }
       mbarrier_wait(&barriers.empty_k[kv.stage], kv.parity ^ 1);
-      if (j >= full) {
-        store_shared(&barriers.columns[kv.stage], static_cast<uint64_t>(as_word(stop)) << 32 | as_word(start));
-      }
+      if (j >= full) store_shared(&barriers.bounds_at[kv.stage], as_word(at));
       load_tile<Traits::kK>(shared + Traits::kOffsetK + kv.stage * kK.bytes(), p.k, &barriers.full_k[kv.stage], start,
-                            head, batch);
+                            kv_head, batch);
       if (j == 0) {  // behind the first K, which need not wait for a stage of Q
         mbarrier_wait(&barriers.empty_q[q.stage], q.parity ^ 1);
         Words(&message)[3] = barriers.message[q.stage].words;
@@ -72,7 +70,7 @@ ARD_DEVICE void produce(const Params& p, char* shared, Barriers& barriers) {
       }
       mbarrier_wait(&barriers.empty_v[kv.stage], kv.parity ^ 1);
       load_tile<Traits::kV>(shared + Traits::kOffsetV + kv.stage * kV.bytes(), p.v, &barriers.full_v[kv.stage], start,
-                            head, batch);
+                            kv_head, batch);
       kv.advance();
     }
   }
@@ -113,15 +111,16 @@ void launch_forward(const AttentionParams& a, DType dtype, int multiprocessors, 
   using Own = Traits<kHeadDim>;
   bind_device();  // the driver's function below works on the calling thread's context, which may have none yet
   Params p;
-  const auto maps = [&](TensorMap(&to)[2], const HeadsView& x, const TileLayout& layout) {
-    const TensorExtents extents = tensor_extents(x, kHeadDim, a.tokens, a.heads, a.batch);
+  const auto maps = [&](TensorMap(&to)[2], const HeadsView& x, const TileLayout& layout, int tokens, int heads) {
+    const TensorExtents extents = tensor_extents(x, kHeadDim, tokens, heads, a.batch);
     for (int g = 0; g < layout.groups; ++g) {
       const ColumnGroup& group = layout.group[g];
       to[g] = make_tensor_map(x, dtype, extents, {group.atom_columns(), layout.rows, group.swizzle});
     }
     if (layout.groups == 1) to[1] = to[0];  // no group uses it
   };
-  maps(p.q, a.q, Own::kQ), maps(p.k, a.k, Own::kK), maps(p.v, a.v, Own::kV);
+  maps(p.q, a.q, Own::kQ, a.tokens, a.heads);
+  maps(p.k, a.k, Own::kK, a.key_tokens, a.kv_heads), maps(p.v, a.v, Own::kV, a.key_tokens, a.kv_heads);
   p.attention = a;
   p.programs = static_cast<int64_t>(a.tiles.tiles) * a.batch * a.heads;
   const int64_t blocks = p.programs < multiprocessors ? p.programs : multiprocessors;

@@ -50,14 +50,14 @@ ARD_DEVICE void issue_values(float (&o)[Traits::kV.columns() / 2], const uint32_
   }
 }
 
-// Scores of columns that a row does not see become -inf. A thread has the rows `bounds` stand for.
-ARD_DEVICE void mask_scores(float (&s)[kBlockN / 2], const RowBounds (&bounds)[2], int start, int stop, int thread) {
+// Scores of columns that a row does not see become -inf; `bounds` are those of the thread's two rows, packed.
+ARD_DEVICE void mask_scores(float (&s)[kBlockN / 2], const int (&bounds)[2], int thread) {
   static_assert(kBlockN == 128, "a thread's columns of a row are 32 bits");
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const auto below = [=](int column) { return columns_below(thread, min_int(column, stop) - start); };
-    const RowBounds& own = bounds[half];
-    const uint32_t visible = below(own.sink_stop) | (below(own.stop) & ~below(own.start));
+    const auto below = [=](int column) { return columns_below(thread, column); };
+    const RowBounds own(bounds[half]);
+    const uint32_t visible = below(own.first_stop) | (below(own.stop) & ~below(own.start));
 #pragma unroll
     for (int i = 0; i < kBlockN / 4; ++i) {
       float& score = s[i / 2 * 4 + 2 * half + i % 2];
@@ -141,9 +141,10 @@ ARD_DEVICE void store_rows(const AttentionParams& a, const TileItem& item, const
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = accumulator_row(lane, 2 * half);
-    const float inverse = 1 / softmax.total[half];
+    const float total = softmax.total[half] == 0 ? 1 : softmax.total[half];  // 0: a row that sees nothing
+    const float inverse = 1 / total;
     if (a.lse && lane % 4 == 0 && row + r < item.row_stop) {
-      a.lse[batch_head * a.tokens + row + r] = (softmax.maximum_[half] + log2_approx(softmax.total[half])) * kLn2;
+      a.lse[batch_head * a.tokens + row + r] = (softmax.maximum_[half] + log2_approx(total)) * kLn2;
     }
 #pragma unroll
     for (int i = 2 * half; i < Traits::kHeadDim / 2; i += 4) {
@@ -162,7 +163,7 @@ ARD_DEVICE void store_rows(const AttentionParams& a, const TileItem& item, const
 struct Work {
   TileItem item;
   Words heads;  // batch, head, both
-  RowBounds bounds[2];
+  int segments[2];  // of the thread's rows, for an item with masked tiles
   int stage;  // of its queries
 };
 
@@ -193,11 +194,11 @@ struct Consumer {
     const Words(&message)[3] = barriers.message[q.stage].words;
     Work work{item_of(load_shared(&message[0]), load_shared(&message[1])), load_shared(&message[2]), {}, q.stage};
     const TileItem& item = work.item;
-    if (item.masked_begin < item.masked_end) {  // rows past row_stop see what the last one does
+    if (item.masked_begin < item.masked_end) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = item.row + first + accumulator_row(lane, 2 * half);
-        work.bounds[half] = p.attention.tiles.bounds[min_int(row, item.row_stop - 1)];
+        work.segments[half] =
+            p.attention.tiles.row_segments[item.row + first + accumulator_row(lane, 2 * half)];
       }
     }
     q.advance();
@@ -219,11 +220,10 @@ struct Consumer {
     if (j < work.item.full_tiles()) {
       release(&barriers.empty_k[k.stage]);
     } else {
-      const uint64_t columns = load_shared(&barriers.columns[k.stage]);
+      const int32_t* const bounds = p.attention.tiles.bounds + as_int(load_shared(&barriers.bounds_at[k.stage]));
       sync_warp();  // all have read it
       release(&barriers.empty_k[k.stage]);
-      const int start = as_int(static_cast<uint32_t>(columns)), stop = as_int(static_cast<uint32_t>(columns >> 32));
-      mask_scores(s, work.bounds, start, stop, thread);
+      mask_scores(s, {bounds[work.segments[0]], bounds[work.segments[1]]}, thread);
     }
     k.advance();
     softmax.step(s, p.attention.scale, factor);

@@ -34,7 +34,7 @@ struct Message {
 struct Barriers {
   uint64_t full_q[kQueryStages], empty_q[kQueryStages];
   uint64_t full_k[4], empty_k[4], full_v[4], empty_v[4];
-  uint64_t columns[4];  // start and stop (upper half) of the key tile in a stage of K
+  uint32_t bounds_at[4];  // MaskedTile::at of the key tile in a stage of K
   Message message[kQueryStages];
 };
 static_assert(sizeof(Barriers) <= kBarrierBytes);

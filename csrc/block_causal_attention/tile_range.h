@@ -18,17 +18,20 @@ struct alignas(16) TileItem {
 };
 static_assert(sizeof(TileItem) == 32);
 
-// One column tile of `masked`: columns at or past `stop` do not count.
-struct MaskedTile {
-  int32_t start, stop;
+// One column tile of `masked`: no row sees columns at or past `stop`; a row of segment s has bounds[at + s].
+struct alignas(16) MaskedTile {
+  int32_t start, stop, at, unused;
 };
 
-// What a row sees, one of `bounds`: columns below sink_stop, and start <= column < stop.
+// What a row sees of a column tile, columns counted from its start: those below first_stop, and start <= column < stop.
 struct RowBounds {
-  int32_t sink_stop, start, stop;
+  int32_t first_stop, start, stop;
+
+  constexpr explicit RowBounds(int32_t packed)
+      : first_stop(packed & 1023), start(packed >> 10 & 1023), stop(packed >> 20) {}
 
   // & and |, not && and ||: no branches.
-  constexpr bool sees(int column) const { return (column < sink_stop) | ((start <= column) & (column < stop)); }
+  constexpr bool sees(int column) const { return (column < first_stop) | ((start <= column) & (column < stop)); }
 };
 
 // First column of the j-th column tile, j < item.full_tiles().

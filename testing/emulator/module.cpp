@@ -77,9 +77,7 @@ PYBIND11_MODULE(ard_emulated, m) {
     for (int j = 0; j < item.full_tiles(); ++j) starts.push_back(ard::full_tile_start(item, j, block_columns));
     return starts;
   });
-  m.def("sees", [](std::array<int32_t, 3> bounds, int column) {
-    return ard::RowBounds{bounds[0], bounds[1], bounds[2]}.sees(column);
-  });
+  m.def("sees", [](int32_t bounds, int column) { return ard::RowBounds(bounds).sees(column); });
   m.def("fragment_element",
         [](int lane, int i) { return std::pair(ard::fragment_row(lane, i), ard::fragment_column(lane, i)); });
 }

@@ -6,6 +6,7 @@ import torch
 
 from ard_kernels.block_causal_attention.cuda import HEAD_DIMS
 from ard_kernels.block_causal_attention.reference import block_causal_attention as reference
+from ard_kernels.block_causal_attention.spec import block_causal
 from ard_kernels.block_causal_attention.tiles import make_tables
 from ard_kernels.common import extension
 from testing import plain
@@ -29,7 +30,8 @@ def views(*tensors):
 
 def serves(cuda, q, k, v, out, D=72, dtype=torch.bfloat16, scale=0.1, chip=90):
     """Whether the Hopper kernel takes these tensors, on that chip."""
-    sizes = *q.shape[:3], scale, extension.dtype_code(dtype), D, chip, 132
+    B, H, T, _ = q.shape
+    sizes = (B, H, H, T, T), scale, extension.dtype_code(dtype), D, chip, 132
     blocks, *tile = cuda.attention_forward_kernel(*views(q, k, v, out), *sizes)
     assert not blocks or (blocks == 132 and tile == [BLOCK_M, BLOCK_N])
     return blocks > 0
@@ -41,12 +43,12 @@ def run(cuda, q, k, v, lengths, mask, scale=None, multiprocessors=3, seed=0, gro
     out = q.new_full((B, T + 2, H, D), float("nan"))
     lse = torch.full((B, H, T), float("nan"))
     own = out[:, 1:-1].transpose(1, 2)
-    made = make_tables(lengths, T, *mask, BLOCK_M, BLOCK_N, False)
+    made = make_tables(block_causal(lengths, *mask), T, T, BLOCK_M, BLOCK_N, False)
     tables = *(table.ctypes.data for table in made), len(made[0]), group or B * H
     scale = D**-0.5 if scale is None else scale
     assert serves(cuda, q, k, v, own, D, q.dtype, scale)
     cuda.set_seed(seed)
-    sizes = B, H, T, scale, extension.dtype_code(q.dtype), D
+    sizes = (B, H, H, T, T), scale, extension.dtype_code(q.dtype), D
     cuda.attention_forward(*views(q, k, v, own), lse.data_ptr(), tables, *sizes, multiprocessors, 0)
     cuda.set_seed(0)
     assert cuda.counts()["bank_conflicts"] == 0

@@ -39,17 +39,22 @@ def test_ranges_equal_the_dense_mask(many):
 def check_ranges(lengths, mask):
     tokens = sum(lengths)
     dense = spec.dense_mask(lengths, tokens, *mask)
-    offsets = segment_offsets(lengths, tokens)
-    for segment in range(len(lengths)):
-        keys = torch.zeros(tokens, dtype=torch.bool)
-        for start, stop in spec.key_ranges(offsets, segment, *mask):
-            assert start < stop and not keys[start:stop].any(), "ranges overlap or are empty"
-            keys[start:stop] = True
-        assert torch.equal(keys, dense[offsets[segment]])
-        queries = torch.zeros(tokens, dtype=torch.bool)
-        queries[slice(*spec.query_range(offsets, segment, *mask))] = True
-        assert torch.equal(queries, dense[:, offsets[segment]])
-    assert spec.useful_pairs(lengths, tokens, *mask) == int(dense.sum())
+    seen = spec.visibility(spec.block_causal(lengths, *mask), tokens, tokens)
+    assert seen.q_offsets == seen.k_offsets == segment_offsets(lengths, tokens)
+    for segment, start in enumerate(seen.q_offsets[:-1]):
+        assert torch.equal(tokens_of(seen.keys[segment], tokens), dense[start])
+        assert torch.equal(tokens_of(seen.queries[segment], tokens), dense[:, start])
+        assert len(seen.keys[segment]) <= 2 and len(seen.queries[segment]) == 1
+    assert seen.pairs == spec.useful_pairs(lengths, tokens, *mask) == int(dense.sum())
+
+
+def tokens_of(ranges, tokens):
+    """(T,) bool: the tokens of ranges that are in order, apart and not empty."""
+    chosen, last = torch.zeros(tokens, dtype=torch.bool), -1
+    for start, stop in ranges:
+        assert last < start < stop, "ranges touch, overlap or are empty"
+        chosen[start:stop], last = True, stop
+    return chosen
 
 
 @given(st.integers(1, 8), st.integers(0, 8))

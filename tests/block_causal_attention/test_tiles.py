@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ard_kernels.block_causal_attention.spec import dense_mask
+from ard_kernels.block_causal_attention.mask import SegmentMask, mask_of
+from ard_kernels.block_causal_attention.spec import Segments, block_causal, visibility
 from ard_kernels.block_causal_attention.tiles import column_tiles, heads_per_group, make_tables, schedule
 from ard_kernels.block_causal_attention.triton_impl import head_of, parts_of
 from testing.drawing import FEW_AND_MANY
@@ -15,33 +16,66 @@ from testing.waves import efficiency, makespan
 BLOCKS = st.sampled_from([1, 4, 16, 32])
 
 
-def visits(items, masked, bounds, tokens, block):
-    """(T, T) how often a row and column meet; asserts that tiles stay inside the tokens and full tiles are full."""
-    count = np.zeros((tokens, tokens), int)
-    for row, row_stop, *runs, first, last in items:
-        assert 0 <= row < row_stop <= tokens
+def sees(packed, column):
+    """The mask predicate on an entry of `bounds`; column counted from the tile's start."""
+    first_stop, start, stop = packed & 1023, packed >> 10 & 1023, packed >> 20
+    return column < first_stop or start <= column < stop
+
+
+def visits(tables, shape, block, sees=sees):
+    """How often a row and column meet; asserts that tiles stay inside the columns and nothing is visited in vain."""
+    (items, masked, bounds, row_segments), count = tables, np.zeros(shape, int)
+    for row, row_stop, *runs, first, last in items.tolist():
+        assert 0 <= row < row_stop <= shape[0] and runs[1] + runs[3] + last - first > 0
         for start, tiles in zip(runs[::2], runs[1::2], strict=True):
-            assert start + tiles * block <= tokens
+            assert start + tiles * block <= shape[1]
             count[row:row_stop, start : start + tiles * block] += 1
-        sink_stop, begin, end = bounds[row:row_stop].T[:, :, None]
-        for start, stop in masked[first:last]:
-            columns = np.arange(start, min(start + block, stop))
-            assert stop <= tokens and len(columns)
-            visible = (columns < end) & ((columns >= begin) | (columns < sink_stop))
-            assert visible.any(), "a tile visited for nothing"
-            count[row:row_stop, columns] += visible
+        for start, stop, at, _ in masked[first:last].tolist():
+            assert stop <= shape[1] and stop - start <= block
+            seen_by = {}
+            for segment in set(row_segments[row:row_stop].tolist()):
+                packed = int(bounds[at + segment])
+                seen_by[segment] = np.array([sees(packed, c) for c in range(block)])
+                assert not seen_by[segment][stop - start :].any(), "columns past the tile's stop"
+            if start == stop:
+                assert first + 1 == last and not runs[1], "only a tile that sees nothing has a column tile without columns"
+                continue
+            assert any(each.any() for each in seen_by.values()), "a tile visited for nothing"
+            for r in range(row, row_stop):
+                count[r, start:stop] += seen_by[int(row_segments[r])][: stop - start]
     return count
 
 
-draw_tables = given(
-    lengths=st.one_of(
-        st.lists(st.integers(1, 40), min_size=1, max_size=6),
-        st.tuples(st.integers(1, 24), st.integers(1, 6)).map(lambda p: [p[0]] * p[1]),
-    ),
-    mask=st.tuples(st.one_of(st.none(), st.integers(1, 6)), st.integers(0, 5)),
-    blocks=st.tuples(BLOCKS, BLOCKS),
-    by_key=st.booleans(),
-)
+def any_mask(draw, q_segments, k_segments):
+    rows = st.lists(st.booleans(), min_size=k_segments, max_size=k_segments)
+    return SegmentMask(draw(st.lists(rows, min_size=q_segments, max_size=q_segments))).code
+
+
+@st.composite
+def drawn_segments(draw):
+    """(Segments, T_q, T_k): block-causal ones as before, or any mask over lengths of both sides."""
+    if draw(st.booleans()):
+        lengths = draw(
+            st.one_of(
+                st.lists(st.integers(1, 40), min_size=1, max_size=6),
+                st.tuples(st.integers(1, 24), st.integers(1, 6)).map(lambda p: [p[0]] * p[1]),
+            )
+        )
+        window, sink = draw(st.one_of(st.none(), st.integers(1, 6))), draw(st.integers(0, 5))
+        return block_causal(lengths, window, sink), sum(lengths), sum(lengths)
+    q_lengths, k_lengths = (draw(st.lists(st.integers(1, 30), min_size=1, max_size=7)) for _ in range(2))
+    mask = any_mask(draw, len(q_lengths), len(k_lengths))
+    return Segments(mask, tuple(q_lengths), tuple(k_lengths)), sum(q_lengths), sum(k_lengths)
+
+
+draw_tables = given(case=drawn_segments(), blocks=st.tuples(BLOCKS, BLOCKS), by_key=st.booleans())
+
+
+def dense(case):
+    segments, q_tokens, k_tokens = case
+    seen = visibility(*case)
+    mask = mask_of(segments.mask, len(seen.q_offsets) - 1)
+    return mask.dense(np.diff(seen.q_offsets), np.diff(seen.k_offsets)).numpy()
 
 
 @FEW_AND_MANY
@@ -49,17 +83,20 @@ def test_every_visible_pair_once(many):
     settings(max_examples=(300, 3000)[many])(draw_tables(check_tables))()
 
 
-def check_tables(lengths, mask, blocks, by_key):
-    tokens = sum(lengths)
-    items, masked, bounds = make_tables(lengths, tokens, *mask, *blocks, by_key)
+def check_tables(case, blocks, by_key):
+    expected = dense(case).T if by_key else dense(case)
+    tables = make_tables(*case, *blocks, by_key)
+    items = tables.items
     assert (items[:, 1] - items[:, 0] <= blocks[0]).all()
     rows = np.sort(items[:, 0])
-    assert rows[0] == 0 and (np.sort(items[:, 1])[:-1] == rows[1:]).all() and items[:, 1].max() == tokens
+    assert rows[0] == 0 and (np.sort(items[:, 1])[:-1] == rows[1:]).all() and items[:, 1].max() == len(expected)
     assert (np.diff(column_tiles(items)) <= 0).all(), "longest first"
-    if by_key:
-        assert not items[:, 4:6].any(), "the queries that see a key are one run"
-    expected = dense_mask(lengths, tokens, *mask).numpy()
-    assert (visits(items, masked, bounds, tokens, blocks[1]) == (expected.T if by_key else expected)).all()
+    assert (visits(tables, expected.shape, blocks[1]) == expected).all()
+    # Whatever row of a tile is looked up, also past the last one, the tables have an entry.
+    for row, *_, first, last in items.tolist():
+        for at in tables.masked[first:last, 2].tolist():
+            index = at + tables.row_segments[row : row + blocks[0]]
+            assert len(index) == blocks[0] and index.min() >= 0 and index.max() < len(tables.bounds)
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 9))
@@ -80,20 +117,13 @@ def test_tile_range_h_equals_the_dense_mask_cuda(many, emulated):
 
     @settings(max_examples=(100, 1000)[many])
     @draw_tables
-    def draw(lengths, mask, blocks, by_key):
-        tokens = sum(lengths)
-        items, masked, bounds = make_tables(lengths, tokens, *mask, *blocks, by_key)
-        bounds = bounds.tolist()
-        count = np.zeros((tokens, tokens), int)
-        for item in items.tolist():
-            rows = range(item[0], item[1])
-            for start in emulated.full_tile_starts(item, blocks[1]):
-                count[item[0] : item[1], start : start + blocks[1]] += 1
-            for start, stop in masked[item[6] : item[7]].tolist():
-                for column in range(start, min(start + blocks[1], stop)):
-                    count[item[0] : item[1], column] += [emulated.sees(bounds[row], column) for row in rows]
-        expected = dense_mask(lengths, tokens, *mask).numpy()
-        assert (count == (expected.T if by_key else expected)).all()
+    def draw(case, blocks, by_key):
+        expected = dense(case).T if by_key else dense(case)
+        tables = make_tables(*case, *blocks, by_key)
+        for item in tables.items.tolist():
+            starts = [start + i * blocks[1] for start, n in (item[2:4], item[4:6]) for i in range(n)]
+            assert emulated.full_tile_starts(item, blocks[1]) == starts
+        assert (visits(tables, expected.shape, blocks[1], emulated.sees) == expected).all()
 
     draw()
 
@@ -120,17 +150,18 @@ def test_every_lane_and_register_has_its_own_element_cuda(emulated):
 @pytest.mark.parametrize("mask", [(None, 0), (1, 0), (2, 0), (1, 1)])
 def test_the_model_shape_has_no_masked_tiles(mask, by_key):
     for S, L in ((4, 256), (8, 1024), (1, 256)):
-        items, masked, _ = make_tables([L], S * L, *mask, 128, 128, by_key)
+        items, masked, *_ = make_tables(block_causal([L], *mask), S * L, S * L, 128, 128, by_key)
         assert not len(masked) and len(items) == S * L // 128
-    tables = schedule((256,), 1024, *mask, 128, 64, by_key, torch.device("cpu"))
+    case = block_causal([256], *mask), 1024, 1024, 128, 64, by_key, torch.device("cpu")
+    tables = schedule(*case)
     assert not tables.has_masked and tables.items.dtype == torch.int32
-    assert tables is schedule((256,), 1024, *mask, 128, 64, by_key, torch.device("cpu"))
+    assert tables is schedule(*case)
 
 
 def test_short_segments_share_row_tiles():
-    items, _, _ = make_tables([16], 64, None, 0, 64, 64, False)
+    items, *_ = make_tables(block_causal([16], None, 0), 64, 64, 64, 64, False)
     assert len(items) == 1
-    items, masked, _ = make_tables([256], 1024, None, 0, 128, 64, False)
+    items, masked, *_ = make_tables(block_causal([256], None, 0), 1024, 1024, 128, 64, False)
     assert len(items) == 8 and not len(masked)
 
 

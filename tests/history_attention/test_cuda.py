@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ard_kernels import HeadNorm
 from ard_kernels.common import extension
 from ard_kernels.history_attention import cuda
+from ard_kernels.block_causal_attention.tiles import packed_bounds
 from ard_kernels.history_attention.tiles import make_tables, schedule
 from testing import plain
 from testing.devices import on_devices
@@ -40,16 +41,18 @@ def check_tables(rows, start, cuts, blocks, splits):
     """Every row meets every column it sees once, in one of the splits; no tile is for nothing, full tiles are full."""
     sink_stop, window_start = sorted(min(cut, start) for cut in cuts)
     stop, (block_m, block_n) = start + rows, blocks
-    items, masked, bounds = make_tables(rows, sink_stop, window_start, stop, *blocks)
+    items, masked, bounds, row_segments = make_tables(rows, sink_stop, window_start, stop, *blocks)
     assert items[:, 0].tolist() == list(range(0, rows, block_m))
     assert items[:, 1].tolist() == [min(row + block_m, rows) for row in range(0, rows, block_m)]
     columns = np.arange(stop)
     expected = (columns < sink_stop) | (columns >= window_start)
-    assert (bounds == [sink_stop, window_start, stop]).all() and len(bounds) == rows
+    assert not row_segments.any() and len(row_segments) == rows + block_m
     for item in items:
         runs = item[2:6].reshape(2, 2)
         tiles = [(start + i * block_n, None) for start, tiles in runs for i in range(tiles)]
-        tiles += [tuple(tile) for tile in masked[item[6] : item[7]]]
+        for begin, end, at, _ in masked[item[6] : item[7]]:
+            assert bounds[at] == packed_bounds(0, 0, end - begin), "rows see the whole tile"
+            tiles.append((begin, end))
         count = np.zeros(stop, int)
         share = -(-len(tiles) // splits)
         for split in range(splits):
