@@ -124,13 +124,14 @@ def test_numbers_of_numpy():
     assert HistoryRouting(n(4), n(2)).mask(n(3)) == {"window": 1, "sink": 0}
 
 
-def raw_attention(q=Q, k=Q, v=Q, lengths=(4,), backend="torch"):
-    return torch.ops.ard.block_causal_attention(q, k, v, lengths, None, 0, 0.3, backend)
+def raw_attention(q=Q, k=Q, v=None, mask="causal None 0", lengths=(4,), backend="torch"):
+    v = k if v is None else v
+    return torch.ops.ard.segment_attention(q, k, v, mask, lengths, (4,), 0.3, backend)
 
 
-def raw_attention_backward(grad=Q, out=Q, lse=None):
-    lse = torch.zeros(1, 2, 8) if lse is None else lse
-    return torch.ops.ard.block_causal_attention_backward(grad, Q, Q, Q, out, lse, [4], None, 0, 0.3, "torch")
+def raw_attention_backward(grad=Q, out=Q, lse=None, grad_lse=None):
+    lse, settings = torch.zeros(1, 2, 8) if lse is None else lse, ("causal None 0", [4], [4], 0.3, "torch")
+    return torch.ops.ard.segment_attention_backward(grad, grad_lse, Q, Q, Q, out, lse, *settings)
 
 
 def raw_adaln(lengths, row=ROW):
@@ -145,15 +146,27 @@ def raw_adaln_backward(mean=None, grad=X):
 
 
 RAW = {
-    "attention, k": (lambda: raw_attention(k=Q[:, :, :4]), "k has shape"),
+    "attention, k": (lambda: raw_attention(k=Q[..., :4]), "k has shape"),
+    "attention, tokens of k": (lambda: raw_attention(k=Q[:, :, :4]), "k has 1 segments; expected q's 2"),
+    "attention, v": (lambda: raw_attention(v=Q[:, :, :4]), "v has shape"),
+    "attention, keys past the last": (lambda: raw_attention(mask="2|0:1|0:3"), "expected SegmentMask.code"),
+    "attention, negative keys": (lambda: raw_attention(mask="2|-1:1|0:2"), "expected SegmentMask.code"),
+    "attention, runs that touch": (lambda: raw_attention(mask="2|0:1,1:2|0:2"), "expected SegmentMask.code"),
+    "attention, no mask": (lambda: raw_attention(mask="causal"), "mask is 'causal'; expected SegmentMask.code"),
+    "attention, window": (lambda: raw_attention(mask="causal 0 0"), "expected SegmentMask.code"),
+    "attention, other mask": (lambda: raw_attention(mask="3|0:1|0:2|0:3"), "q has 2 segments; expected the mask's 3"),
     "attention, strides": (lambda: raw_attention(q=Q.transpose(2, 3)), "q has strides"),
     "attention, k on meta": (lambda: raw_attention(k=Q.to("meta")), "k is on meta; expected q's cpu"),
     "attention, lengths": (lambda: raw_attention(lengths=(4, 5)), "segment_length sums to 9; expected the 8 tokens"),
     "attention, backend": (lambda: raw_attention(backend="triton2"), "backend 'triton2' .* unknown backend"),
     "attention backward, lse": (lambda: raw_attention_backward(lse=torch.zeros(1, 2, 4)), "lse is a float32 tensor"),
+    "attention backward, grad_lse": (
+        lambda: raw_attention_backward(grad_lse=torch.zeros(1, 2, 4)),
+        "grad_lse is a float32 tensor",
+    ),
     "attention backward, out": (lambda: raw_attention_backward(out=Q[:, :1]), "out has shape"),
     "packed": (
-        lambda: torch.ops.ard.block_causal_attention_packed(torch.randn(1, 8, 2, 2, 8), [4], None, 0, 0.3, "torch"),
+        lambda: torch.ops.ard.segment_attention_packed(torch.randn(1, 8, 2, 2, 8), "causal None 0", [4], 0.3, "torch"),
         "qkv has shape",
     ),
     "adaln, lengths": (lambda: raw_adaln([5]), "the input has 8 tokens; expected a multiple of segment_length=5"),

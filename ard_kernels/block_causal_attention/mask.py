@@ -212,13 +212,15 @@ def mask_of(code: str, query_segments: int) -> SegmentMask:
         if code.startswith("causal "):
             _, window, sink = code.split(" ")
             settings = None if window == "None" else int(window), int(sink)
+            if settings[1] < 0 or (settings[0] is not None and settings[0] < 1):
+                raise ValueError
             return SegmentMask._of_runs([causal_runs(i, *settings) for i in range(query_segments)], query_segments)
         keys, *lines = code.split("|")
         runs = [[_run(text) for text in line.split(",") if text] for line in lines]
         mask = SegmentMask._of_runs([merged(own) for own in runs], int(keys))
     except ValueError:
         raise ValueError(f"mask is {described(code)}; expected SegmentMask.code") from None
-    if mask.code != code or any(own and own[-1][1] > mask.key_segments for own in mask.runs):
+    if mask.code != code or any(own and (own[0][0] < 0 or own[-1][1] > mask.key_segments) for own in mask.runs):
         raise ValueError(f"mask is {described(code)}; expected SegmentMask.code")
     return mask
 

@@ -14,6 +14,7 @@ from ard_kernels.common.arguments import check_int, check_scale, described, is_i
 from ard_kernels.common.autocast import cast_to_autocast
 from ard_kernels.common.backends import resolve
 from ard_kernels.history_attention.cache import HistoryCache
+from ard_kernels.history_attention.gradient import attend_with_gradient
 from ard_kernels.history_attention.norm import HeadNorm, check_norm
 from ard_kernels.history_attention.op import check_memory, history_op, norm_fields
 from ard_kernels.history_attention.spec import check_layer, check_segment
@@ -51,15 +52,16 @@ def history_attention(
             "cuda" does it in the launch that appends, the others by PyTorch ops before theirs.
 
     Returns:
-        out, like q in shape, layout and dtype. Not differentiable: sampling only.
+        out, like q in shape, layout and dtype. Differentiable in q, k, v and the norms' parameters: in the own segment,
+        that is; earlier ones are constants, whatever they were made from (self-rollout training). Such a call copies
+        what it sees of the cache, and is not captured by torch.compile. For sampling use torch.no_grad().
 
-    torch.compile makes one graph for all steps of a shape: where the cache stands is read when it runs. A CUDA graph
+    Without gradients torch.compile makes one graph for all steps of a shape: where the cache stands is read when it runs. A CUDA graph
     that you capture yourself replays the places it was captured at: capture all steps from `cache.reset()` on.
 
     Raises:
         ValueError: an argument outside this contract, no room left, or a cache whose layers have not all taken the
             step before; the cache then keeps its contents.
-        RuntimeError: a gradient is recorded for q, k, v or a norm's weight or bias (use torch.no_grad()).
         NotImplementedError: in torch.export, whose program would hold the cache's contents as constants.
     """
     op = "history_attention"
@@ -80,10 +82,11 @@ def history_attention(
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     check_norm(op, "q_norm", q_norm, q)
     check_norm(op, "k_norm", k_norm, k)
-    if torch.is_grad_enabled() and _requires_grad(q, k, v, q_norm, k_norm):
-        raise RuntimeError(f"{op}: q, k, v or a norm requires a gradient; expected sampling under torch.no_grad()")
     check_segment(op, k, cache.keys)
     chosen = resolve(op, backend, q.device, q.dtype, q.shape[-1])
+    if torch.is_grad_enabled() and _requires_grad(q, k, v, q_norm, k_norm):
+        out = attend_with_gradient(q, k, v, cache, layer, window, sink, scale, q_norm, k_norm, chosen)
+        return out.transpose(1, 2) if layout == "bthd" else out
     memory = (cache.keys, cache.values, cache.workspace, cache.positions)
     norms = (*norm_fields(q_norm), *norm_fields(k_norm))
     out = history_op(q, k, v, *memory, layer, window, sink, scale, *norms, chosen)

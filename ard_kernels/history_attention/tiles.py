@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from ard_kernels.block_causal_attention.mask import merged
 from ard_kernels.block_causal_attention.tiles import Schedule, Tables, column_tiles, masked_tiles, tile_runs
 from ard_kernels.common.gpu_support import upload
 
@@ -19,7 +20,7 @@ def make_tables(
     rows: int, sink_stop: int, window_start: int, stop: int, block_rows: int, block_columns: int
 ) -> Tables:
     """The tables for `rows` queries."""
-    ranges = [(0, sink_stop), (window_start, stop)] if sink_stop else [(window_start, stop)]
+    ranges = merged([(0, sink_stop), (window_start, stop)])
     runs, rest = tile_runs([(*own, True) for own in ranges], block_columns)
     tiles = masked_tiles(rest, [ranges], block_columns)
     items = [(row, min(row + block_rows, rows), *runs, 0, len(tiles)) for row in range(0, rows, block_rows)]

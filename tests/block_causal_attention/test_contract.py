@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ard_kernels
 from ard_kernels import block_causal_attention, block_causal_attention_packed
 from ard_kernels.block_causal_attention import cuda
+from ard_kernels.block_causal_attention.mask import causal_code
 from ard_kernels.block_causal_attention.spec import useful_pairs
 from ard_kernels.common import extension, gpu_support
 from testing.devices import on_devices
@@ -75,10 +76,9 @@ def test_lengths_may_come_as_a_tensor_or_array(device):
 
 
 @pytest.mark.parametrize(("backend", "device", "D", "dtype"), SERVED)
-def test_lse_is_not_differentiable_and_double_backward_is_refused(backend, device, D, dtype):
+def test_double_backward_is_refused(backend, device, D, dtype):
     q, k, v = qkv(1, 2, 32, D, dtype=dtype, grad=True, device=device)
-    out, lse = block_causal_attention(q, k, v, segment_length=16, return_lse=True, backend=backend)
-    assert not lse.requires_grad
+    out = block_causal_attention(q, k, v, segment_length=16, backend=backend)
     (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="gradients of gradients are not supported"):
         torch.autograd.grad(grad.sum(), q)
@@ -186,15 +186,16 @@ def test_autocast_casts_as_sdpa_does(backend, device):
 )
 def test_opcheck(backend, device, D, lengths, window, sink, dtype):
     q, k, v = qkv(2, 1, 16, D, dtype=dtype, grad=True, device=device)
-    settings = (lengths, window, sink, 0.25, backend)
-    torch.library.opcheck(torch.ops.ard.block_causal_attention, (q, k, v, *settings))
-    out, lse = (x.detach() for x in torch.ops.ard.block_causal_attention(q, k, v, *settings))
-    inputs = (torch.randn_like(out), *(x.detach() for x in (q, k, v)), out, lse, *settings)
-    torch.library.opcheck(torch.ops.ard.block_causal_attention_backward, inputs)
+    packed_settings = (causal_code(window, sink), lengths, 0.25, backend)
+    settings = (causal_code(window, sink), lengths, lengths, 0.25, backend)
+    torch.library.opcheck(torch.ops.ard.segment_attention, (q, k, v, *settings))
+    out, lse = (x.detach() for x in torch.ops.ard.segment_attention(q, k, v, *settings))
+    inputs = (torch.randn_like(out), None, *(x.detach() for x in (q, k, v)), out, lse, *settings)
+    torch.library.opcheck(torch.ops.ard.segment_attention_backward, inputs)
     packed = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4)
-    torch.library.opcheck(torch.ops.ard.block_causal_attention_packed, (packed, *settings))
-    inputs = (torch.randn_like(out), packed.detach(), out, lse, *settings)
-    torch.library.opcheck(torch.ops.ard.block_causal_attention_packed_backward, inputs)
+    torch.library.opcheck(torch.ops.ard.segment_attention_packed, (packed, *packed_settings))
+    inputs = (torch.randn_like(out), None, packed.detach(), out, lse, *packed_settings)
+    torch.library.opcheck(torch.ops.ard.segment_attention_packed_backward, inputs)
 
 
 def test_use_backend_and_environment(monkeypatch):

@@ -216,18 +216,6 @@ def test_bad_input_leaves_the_cache_alone(make, arguments, message, device):
     assert cache.length == 0 and not cache.keys.any()
 
 
-@pytest.mark.parametrize(("backend", "device", "dtype"), WITH_DTYPE)
-def test_gradients_are_refused(backend, device, dtype):
-    q = torch.randn(1, 2, 16, 64, device=device).to(dtype).requires_grad_()
-    cache = HistoryCache(1, 1, 2, 64, 16, dtype, device)
-    with pytest.raises(RuntimeError, match="requires a gradient; expected sampling under"):
-        history_attention(q, q, q, cache, layer=0, backend=backend)
-    norm = HeadNorm(weight=torch.ones(64, device=device, requires_grad=True))
-    with pytest.raises(RuntimeError, match="or a norm requires a gradient; expected sampling under"):
-        history_attention(*[q.detach()] * 3, cache, layer=0, k_norm=norm, backend=backend)
-    assert cache.length == 0
-
-
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_flops_of_all_steps_equal_the_mask(mask, device):
     cache = HistoryCache(1, 2, 3, 24, 64, device=device)
