@@ -1,7 +1,7 @@
 """What attention over segments is measured against: the strongest alternatives in PyTorch, and packages for it.
 
-FlashAttention-4's block-sparse kernels are measured through FlexAttention (`flex_flash`), which lowers to them: called by
-themselves they want the mask as a function of CuTe DSL.
+FlashAttention-4's block-sparse kernels are measured through FlexAttention (`flex_flash`), which lowers to them: called
+by themselves they want the mask as a function of CuTe DSL.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def flex(case: Case, device: torch.device, kernel: str | None = None, **compiled
 
 
 def flex_peers(case: Case, device: torch.device, compiled: bool) -> dict[str, Callable[[], Attend]]:
-    """In the default mode; on a GPU also as its users run it, and on FlashAttention-4. On the CPU it has no backward."""
+    """In the default mode; on a GPU also as its users run it, and on FlashAttention-4. No backward on the CPU."""
     if not compiled:
         return {"flex": lambda: flex(case, device)}
     peers = {"flex_compiled": lambda: flex(case, device, mode="default")}
