@@ -58,4 +58,4 @@ def test_peak_memory_grows_as_the_tokens(room):
     if first["ours"] is None:
         pytest.skip("/proc/self/clear_refs cannot be written here")
     assert last["ours"] <= MOST_GROWTH * first["ours"], found
-    assert last["dense"] > 2 * MOST_GROWTH * first["dense"], "what would grow as T^2 is seen"
+    assert last["dense"] > 1.5 * MOST_GROWTH * first["dense"], "what would grow as T^2 is seen"
