@@ -13,7 +13,7 @@ tokens stays a range: no copy of keys or values is made, and one of the queries.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -165,14 +165,17 @@ def _groups(offsets: Sequence[int], alone: Sequence[bool]) -> list[Run]:
     return groups
 
 
-def _additive_mask(offsets: Sequence[int], ranges: Sequence[TokenRanges], columns: TokenRanges, like: Tensor) -> Tensor:
-    """(rows, columns) of 0 and -inf, for rows of the segments `offsets` that see `ranges`."""
+def _additive_mask(
+    offsets: Sequence[int], ranges: Sequence[TokenRanges], columns: TokenRanges, like: Tensor, by_key: bool
+) -> Tensor:
+    """(rows, columns) of 0 and -inf, by_key (columns, rows), for rows of the segments `offsets` that see `ranges`."""
     (first, _), (_, last) = columns[0], columns[-1]
     mask = like.new_full((offsets[-1] - offsets[0], last - first), float("-inf"))
     for (start, stop), own in zip(pairwise(offsets), ranges, strict=True):
         for a, b in own:
             mask[start - offsets[0] : stop - offsets[0], max(a - first, 0) : max(b - first, 0)] = 0
-    return torch.cat([mask[:, a - first : b - first] for a, b in columns], 1)
+    mask = torch.cat([mask[:, a - first : b - first] for a, b in columns], 1)
+    return mask.T.contiguous() if by_key else mask
 
 
 def _blocks(
@@ -190,14 +193,10 @@ def _blocks(
         alike = all([each == own[0] for each in own])
         union = merged([each for seen in own for each in seen])
         for columns in [[each] for each in union] if by_key and union else [union]:
-            make = None
+            make: Callable[[], Tensor] | None = None
             if not alike:
                 pairs += (rows[1] - rows[0]) * sum(b - a for a, b in columns)
-
-                def make(segments=offsets[first : stop + 1], own=own, columns=columns):
-                    mask = _additive_mask(segments, own, columns, like)
-                    return mask.T.contiguous() if by_key else mask
-
+                make = partial(_additive_mask, offsets[first : stop + 1], own, columns, like, by_key)
             blocks.append(Block(rows, columns, make))
     if pairs > MOST_KEPT_PAIRS:
         return blocks
@@ -212,7 +211,8 @@ def _make_plan(
     seen = visibility(segments, q_tokens, k_tokens)
     count = len(seen.q_offsets) - 1
     diagonal = mask_of(segments.mask, count).runs == tuple([((i, i + 1),) for i in range(count)])
-    lengths = {(q1 - q0, k1 - k0) for (q0, q1), (k0, k1) in zip(pairwise(seen.q_offsets), pairwise(seen.k_offsets))}
+    sides = (pairwise(offsets) for offsets in (seen.q_offsets, seen.k_offsets))
+    lengths = {(q1 - q0, k1 - k0) for (q0, q1), (k0, k1) in zip(*sides, strict=False)}
     if diagonal and len(lengths) == 1 and len(seen.k_offsets) == len(seen.q_offsets):
         return Plan(lengths.pop(), [], [])
     like = torch.empty(0, dtype=dtype, device=device)
