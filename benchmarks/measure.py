@@ -1,4 +1,4 @@
-"""Comparisons: our backends and the peers take turns, once they have given the same results.
+"""Comparisons: our backends and the peers take turns, those that have given what fp64 gives.
 
 Forward runs without gradients. "backward" is timed alone, on graphs prepared for every input set; "forward+backward"
 builds the graph too. Rates count useful work only: FLOPs of pairs the mask keeps, bytes that any kernel must move.
@@ -6,7 +6,6 @@ builds the graph too. Rates count useful work only: FLOPs of pairs the mask keep
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ MATMUL = 32 if TINY else 1024  # size of the reference's matrices
 class Measurement:
     """What a comparison gave: result rows, times, and why a candidate has none.
 
-    refused: it cannot run here, or is a peer with other results than the rest; wrong: it is ours and has those.
+    refused: it cannot run here, or is a peer with other results than fp64; wrong: it is ours and has those.
     """
 
     rows: list[Row]
@@ -115,28 +114,6 @@ def make_sets(job: Job, device: torch.device):
     return sets, [torch.randn(shape, device=device).to(case.dtype) for _ in range(job.op.outputs)]
 
 
-def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """2-norm of the difference over that of `expected`; infinite where one has a NaN."""
-    off = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
-    return float("inf") if math.isnan(off) else off
-
-
-def odd_ones_out(results: dict[str, list[torch.Tensor]], limit: float) -> dict[str, str]:
-    """Which candidates give other results than the one that most others agree with, and by how much."""
-
-    def off(name: str, other: str) -> float:
-        return max(relative(a, b) for a, b in zip(results[name], results[other], strict=True))
-
-    support = {name: sum(off(other, name) <= limit for other in results) for name in results}
-    trusted = max(support, key=support.get)  # the first of equals
-    differences = {name: off(name, trusted) for name in results}
-    return {
-        name: f"differs from {trusted} by {difference:.2e} of the 2-norm; expected at most {limit:.2e}"
-        for name, difference in differences.items()
-        if difference > limit
-    }
-
-
 def references(case: Case, device: torch.device) -> dict[str, Callable[[], object]]:
     """Ceilings among the candidates: on a shared CPU the memory rate moves by a factor of two within minutes."""
     if device.type == "cuda":
@@ -161,25 +138,25 @@ def measure(job: Job, device: torch.device, how: How) -> Measurement:
     sets, grad_outputs = make_sets(job, device)
     peers = job.op.peers(case, device, how.compiled)
     ours = {backend: partial(job.op.ours, case, device, backend) for backend in backends}
-    runs, results, refused = {}, {}, {}
+    exact = job.op.exact(case, sets[0], grad_outputs)
+    # 16-bit outputs are rounded once, fp32 sums at every term
+    limit = (64 if case.dtype == torch.float32 else 4) * torch.finfo(case.dtype).eps
+    runs, errors, refused, wrong = {}, {}, {}, {}
     for place, (name, make) in enumerate((ours | peers).items()):
         try:
             run = prepare(job.direction, make(), sets, grad_outputs)
-            results[name] = [x.clone() for x in run()]
+            errors[name] = exact.error(run())
+            if errors[name] > limit:
+                why = f"differs from fp64 by {errors[name]:.2e} of the 2-norm; expected at most {limit:.2e}"
+                (wrong if name in ours else refused)[name] = why
+                continue
             for _ in range(len(sets) - 1 + place):  # in a round each candidate takes another input set
                 run()
             runs[name] = run
         except Exception as error:
             refused[name] = describe(error)
-            results.pop(name, None)
-    # fp32 sums in another order differ by more ulps than 16-bit outputs that were rounded once
-    limit = (64 if case.dtype == torch.float32 else 4) * torch.finfo(case.dtype).eps
-    different = odd_ones_out(results, limit) if results else {}
-    results.clear()
-    for name in different:
-        del runs[name]
-    wrong = {name: why for name, why in different.items() if name in backends}
-    refused |= {name: why for name, why in different.items() if name in peers}
+            errors.pop(name, None)
+    del exact
     mine = [name for name in backends if name in runs]
     if not mine:
         return Measurement([], {}, refused, wrong)
@@ -187,11 +164,12 @@ def measure(job: Job, device: torch.device, how: How) -> Measurement:
     timings = interleaved(runs, how.rounds, how.warmup, timer=make_timer(device), seconds=how.seconds)
     ceiling = gpu_ceilings(device).get(job.op.unit) or reference_rate(case, timings)
     alive = [name for name in peers if name in runs]
-    rows = [row_of(job, backend, mine, alive, timings, refused | wrong, ceiling, len(sets)) for backend in mine]
+    facts = {"refused": refused | wrong, "ceiling": ceiling, "input_sets": len(sets), "errors": errors}
+    rows = [row_of(job, backend, mine, alive, timings, **facts) for backend in mine]
     return Measurement(rows, timings, refused, wrong)
 
 
-def row_of(job: Job, backend: str, mine: list[str], peers: list[str], timings, refused, ceiling, sets: int) -> Row:
+def row_of(job: Job, backend: str, mine: list[str], peers: list[str], timings, *, ceiling, **facts) -> Row:
     """One of our backends against the fastest peer and against the other one of ours."""
     case, own, unit = job.case, timings[backend].median, job.op.unit
     rate = job.rate(own)
@@ -210,6 +188,6 @@ def row_of(job: Job, backend: str, mine: list[str], peers: list[str], timings, r
     return compared(
         timings, backend, peers, job.target, op=case.op, shape=case.label, direction=job.direction,
         dtype=cases.name(case.dtype), backend=backend, width=case.width, registered_op=case.registered_op,
-        refused=refused, rate=rate, unit=unit, intensity=job.intensity, ceiling=ceiling,
-        fraction_of_measured_ceiling=fraction, input_sets=sets, targets=targets, **others,
+        rate=rate, unit=unit, intensity=job.intensity, ceiling=ceiling, fraction_of_measured_ceiling=fraction,
+        targets=targets, **facts, **others,
     )  # fmt: skip

@@ -5,21 +5,22 @@ Targets: docs/performance.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from ard_kernels import history_attention
-from ard_kernels.block_causal_attention.spec import useful_pairs
+from ard_kernels.block_causal_attention.spec import visibility
 from ard_kernels.common.backends import refusal, resolve
 from benchmarks.block_causal_attention.peers import attention_peers
+from benchmarks.exact import Exact, exact_adaln, exact_attention
 from benchmarks.history_attention.peers import history_peers, segments
 from benchmarks.segment_adaln.peers import adaln_peers
 from benchmarks.timing import TINY
 from testing import cases
-from testing.cases import ADALN, BACKENDS, MASKS, PACKED, Case
+from testing.cases import ADALN, BACKENDS, MASKS, PACKED, SEGMENT, Case
 
 Makers = dict[str, Callable[[], Callable]]  # what makes a candidate, by its name
 PASSES = {"forward": (0,), "backward": (1,), "forward+backward": (0, 1)}
@@ -33,9 +34,10 @@ ADALN_WORK = {
 
 def attention_work(case: Case, direction: str) -> tuple[int, int]:
     """2 matmuls forward, 5 backward, of the pairs that the mask keeps; q, k, v, out and their gradients moved once."""
-    matmuls, tensors = (sum(counts[i] for i in PASSES[direction]) for counts in ((2, 5), (4, 8)))
-    pairs = useful_pairs(list(case.lengths), case.tokens, *MASKS[case.mask])
-    return matmuls * 2 * case.B * case.H * case.D * pairs, tensors * elements(case) * case.dtype.itemsize
+    matmuls, times = (sum(counts[i] for i in PASSES[direction]) for counts in ((2, 5), (1, 2)))
+    pairs = visibility(case.segments, case.tokens, case.tokens).pairs
+    moved = 2 * (case.H + case.key_heads) * case.B * case.tokens * case.D
+    return matmuls * 2 * case.B * case.H * case.D * pairs, times * moved * case.dtype.itemsize
 
 
 def history_work(case: Case, direction: str) -> tuple[int, int]:
@@ -47,12 +49,8 @@ def history_work(case: Case, direction: str) -> tuple[int, int]:
 
 def adaln_work(case: Case, direction: str) -> tuple[int, int]:
     tensors, flops = (sum(counts[i] for i in PASSES[direction]) for counts in ADALN_WORK[case.op])
-    return flops * elements(case), tensors * elements(case) * case.dtype.itemsize
-
-
-def elements(case: Case) -> int:
-    """Of one tensor of the op: (B, T, C), or (B, H, T, D)."""
-    return case.B * case.tokens * (case.C if case.op in ADALN else case.H * case.D)
+    elements = case.B * case.tokens * case.C
+    return flops * elements, tensors * elements * case.dtype.itemsize
 
 
 def packed_peers(case: Case, device: torch.device, compiled: bool) -> Makers:
@@ -84,23 +82,25 @@ class Op(NamedTuple):
     """How an op is measured.
 
     unit: of its rate, which is bound by matmuls (TFLOP/s) or by memory (GB/s). work: (useful FLOPs, bytes that any
-    kernel must move) of a case in a direction. outputs: how many it has.
+    kernel must move) of a case in a direction. exact: what candidates are checked against. outputs: how many it has.
     """
 
     unit: str
     ours: Callable[[Case, torch.device, str], Callable]
     peers: Callable[[Case, torch.device, bool], Makers]
     work: Callable[[Case, str], tuple[int, int]]
+    exact: Callable[[Case, Sequence[torch.Tensor], Sequence[torch.Tensor] | None], Exact]
     outputs: int = 1
 
 
 OPS = {
-    "block_causal_attention": Op("TFLOP/s", run_op, attention_peers, attention_work),
-    PACKED: Op("TFLOP/s", run_op, packed_peers, attention_work),
-    "history_attention": Op("TFLOP/s", run_history, history_peers, history_work),
-    "adaln_modulate": Op("GB/s", run_op, adaln_peers, adaln_work),
-    "gate_residual_adaln": Op("GB/s", run_op, adaln_peers, adaln_work, outputs=2),
-    "gate_residual": Op("GB/s", run_op, adaln_peers, adaln_work),
+    "block_causal_attention": Op("TFLOP/s", run_op, attention_peers, attention_work, exact_attention),
+    PACKED: Op("TFLOP/s", run_op, packed_peers, attention_work, exact_attention),
+    SEGMENT: Op("TFLOP/s", run_op, attention_peers, attention_work, exact_attention),
+    "history_attention": Op("TFLOP/s", run_history, history_peers, history_work, exact_attention),
+    "adaln_modulate": Op("GB/s", run_op, adaln_peers, adaln_work, exact_adaln),
+    "gate_residual_adaln": Op("GB/s", run_op, adaln_peers, adaln_work, exact_adaln, outputs=2),
+    "gate_residual": Op("GB/s", run_op, adaln_peers, adaln_work, exact_adaln),
 }
 
 
@@ -150,6 +150,11 @@ def attention_job(
     return Job(Case(op, B, (L,) * S, H=H, D=D, mask=mask, dtype=dtype), direction, target, rate_target)
 
 
+def segment_job(lengths, mask, direction, target, rate_target=None, B=1, dtype=torch.bfloat16, **heads) -> Job:
+    """heads: H, kv_heads and D."""
+    return Job(Case(SEGMENT, B, lengths, mask=mask, dtype=dtype, **heads), direction, target, rate_target)
+
+
 def adaln_job(op, B, L, C, row_dtype, direction, target=None, fraction_target=None, S=4, dtype=torch.bfloat16) -> Job:
     if target is None:  # the GPU's
         target, fraction_target = (1.2, 0.90) if direction == "forward" else (1.5, 0.75)
@@ -161,11 +166,50 @@ def history_job(B, D=72, L=256, S=4, H=16, dtype=torch.bfloat16) -> Job:
     return Job(Case("history_attention", B, (L,) * S, H=H, D=D, dtype=dtype), "forward", 1.0)
 
 
+class Stream(NamedTuple):
+    """Attention of a model that others train: masks, heads and lengths; small: lengths and heads a CPU can afford."""
+
+    masks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    heads: dict[str, int]
+    small: tuple[tuple[int, ...], dict[str, int]]
+    B: int = 1
+
+
+BOTH = ("block-causal", "teacher-forcing")
+STREAMS = (
+    Stream(BOTH, (4680,) * 7, {"H": 12, "D": 128}, ((234,) * 7, {"H": 4, "D": 128})),  # Wan-1.3B, chunks of 3 frames
+    Stream(BOTH, (7040,) * 4, {"H": 24, "D": 128}, ((352,) * 4, {"H": 4, "D": 128})),  # LongLive 2, chunks of 8 frames
+    Stream(  # like MAGI-1: grouped heads, a window of 4 chunks
+        ("block-causal, window 4",), (4680,) * 8, {"H": 48, "kv_heads": 8, "D": 128},
+        ((234,) * 8, {"H": 6, "kv_heads": 1, "D": 128}),
+    ),
+    Stream(  # like pi0: images and text, state, actions; one head of keys
+        ("block-causal",), (816, 1, 207), {"H": 8, "kv_heads": 1, "D": 256},
+        ((204, 1, 51), {"H": 8, "kv_heads": 1, "D": 256}), B=8,
+    ),
+)  # fmt: skip
+
+
+def stream_jobs(ways: dict[str, tuple], small: bool, dtype: torch.dtype) -> list[Job]:
+    """ways: (ratio, rate) to reach by direction; a rate is asked of the long ones."""
+    found = []
+    for stream in STREAMS:
+        lengths, heads = stream.small if small else (stream.lengths, stream.heads)
+        for mask in stream.masks:
+            lengths_here = lengths * 2 if mask == "teacher-forcing" else lengths
+            for way, (target, rate) in ways.items():
+                rate = rate if min(lengths) >= 1024 else None
+                found.append(segment_job(lengths_here, mask, way, target, rate, stream.B, dtype, **heads))
+    return found
+
+
 def tiny_jobs() -> list[Job]:
     ways = ("forward", "backward")
     found = [attention_job(1, 16, 64, "M4", way, 1.3, S=2, H=1) for way in ways]
     found += [adaln_job(op, 1, 16, 24, torch.float32, way, S=2) for op in ADALN[:2] for way in ways]
     found += [attention_job(1, 16, 64, "M3", "backward", 1.3, S=2, H=1, op=PACKED)]
+    found += [segment_job((16,) * 4, "teacher-forcing", way, 1.0, H=2, kv_heads=1, D=64) for way in ways]
     return [*found, history_job(1, 64, L=16, S=2, H=1)]
 
 
@@ -186,6 +230,7 @@ def gpu_jobs() -> list[Job]:
     found += [attention_job(B, L, D, "M4", way, 1.0) for B, L in long for D in (64, 128) for way in ways]
     dtypes = (torch.float32, torch.bfloat16)
     found += [adaln_job("gate_residual", 32, 256, 1152, dtype, way) for dtype in dtypes for way in ways]
+    found += stream_jobs({"forward": (1.1, 500.0), "backward": (1.1, 350.0)}, False, torch.bfloat16)
     # Shape classes of their own, for the automatic choice.
     found += [history_job(B, D) for D in (64, 128) for B in (1, 32)]
     found += [attention_job(32, 256, 96, "M4", way, 1.0) for way in ways]
@@ -203,6 +248,7 @@ def cpu_jobs() -> list[Job]:
     found += [attention_job(1, 256, 72, "M4", way, goals[way], op=PACKED, **fp32) for way in both]
     found += [attention_job(1, 256, 72, mask, "forward", 1.0, **fp32) for mask in ("M1", "M3")]
     found += [attention_job(1, 1024, 72, "M4", way, 1.0, H=4, **fp32) for way in both]
+    found += stream_jobs({way: (1.0, None) for way in both}, True, torch.float32)
     goals = {"forward": 1.5, "forward+backward": 2.5}
     found += [adaln_job(op, 4, 256, 1152, torch.float32, way, goals[way], **fp32) for op in ADALN for way in both]
     return found + [history_job(1, L=L, **fp32) for L in (256, 64, 16)]

@@ -107,7 +107,7 @@ def speed_of(*rooms: str) -> Callable[[dict[str, Results]], str]:
     return table
 
 
-KERNELS = ("segment_adaln", "block_causal_attention", "history_attention")
+KERNELS = ("segment_adaln", "block_causal_attention", "segment_attention", "history_attention")
 BLOCKS: dict[str, Callable[[dict[str, Results]], str]] = {
     "measured": measured,
     "demo": demo,
@@ -117,6 +117,9 @@ BLOCKS: dict[str, Callable[[dict[str, Results]], str]] = {
     "student": speed_of("student_training", "student_compiled", "student_sampling"),
     "overhead": speed_of("flop_overhead", "history_overhead"),
     "floors": lambda devices: tables.floor_table(rows_of(devices, *KERNELS)),
+    "attention_memory": lambda devices: tables.attention_memory_table(
+        cpu_results(devices)["attention_memory"]["peaks"]
+    ),
     "growth": lambda devices: tables.growth_table(rows_of(devices, "growth")),
     "numerics": lambda devices: tables.errors_table(cpu_results(devices)["numerics"]["errors"]),
 }
@@ -142,6 +145,8 @@ def page(name: str, rooms: Results, plots: dict[str, str]) -> str:
         if rows := content["rows"]:
             parts += [f"## {room}", f"{provenance(content)}.", tables.candidates_table(rows)]
             refused = {(peer, why) for row in rows for peer, why in row.refused.items()}
+            if checked := [row for row in rows if "errors" in row.facts]:
+                parts += ["Checked before they were timed:", tables.candidate_errors_table(checked)]
             parts += [f"- not timed: {tables.words(peer)}: {why[:200]}" for peer, why in sorted(refused)]
     return "\n\n".join(parts) + "\n"
 

@@ -17,7 +17,12 @@ WORDS = {
     "compile_rows": "torch.compile, rows broadcast",
     "eager": "eager PyTorch",
     "flex_compiled": "FlexAttention, compiled",
+    "flash_attn_loop": "flash-attn, loop over segments",
+    "flash_attn_varlen": "flash-attn, packed varlen over gathered keys",
+    "flex_flash": "FlexAttention, compiled to FlashAttention-4",
+    "flex_max_autotune": "FlexAttention, compiled, max-autotune-no-cudagraphs",
     "four_teacher_forwards": "four teacher forwards",
+    "magi_attention": "MagiAttention",
     "preallocated_flash": "SDPA flash, K and V copied into memory",
     "preallocated_math": "SDPA math, K and V copied into memory",
     "published_compiled": "published design, compiled",
@@ -28,6 +33,7 @@ WORDS = {
     "sdpa_loop_efficient": "SDPA efficient, loop over prefixes",
     "sdpa_loop_flash": "SDPA flash, loop over prefixes",
     "sdpa_loop_math": "SDPA math, loop over prefixes",
+    "torch_varlen": "PyTorch's packed varlen over gathered keys",
 }
 
 
@@ -70,6 +76,27 @@ def speed_table(rows: Sequence[Row]) -> str:
         against = [words(peer), milliseconds(row.time(peer)), f"{row.ratio:.2f}x"] if peer else ["none", "", ""]
         cells.append([work(row), milliseconds(row.time(row.ours)), *against, verdict(row)])
     return markdown(["work", "ours, ms", "fastest alternative", "its ms", "ratio", "target"], cells)
+
+
+def candidate_errors_table(rows: Sequence[Row]) -> str:
+    """What each candidate gave against fp64, before it was timed: 2-norms, the worst tensor of each."""
+    cells = []
+    for row in rows:
+        for place, (name, error) in enumerate(row.facts.get("errors", {}).items()):
+            said = "not timed" if name in row.refused else ""
+            cells.append(["" if place else work(row), words(name), f"{error:.1e}", said])
+    return markdown(["work", "candidate", "relative error against fp64", ""], cells, left=2)
+
+
+def attention_memory_table(entries: Sequence[dict]) -> str:
+    """Peak memory of attention, forward + backward, by tokens, and that of SDPA under a dense mask."""
+    cells = []
+    for entry in entries:
+        ours, dense = (entry["peak_bytes"][name] for name in ("ours", "dense"))
+        each = [f"{nbytes / 1e6:.1f}" if nbytes else "not measured" for nbytes in (ours, dense)]
+        per_token = f"{ours / entry['tokens']:.0f}" if ours else ""
+        cells.append([f"{entry['tokens']:,}", each[0], per_token, each[1]])
+    return markdown(["tokens", "ours, MB", "bytes per token", "SDPA, dense mask, MB"], cells)
 
 
 def floor_table(rows: Sequence[Row]) -> str:

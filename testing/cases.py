@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 
 import ard_kernels
+from ard_kernels import SegmentMask
+from ard_kernels.block_causal_attention.spec import Segments
 from testing import plain
 from testing.plain import EPS as EPS
 from testing.plain import TAKES
 
 MASKS = {"M1": (1, 0), "M2": (2, 0), "M3": (1, 1), "M4": (None, 0), "M2+sink": (2, 1)}
+# Masks of segment_attention, by the number of segments.
+SEGMENT_MASKS: dict[str, Callable[[int], SegmentMask]] = {
+    "block-causal": SegmentMask.block_causal,
+    "block-causal, window 4": partial(SegmentMask.block_causal, window=4),
+    "teacher-forcing": lambda segments: SegmentMask.teacher_forcing(segments // 2),  # the clean and the noisy ones
+}
 ADALN = tuple(TAKES)
+SEGMENT = "segment_attention"
 PACKED = "block_causal_attention_packed"  # one qkv projection in, one gradient out
 ATTENTION = ("block_causal_attention", PACKED, "history_attention")
 OPS = (*ATTENTION, *ADALN)
@@ -23,6 +34,7 @@ BACKENDS = ("triton", "cuda")  # the kernels of ours that run on a GPU; the risk
 class Case:
     """One shape of one op. Attention uses H and D, the adaLN family C; rows (shift, scale, gate) have `row_dtype`.
 
+    `mask` names one of MASKS, of segment_attention one of SEGMENT_MASKS; `kv_heads` of segment_attention, None for H;
     `scale` of block_causal_attention, None for the default; `norm`: history_attention with q and k normalised, "rms" or
     "layer".
     """
@@ -40,6 +52,7 @@ class Case:
     per_token: bool = False
     scale: float | None = None
     norm: str | None = None
+    kv_heads: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -55,6 +68,24 @@ class Case:
         return "block_causal_attention" if self.op == PACKED else self.op
 
     @property
+    def key_heads(self) -> int:
+        return self.kv_heads or self.H
+
+    @cached_property
+    def segment_mask(self) -> SegmentMask:
+        """Attention's mask."""
+        count = len(self.lengths)
+        if self.op == SEGMENT:
+            return SEGMENT_MASKS[self.mask](count)
+        window, sink = MASKS[self.mask]
+        return SegmentMask.block_causal(count, None if window is None else min(window, count), min(sink, count))
+
+    @property
+    def segments(self) -> Segments:
+        """Attention's mask and lengths."""
+        return Segments(self.segment_mask.code, self.lengths, self.lengths)
+
+    @property
     def segment_length(self) -> int | list[int]:
         return self.lengths[0] if len(set(self.lengths)) == 1 else list(self.lengths)
 
@@ -67,7 +98,8 @@ class Case:
             return f"{self.op} B{self.B} {tokens} C{self.C} {name(self.dtype)}, {rows} {name(self.row_dtype)}"
         layout = "one qkv" if self.op == PACKED else "packed" if self.packed else "contiguous"
         rest = f" scale {self.scale}" * (self.scale is not None) + f" {self.norm} norm" * (self.norm is not None)
-        return f"{self.op} B{self.B} H{self.H} {tokens} D{self.D} {name(self.dtype)} {self.mask} {layout}{rest}"
+        heads = f"H{self.H}" + f":{self.kv_heads}" * (self.kv_heads is not None)
+        return f"{self.op} B{self.B} {heads} {tokens} D{self.D} {name(self.dtype)} {self.mask} {layout}{rest}"
 
 
 def name(dtype: torch.dtype) -> str:
@@ -81,14 +113,15 @@ def facts(case: Case, backend: str) -> dict:
 
 
 def attention_inputs(case: Case, device: torch.device) -> list[torch.Tensor]:
-    """q, k, v (B, H, T, D) leaves: views of one (B, T, 3, H, D) projection, or contiguous; or that projection."""
+    """q (B, H, T, D), k, v (B, key heads, T, D) leaves: views of one projection, or contiguous; or that projection."""
+    heads = [case.H, case.key_heads, case.key_heads]
     if case.packed or case.op == PACKED:
-        packed = torch.randn(case.B, case.tokens, 3, case.H, case.D, device=device).to(case.dtype)
+        projection = torch.randn(case.B, case.tokens, sum(heads), case.D, device=device).to(case.dtype)
         if case.op == PACKED:
-            return [packed.requires_grad_()]
-        parts = [x.transpose(1, 2) for x in packed.unbind(2)]
+            return [projection.unflatten(2, (3, case.H)).requires_grad_()]
+        parts = [x.transpose(1, 2) for x in projection.split(heads, 2)]
     else:
-        parts = [torch.randn(case.B, case.H, case.tokens, case.D, device=device).to(case.dtype) for _ in range(3)]
+        parts = [torch.randn(case.B, count, case.tokens, case.D, device=device).to(case.dtype) for count in heads]
     return [x.detach().requires_grad_() for x in parts]
 
 
@@ -116,7 +149,9 @@ def run_ours(case: Case, inputs, backend: str | None) -> tuple[torch.Tensor, ...
     if case.op == "history_attention":
         return (run_history(case, inputs, backend),)
     settings = {"segment_length": case.segment_length, "backend": backend}
-    if case.op in ATTENTION:
+    if case.op == SEGMENT:
+        settings["mask"] = case.segment_mask
+    elif case.op in ATTENTION:
         settings |= dict(zip(("window", "sink"), MASKS[case.mask], strict=True)) | {"scale": case.scale}
     outputs = getattr(ard_kernels, case.op)(*inputs, **settings)
     if case.op == PACKED:

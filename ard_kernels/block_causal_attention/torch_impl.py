@@ -6,13 +6,14 @@ its last call, and only dQ is accumulated (half the additions of a loop over que
 call gets the global output and log-sum-exp. A group is one segment, whose call wastes no FLOP, or several short ones
 under a mask. Block-diagonal masks over equal segments become one call by a batch reshape.
 
-Query heads that share a head of keys and values are more queries of that head: no copy of keys or values is made.
+Query heads that share a head of keys and values are more queries of that head, token by token, so that a range of
+tokens stays a range: no copy of keys or values is made, and one of the queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -52,9 +53,6 @@ def _fused(device: torch.device) -> bool:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v and lse (B, H, T). The CPU has a fused kernel; elsewhere fp32 matmuls."""
-    if q.shape[1] != k.shape[1]:
-        out, lse = attend(*_as_queries(k.shape[1], q), k, v, scale, _of_queries(q, k, mask))
-        return _as_heads(q, out), _as_heads(q, lse)
     if _fused(q.device):
         if mask is None and k.shape[2] < FEWEST_KEYS:
             mask = q.new_zeros(q.shape[2], k.shape[2])
@@ -78,13 +76,6 @@ def attend_backward(
     mask: Tensor | None,
 ) -> Gradients:  # fmt: skip
     """(dq, dk, dv) of `attend` restricted to these queries and keys, given the *global* out and lse of the queries."""
-    if q.shape[1] != k.shape[1]:
-        grad_, q_, out_ = _as_queries(k.shape[1], grad_out, q, out)
-        lse_, *grad_lse_ = _as_queries(k.shape[1], *(x for x in (lse, grad_lse) if x is not None))
-        dq, dk, dv = attend_backward(
-            grad_, grad_lse_[0] if grad_lse_ else None, q_, k, v, out_, lse_, scale, _of_queries(q, k, mask)
-        )
-        return _as_heads(q, dq), dk, dv
     if not _fused(q.device):
         return _attend_backward(grad_out, grad_lse, q, k, v, out, lse, scale, mask)
     if grad_lse is None:
@@ -107,19 +98,19 @@ def _widen(x: Tensor, by: Tensor | int) -> Tensor:
     return wide
 
 
-def _as_queries(kv_heads: int, *tensors: Tensor) -> list[Tensor]:
-    """(B, H, T, ...) as (B, kv_heads, heads per kv head * T, ...)."""
-    return [x.unflatten(1, (kv_heads, -1)).flatten(2, 3) for x in tensors]
+def _as_queries(x: Tensor, kv_heads: int) -> Tensor:
+    """(B, H, T, ...) as (B, kv_heads, T * heads per kv head, ...), a token's heads one after the other."""
+    return x.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(2, 3)
 
 
-def _as_heads(like: Tensor, x: Tensor) -> Tensor:
-    """Inverse of `_as_queries`, for the (B, H, T) of `like`."""
-    return x.unflatten(2, (-1, like.shape[2])).flatten(1, 2)
+def _as_heads(x: Tensor, tokens: int) -> Tensor:
+    """Inverse of `_as_queries`; for the (B, T, H, D) memory of an output a view."""
+    return x.unflatten(2, (tokens, -1)).transpose(2, 3).flatten(1, 2)
 
 
-def _of_queries(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask of `_as_queries(q)`."""
-    return None if mask is None else mask.repeat(q.shape[1] // k.shape[1], 1)
+def _of_queries(segments: Segments, group: int) -> Segments:
+    """The segments of `_as_queries`, of `group` heads."""
+    return segments._replace(q_lengths=tuple([length * group for length in segments.q_lengths]))
 
 
 @without_autocast
@@ -174,14 +165,17 @@ def _groups(offsets: Sequence[int], alone: Sequence[bool]) -> list[Run]:
     return groups
 
 
-def _additive_mask(offsets: Sequence[int], ranges: Sequence[TokenRanges], columns: TokenRanges, like: Tensor) -> Tensor:
-    """(rows, columns) of 0 and -inf, for rows of the segments `offsets` that see `ranges`."""
+def _additive_mask(
+    offsets: Sequence[int], ranges: Sequence[TokenRanges], columns: TokenRanges, like: Tensor, by_key: bool
+) -> Tensor:
+    """(rows, columns) of 0 and -inf, by_key (columns, rows), for rows of the segments `offsets` that see `ranges`."""
     (first, _), (_, last) = columns[0], columns[-1]
     mask = like.new_full((offsets[-1] - offsets[0], last - first), float("-inf"))
     for (start, stop), own in zip(pairwise(offsets), ranges, strict=True):
         for a, b in own:
             mask[start - offsets[0] : stop - offsets[0], max(a - first, 0) : max(b - first, 0)] = 0
-    return torch.cat([mask[:, a - first : b - first] for a, b in columns], 1)
+    mask = torch.cat([mask[:, a - first : b - first] for a, b in columns], 1)
+    return mask.T.contiguous() if by_key else mask
 
 
 def _blocks(
@@ -199,14 +193,10 @@ def _blocks(
         alike = all([each == own[0] for each in own])
         union = merged([each for seen in own for each in seen])
         for columns in [[each] for each in union] if by_key and union else [union]:
-            make = None
+            make: Callable[[], Tensor] | None = None
             if not alike:
                 pairs += (rows[1] - rows[0]) * sum(b - a for a, b in columns)
-
-                def make(segments=offsets[first : stop + 1], own=own, columns=columns):
-                    mask = _additive_mask(segments, own, columns, like)
-                    return mask.T.contiguous() if by_key else mask
-
+                make = partial(_additive_mask, offsets[first : stop + 1], own, columns, like, by_key)
             blocks.append(Block(rows, columns, make))
     if pairs > MOST_KEPT_PAIRS:
         return blocks
@@ -221,7 +211,8 @@ def _make_plan(
     seen = visibility(segments, q_tokens, k_tokens)
     count = len(seen.q_offsets) - 1
     diagonal = mask_of(segments.mask, count).runs == tuple([((i, i + 1),) for i in range(count)])
-    lengths = {(q1 - q0, k1 - k0) for (q0, q1), (k0, k1) in zip(pairwise(seen.q_offsets), pairwise(seen.k_offsets))}
+    sides = (pairwise(offsets) for offsets in (seen.q_offsets, seen.k_offsets))
+    lengths = {(q1 - q0, k1 - k0) for (q0, q1), (k0, k1) in zip(*sides, strict=False)}
     if diagonal and len(lengths) == 1 and len(seen.k_offsets) == len(seen.q_offsets):
         return Plan(lengths.pop(), [], [])
     like = torch.empty(0, dtype=dtype, device=device)
@@ -281,6 +272,10 @@ def forward(
 
     grouped: see `_plan`.
     """
+    if q.shape[1] != k.shape[1]:
+        kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+        out, lse = forward(_as_queries(q, kv_heads), k, v, _of_queries(segments, group), scale, grouped)
+        return as_output(_as_heads(out, q.shape[2])), _as_heads(lse, q.shape[2]).contiguous()
     plan = _plan(q, k, segments, grouped)
     if plan.folded:
         length, k_length = plan.folded
@@ -320,6 +315,14 @@ def backward(
     grouped: bool | None = None,
 ) -> Gradients:
     """dq, dk, dv, written to `into` where given: tensors like q, k, v of any strides. grouped: as in `forward`."""
+    if q.shape[1] != k.shape[1]:
+        kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+        grad_g, q_g, out_g, lse_g = (_as_queries(x, kv_heads) for x in (grad_out, q, out, lse))
+        dlse_g = None if grad_lse is None else _as_queries(grad_lse, kv_heads)
+        dq, dk, dv = backward(
+            grad_g, dlse_g, q_g, k, v, out_g, lse_g, _of_queries(segments, group), scale, None, grouped
+        )
+        return _finished((_as_heads(dq, q.shape[2]), dk, dv), into)
     plan = _plan(q, k, segments, grouped)
     if plan.folded:
         length, k_length = plan.folded
@@ -347,9 +350,10 @@ def _accumulate(
     blocks: list[Block], grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     lse: Tensor, scale: float, into: Gradients,
 ) -> None:  # fmt: skip
-    """dk and dv block by block, and dq as the sum of the blocks' shares, in fp32 also for half precision."""
+    """dk and dv block by block, and dq as the sum of the blocks' shares, summed in fp32 also for half precision."""
     dq, dk, dv = into
-    dq_sum: Tensor | None = None
+    acc = accumulation_dtype(q.dtype)
+    dq_sum = dq.zero_() if dq.dtype == acc else torch.zeros_like(q, dtype=acc)
     written = 0  # keys whose dk and dv a block before has begun
     for block in blocks:
         keys = slice(*block.rows)
@@ -366,14 +370,11 @@ def _accumulate(
             if keys.stop > written:
                 whole[:, :, keys] = share
             else:
-                whole[:, :, keys] += share
+                whole[:, :, keys].add_(share)
         written = keys.stop
-        if dq_sum is None and (start, stop) == (0, q.shape[2]):
-            dq_sum = part.to(accumulation_dtype(q.dtype))
-            continue
-        dq_sum = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype)) if dq_sum is None else dq_sum
         dq_sum[:, :, start:stop].add_(part)
-    dq.copy_(dq_sum) if dq_sum is not None else dq.zero_()
+    if dq_sum is not dq:
+        dq.copy_(dq_sum)
 
 
 def _finite(*tensors: Tensor) -> bool:
@@ -391,9 +392,8 @@ def composite(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float)
     for (start, stop), ranges in zip(pairwise(seen.q_offsets), seen.keys, strict=True):
         rows = q[:, :, start:stop]
         if ranges:
-            (queries,) = _as_queries(k.shape[1], rows)
-            part = _attend(queries, gather(k, ranges), gather(v, ranges), scale)
-            parts.append((_as_heads(rows, part[0]), _as_heads(rows, part[1])))
+            out, lse = _attend(_as_queries(rows, k.shape[1]), gather(k, ranges), gather(v, ranges), scale)
+            parts.append((_as_heads(out, stop - start), _as_heads(lse, stop - start)))
         else:
             parts.append(_unseeing(rows))
     outs, lses = zip(*parts, strict=True)

@@ -1,19 +1,27 @@
-"""What block-causal attention is measured against: the strongest simple alternatives in PyTorch, and flash-attn."""
+"""What attention over segments is measured against: the strongest alternatives in PyTorch, and packages for it.
+
+FlashAttention-4's block-sparse kernels are measured through FlexAttention (`flex_flash`), which lowers to them: called
+by themselves they want the mask as a function of CuTe DSL.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from ard_kernels.block_causal_attention.spec import dense_mask, key_ranges
-from ard_kernels.common.segments import segment_offsets
-from testing.cases import MASKS, Case
+from ard_kernels import SegmentMask
+from ard_kernels.block_causal_attention.mask import Run
+from ard_kernels.block_causal_attention.spec import visibility
+from testing.cases import Case
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Implementations behind scaled_dot_product_attention, by device.
 FORCED = {
     "cuda": {
@@ -25,35 +33,41 @@ FORCED = {
 }
 
 
-def gather(x_BHTD: torch.Tensor, ranges) -> torch.Tensor:
-    parts = [x_BHTD[:, :, start:stop] for start, stop in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+def seen_by_query(case: Case) -> list[tuple[Run, list[Run]]]:
+    """Of each segment: its tokens, and the ranges of tokens it sees."""
+    seen = visibility(case.segments, case.tokens, case.tokens)
+    return list(zip(pairwise(seen.q_offsets), seen.keys, strict=True))
+
+
+def gather(x: Tensor, ranges: list[Run], dim: int = 2) -> Tensor:
+    parts = [x.narrow(dim, start, stop - start) for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def loop_over_segments(case: Case, attend: Attend) -> Attend:
     """One call per segment over the keys it sees; block-diagonal masks are one call with the segments in the batch."""
-    window, sink = MASKS[case.mask]
-    offsets, L = segment_offsets(list(case.lengths), case.tokens), case.lengths[0]
+    seen, L, count = seen_by_query(case), case.lengths[0], len(case.lengths)
 
     def folded(q, k, v):
         q, k, v = (x.unflatten(2, (-1, L)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         return attend(q, k, v).unflatten(0, (case.B, -1)).transpose(1, 2).flatten(2, 3)
 
     def looped(q, k, v):
-        outputs = []
-        for segment in range(len(offsets) - 1):
-            ranges = key_ranges(offsets, segment, window, sink)
-            own = q[:, :, offsets[segment] : offsets[segment + 1]]
-            outputs.append(attend(own, gather(k, ranges), gather(v, ranges)))
+        outputs = [attend(gather(q, [rows]), gather(k, ranges), gather(v, ranges)) for rows, ranges in seen]
         return torch.cat(outputs, 2)
 
-    return folded if (window, sink) == (1, 0) and len(set(case.lengths)) == 1 else looped
+    diagonal = case.segment_mask == SegmentMask.block_causal(count, window=1)
+    return folded if diagonal and len(set(case.lengths)) == 1 else looped
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def forced_sdpa(backend: SDPBackend) -> Attend:
     def attend(q, k, v):
         with sdpa_kernel([backend]):
-            return F.scaled_dot_product_attention(q, k, v)
+            return sdpa(q, k, v)
 
     return attend
 
@@ -67,28 +81,114 @@ def flash_attn_loop(case: Case) -> Attend:
     )
 
 
+def varlen(case: Case, device: torch.device, attend: Callable[..., Tensor]) -> Attend:
+    """One packed call: a sequence for each segment of the batch, over a copy of the keys and values it sees.
+
+    attend: of q, k, v (tokens, heads, D), first tokens of the sequences in q and in k (int32), most tokens of each.
+    """
+    seen = seen_by_query(case)
+    counts = [sum(stop - start for start, stop in ranges) for _, ranges in seen]
+    every_range = [run for _, ranges in seen for run in ranges]
+    starts_q, starts_k = (
+        torch.tensor([0, *accumulate(lengths * case.B)], dtype=torch.int32, device=device)
+        for lengths in (list(case.lengths), counts)
+    )
+
+    def run(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        k, v = (gather(x, every_range, 1).flatten(0, 1) for x in (k, v))
+        out = attend(q.flatten(0, 1), k, v, starts_q, starts_k, max(case.lengths), max(counts))
+        return out.unflatten(0, (case.B, -1)).transpose(1, 2)
+
+    return run
+
+
+def torch_varlen(case: Case, device: torch.device) -> Attend:
+    """PyTorch's own packed call."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen(case, device, lambda *packed: varlen_attn(*packed, enable_gqa=case.key_heads != case.H))
+
+
+def flash_attn_varlen(case: Case, device: torch.device) -> Attend:
+    from flash_attn import flash_attn_varlen_func
+
+    return varlen(case, device, flash_attn_varlen_func)
+
+
+def magi(case: Case, device: torch.device) -> Attend:
+    """MagiAttention's flexible flash attention: pairs of a query range and a key range, the batch end to end."""
+    from magi_attention.api import flex_flash_attn_func
+
+    pairs = [
+        [start + b * case.tokens for start in (*rows, *run)]
+        for b in range(case.B)
+        for rows, ranges in seen_by_query(case)
+        for run in ranges
+    ]
+    q_ranges, k_ranges = torch.tensor(pairs, dtype=torch.int32, device=device).split(2, 1)
+    ranges = {"q_ranges": q_ranges.contiguous(), "k_ranges": k_ranges.contiguous()}
+    ranges["attn_type_map"] = torch.zeros(len(pairs), dtype=torch.int32, device=device)  # 0: all pairs of both ranges
+
+    def run(q, k, v):
+        q, k, v = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))
+        out, *_ = flex_flash_attn_func(q, k, v, **ranges)
+        return out.to(q.dtype).unflatten(0, (case.B, -1)).transpose(1, 2)
+
+    return run
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def dense(case: Case, device: torch.device, *, additive: bool) -> Attend:
-    """One call under a (T, T) mask, bool or with 0 and -inf."""
-    mask = dense_mask(list(case.lengths), case.tokens, *MASKS[case.mask], device)
+    """One call under a (T, T) mask, bool or with 0 and -inf.
+
+    Raises:
+        MemoryError: the mask, and what PyTorch adds to the scores, would take more than half of the free memory.
+    """
+    needed, free = case.tokens**2 * (1 + case.dtype.itemsize), free_bytes(device)
+    if needed > free // 2:
+        raise MemoryError(f"a mask of {case.tokens} x {case.tokens} takes {needed / 1e9:.1f} of {free / 1e9:.1f} GB")
+    mask = case.segment_mask.dense(case.lengths, device=device)
     if additive:
         mask = torch.zeros(mask.shape, dtype=case.dtype, device=device).masked_fill(~mask, float("-inf"))
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return lambda q, k, v: sdpa(q, k, v, mask)
 
 
-def flex(case: Case, device: torch.device, compiled: bool) -> Attend:
-    """FlexAttention with a block mask."""
-    (window, sink), L = MASKS[case.mask], case.lengths[0]
+def flex(case: Case, device: torch.device, kernel: str | None = None, **compiled) -> Attend:
+    """FlexAttention with a block mask that looks up the ranges each query sees; compiled where told how."""
+    seen = seen_by_query(case)
+    most = max(len(ranges) for _, ranges in seen)
+    table = [[*ranges, *[(0, 0)] * (most - len(ranges))] for _, ranges in seen]  # (segments, most, 2)
+    lengths = torch.tensor(case.lengths, device=device)
+    bounds = torch.tensor(table, device=device).repeat_interleave(lengths, 0).permute(1, 2, 0).contiguous()
 
     def visible(b, h, query, key):
-        own, other = query // L, key // L
-        seen = other <= own
-        if window is not None:
-            seen = seen & ((other > own - window) | (other < sink))
-        return seen
+        sees = (bounds[0, 0][query] <= key) & (key < bounds[0, 1][query])
+        for i in range(1, most):
+            sees = sees | ((bounds[i, 0][query] <= key) & (key < bounds[i, 1][query]))
+        return sees
 
     mask = create_block_mask(visible, None, None, case.tokens, case.tokens, device=device.type)
-    run = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
-    return lambda q, k, v: run(q, k, v, block_mask=mask)
+    run = torch.compile(flex_attention, dynamic=False, **compiled) if compiled else flex_attention
+    how = {"enable_gqa": case.key_heads != case.H, "kernel_options": {"BACKEND": kernel} if kernel else None}
+    return lambda q, k, v: run(q, k, v, block_mask=mask, **how)
+
+
+def flex_peers(case: Case, device: torch.device, compiled: bool) -> dict[str, Callable[[], Attend]]:
+    """In the default mode; on a GPU also as its users run it, and on FlashAttention-4. No backward on the CPU."""
+    if not compiled:
+        return {"flex": lambda: flex(case, device)}
+    peers = {"flex_compiled": lambda: flex(case, device, mode="default")}
+    if device.type == "cuda":
+        tuned = "max-autotune-no-cudagraphs"
+        peers["flex_max_autotune"] = lambda: flex(case, device, mode=tuned)
+        peers["flex_flash"] = lambda: flex(case, device, "FLASH", mode="default")
+    return peers
 
 
 def attention_peers(case: Case, device: torch.device, compiled: bool) -> dict[str, Callable[[], Attend]]:
@@ -99,6 +199,10 @@ def attention_peers(case: Case, device: torch.device, compiled: bool) -> dict[st
     }
     peers["sdpa_dense_bool"] = lambda: dense(case, device, additive=False)
     peers["sdpa_dense_float"] = lambda: dense(case, device, additive=True)
-    peers["flex_compiled" if compiled else "flex"] = lambda: flex(case, device, compiled)
+    peers |= flex_peers(case, device, compiled)
     peers["flash_attn_loop"] = lambda: flash_attn_loop(case)
+    if device.type == "cuda":
+        peers["torch_varlen"] = lambda: torch_varlen(case, device)
+        peers["flash_attn_varlen"] = lambda: flash_attn_varlen(case, device)
+        peers["magi_attention"] = lambda: magi(case, device)
     return peers

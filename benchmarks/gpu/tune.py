@@ -18,11 +18,12 @@ from ard_kernels.common import tuning
 from ard_kernels.common.backends import refusal
 from ard_kernels.common.tuning import Config
 from benchmarks.candidates import candidates
+from benchmarks.exact import relative
 from benchmarks.files import write_json
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.machine import simulate
 from benchmarks.gpu.processes import FAILED
-from benchmarks.measure import describe, relative
+from benchmarks.measure import describe
 from benchmarks.timing import DEVICE, TINY, interleaved, make_timer
 from testing import cases
 from testing.cases import ADALN, OPS, Case

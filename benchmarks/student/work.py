@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ard_kernels import HistoryRouting
 from benchmarks.baselines.published_student import PublishedStudent
-from benchmarks.measure import Group, Measurement, describe, relative
+from benchmarks.exact import relative
+from benchmarks.measure import Group, Measurement, describe
 from benchmarks.memory import peak_bytes
 from benchmarks.results import compared, goal
 from benchmarks.timing import DEVICE, TINY, interleaved, wall_timer

@@ -87,7 +87,7 @@ def test_every_candidate_is_timed_or_refused_with_a_reason(job):
 
 
 def test_other_results_are_not_timed(monkeypatch):
-    """Of ours: no row is left. The peers agree with each other, so it is ours that is wrong."""
+    """Of ours: no row is left."""
     honest = ard_kernels.gate_residual_adaln
 
     def faulty(*args, **kwargs):
@@ -97,14 +97,7 @@ def test_other_results_are_not_timed(monkeypatch):
     monkeypatch.setattr(ard_kernels, "gate_residual_adaln", faulty)
     found = tiny_measurement(TINY[1])
     assert set(found.wrong) == {"cpu"} and not found.rows
-    assert "differs from eager" in found.wrong["cpu"]
-
-
-def test_the_odd_one_out_is_the_one_that_others_contradict():
-    right, wrong, broken = torch.ones(4), torch.full((4,), 1.1), torch.tensor([1.0, 1.0, 1.0, float("nan")])
-    found = {"cuda": [right, wrong], "triton": [right, right], "flash": [right, right], "cudnn": [right, broken]}
-    assert set(measure.odd_ones_out(found, 0.01)) == {"cuda", "cudnn"}
-    assert "differs from triton" in measure.odd_ones_out(found, 0.01)["cuda"]
+    assert "differs from fp64 by 1" in found.wrong["cpu"]
 
 
 def test_every_op_is_compared_on_every_device():
