@@ -238,7 +238,12 @@ def problems(row: Row, serialised: bool, arch: int) -> list[str]:
         found.append(f"{row.shared_bytes} bytes of shared memory; the limit is {SHARED[arch][0]}")
     if row.blocks_per_sm < 1:
         found.append(f"{row.registers} registers x {32 * row.warps} threads do not fit")
-    if row.variant in ("full", "masked", "grouped") and row.kernel in MATMULS and "/16bit/" in row.key and not row.tensor_core_ops:
+    if (
+        row.variant in ("full", "masked", "grouped")
+        and row.kernel in MATMULS
+        and "/16bit/" in row.key
+        and not row.tensor_core_ops
+    ):
         found.append(f"no {TENSOR_CORES[arch]}")
     if not row.wide_accesses and row.kernel not in ("add_splits", "add_chunks"):
         found.append("no 16-byte accesses of global memory")

@@ -27,9 +27,7 @@ def attention(q, k, v, sees_TT: torch.Tensor, scale: float | None = None) -> tup
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
-def segment_attention(
-    q, k, v, sees: torch.Tensor, scale: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def segment_attention(q, k, v, sees: torch.Tensor, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` with fewer heads of k and v, which query heads share; rows that see nothing get 0 and -inf."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     blind = ~sees.any(-1)

@@ -45,7 +45,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor], *, layout: s
     if layout == "bthd":
         shares = shares.transpose(-1, -2)
     out = sum(share[..., None] * out.to(dtype) for share, out in zip(shares, outs, strict=True))
-    return out.to(outs[0].dtype), (highest + total.log()).masked_fill(blind, float("-inf"))  # type: ignore[union-attr]
+    return out.to(outs[0].dtype), (highest + total.log()).masked_fill(blind, float("-inf"))
 
 
 def _check(op: str, outs: Sequence[Tensor], lses: Sequence[Tensor], layout: str) -> None:

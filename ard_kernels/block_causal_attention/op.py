@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ard_kernels.block_causal_attention import cuda, spec, torch_impl
 from ard_kernels.block_causal_attention.backend import Kernels
-from ard_kernels.block_causal_attention.mask import mask_of
 from ard_kernels.block_causal_attention.spec import Segments
 from ard_kernels.common import triton_support
 from ard_kernels.common.backends import check_backend, register_backend, serves_everything

@@ -117,9 +117,7 @@ def warn_of_tokens(op: str, window: int | None, lengths: Sequence[int], tokens: 
         )
 
 
-def check_code(
-    op: str, code: str, q_lengths: Sequence[int], k_lengths: Sequence[int], tokens: tuple[int, int]
-) -> None:
+def check_code(op: str, code: str, q_lengths: Sequence[int], k_lengths: Sequence[int], tokens: tuple[int, int]) -> None:
     """ValueError unless `code`, as ops take a mask, is one over as many query and key segments as there are."""
     counts = segment_count(q_lengths, tokens[0]), segment_count(k_lengths, tokens[1])
     if code.startswith("causal ") and counts[0] != counts[1]:

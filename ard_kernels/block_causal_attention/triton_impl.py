@@ -375,8 +375,7 @@ def backward(
 ) -> None:  # fmt: skip
     """See backend.py."""
     delta = torch.empty_like(lse)
-    tensors = grad_out, grad_lse, q, k, v, out, lse, delta, dq
-    _launch("attention_backward_dq", tensors, (grad_out, q, k, v, out, dq), q, k, segments, scale)
-    strided = grad_out, q, k, v, dk, dv
-    tensors = grad_out, q, k, v, lse, delta, dk, dv
-    _launch("attention_backward_dkv", tensors, strided, q, k, segments, scale, by_key=True)
+    query_tensors = grad_out, grad_lse, q, k, v, out, lse, delta, dq
+    _launch("attention_backward_dq", query_tensors, (grad_out, q, k, v, out, dq), q, k, segments, scale)
+    key_tensors = grad_out, q, k, v, lse, delta, dk, dv
+    _launch("attention_backward_dkv", key_tensors, (grad_out, q, k, v, dk, dv), q, k, segments, scale, by_key=True)

@@ -56,8 +56,9 @@ def history_attention(
         that is; earlier ones are constants, whatever they were made from (self-rollout training). Such a call copies
         what it sees of the cache, and is not captured by torch.compile. For sampling use torch.no_grad().
 
-    Without gradients torch.compile makes one graph for all steps of a shape: where the cache stands is read when it runs. A CUDA graph
-    that you capture yourself replays the places it was captured at: capture all steps from `cache.reset()` on.
+    Without gradients torch.compile makes one graph for all steps of a shape: where the cache stands is read when it
+    runs. A CUDA graph that you capture yourself replays the places it was captured at: capture all steps from
+    `cache.reset()` on.
 
     Raises:
         ValueError: an argument outside this contract, no room left, or a cache whose layers have not all taken the

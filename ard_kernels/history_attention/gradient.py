@@ -30,13 +30,16 @@ def attend_with_gradient(
     sink_stop, window_start = visible_tokens(offsets, window, sink)
     start, past = offsets[-2], merged([(0, sink_stop), (window_start, offsets[-2])])
     q, k = normalise(q, q_norm), normalise(k, k_norm)
-    seen = [
+    keys, values = (
         torch.cat([*(held[layer, :, :, a:b] for a, b in past), own], 2)
         for held, own in ((cache.keys, k), (cache.values, v))
-    ]
-    lengths = {"segment_length": [q.shape[2]], "key_segment_length": [seen[0].shape[2]]}
+    )
     # PyTorch's attention serves the backend whose kernel is an append.
-    out = segment_attention(q, *seen, WHOLE, **lengths, scale=scale, backend="torch" if backend == "cpu" else backend)
+    attention = "torch" if backend == "cpu" else backend
+    lengths = q.shape[2], keys.shape[2]
+    out = segment_attention(
+        q, keys, values, WHOLE, segment_length=lengths[0], key_segment_length=lengths[1], scale=scale, backend=attention
+    )
     with torch.no_grad():
         torch_impl.append(k, v, cache.keys[layer], cache.values[layer], start)
     advance(places, layers, layer, offsets)

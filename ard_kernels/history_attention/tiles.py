@@ -16,9 +16,7 @@ from ard_kernels.block_causal_attention.tiles import Schedule, Tables, column_ti
 from ard_kernels.common.gpu_support import upload
 
 
-def make_tables(
-    rows: int, sink_stop: int, window_start: int, stop: int, block_rows: int, block_columns: int
-) -> Tables:
+def make_tables(rows: int, sink_stop: int, window_start: int, stop: int, block_rows: int, block_columns: int) -> Tables:
     """The tables for `rows` queries."""
     ranges = merged([(0, sink_stop), (window_start, stop)])
     runs, rest = tile_runs([(*own, True) for own in ranges], block_columns)

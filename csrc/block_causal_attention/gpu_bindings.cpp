@@ -25,8 +25,12 @@ using Sizes = std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t>;
 
 TileTables tables_of(const Tables& tables) {
   const auto& [items, masked, bounds, row_segments, tiles, group] = tables;
-  return {pointer<const TileItem>(items), pointer<const MaskedTile>(masked), pointer<const int32_t>(bounds),
-          pointer<const int32_t>(row_segments), tiles, group};
+  return {pointer<const TileItem>(items),
+          pointer<const MaskedTile>(masked),
+          pointer<const int32_t>(bounds),
+          pointer<const int32_t>(row_segments),
+          tiles,
+          group};
 }
 
 AttentionSizes sizes_of(const Sizes& sizes) {

@@ -34,17 +34,17 @@ struct AttentionParams : AttentionSizes {
   HeadsView q, k, v, out;  // q, out: (B, H, T_q, D); k, v: (B, H_kv, T_k, D)
   float* lse = nullptr;    // (B, H, T_q)
   TileTables tiles;
-  float scale = 0;                           // |scale| * log2(e), never 0
-  uint32_t flip = 0;                         // 0x80008000 for a negative scale: xor-ed onto pairs of q, else 0
+  float scale = 0;    // |scale| * log2(e), never 0
+  uint32_t flip = 0;  // 0x80008000 for a negative scale: xor-ed onto pairs of q, else 0
   // Split keys: block y takes the column tiles from y * tiles_per_split on; see store_partial of sm80_forward.h.
   float* workspace = nullptr;
   int32_t splits = 1, tiles_per_split = 0;
 };
 
-// delta = rowsum(grad_out * out) - grad_lse, ds = p * (grad_out v^T - delta); dq = scale ds k, dk = scale ds^T q, dv = p^T
-// grad_out
+// delta = rowsum(grad_out * out) - grad_lse, ds = p * (grad_out v^T - delta); dq = scale ds k, dk = scale ds^T q, dv =
+// p^T grad_out
 struct AttentionBackwardParams : AttentionSizes {
-  HeadsView grad_out, q, k, v, out, dq, dk, dv;    // as in AttentionParams
+  HeadsView grad_out, q, k, v, out, dq, dk, dv;     // as in AttentionParams
   const float *lse = nullptr, *grad_lse = nullptr;  // (B, H, T_q); grad_lse may be null: zeros
   // (2, B, H, T_q), written by the dQ kernel, read by the other: lse * log2(e), 0 for a query that sees nothing; delta
   float* statistics = nullptr;

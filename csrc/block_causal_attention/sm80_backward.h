@@ -55,8 +55,9 @@ struct RowStatistics {
   float lse2, delta;
 };
 
-// The statistics of a warp's rows, also written to memory: each lane takes one row, then hands it to the lanes that hold
-// elements of it. A row that sees nothing has scores of -inf alone, and -inf - -inf is not a number: lse2 is 0 there.
+// The statistics of a warp's rows, also written to memory: each lane takes one row, then hands it to the lanes that
+// hold elements of it. A row that sees nothing has scores of -inf alone, and -inf - -inf is not a number: lse2 is 0
+// there.
 template <class T, class Traits>
 ARD_DEVICE void row_statistics(RowStatistics (&own)[Traits::kMTiles][2], const AttentionBackwardParams& p,
                                const char* sGradRows, int batch_head, int row, int row_stop, int lane) {
@@ -261,8 +262,7 @@ void launch_sm80_backward(const AttentionBackwardParams& p, void* stream) {
   using Dkv = BackwardTraits<kHeadDim, 1>;
   const int64_t query_blocks = static_cast<int64_t>(p.by_query.tiles) * p.batch * p.heads;
   const int64_t key_blocks = static_cast<int64_t>(p.by_key.tiles) * p.batch * p.kv_heads;
-  launch<sm80_backward_dq<T, Dq>>(query_blocks, 1, Dq::kThreads, Dq::kSharedBytes,
-                                  static_cast<Stream>(stream), p);
+  launch<sm80_backward_dq<T, Dq>>(query_blocks, 1, Dq::kThreads, Dq::kSharedBytes, static_cast<Stream>(stream), p);
   if constexpr (kHeadDim <= 96) {
     launch<sm80_backward_dkv<T, Dkv, true, true>>(key_blocks, 1, Dkv::kThreads, Dkv::kSharedBytes,
                                                   static_cast<Stream>(stream), p);

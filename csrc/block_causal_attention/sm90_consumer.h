@@ -162,9 +162,9 @@ ARD_DEVICE void store_rows(const AttentionParams& a, const TileItem& item, const
 // An item as a consumer has it.
 struct Work {
   TileItem item;
-  Words heads;  // batch, head, both
+  Words heads;      // batch, head, both
   int segments[2];  // of the thread's rows, for an item with masked tiles
-  int stage;  // of its queries
+  int stage;        // of its queries
 };
 
 template <class T, class Traits>
@@ -197,8 +197,7 @@ struct Consumer {
     if (item.masked_begin < item.masked_end) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        work.segments[half] =
-            p.attention.tiles.row_segments[item.row + first + accumulator_row(lane, 2 * half)];
+        work.segments[half] = p.attention.tiles.row_segments[item.row + first + accumulator_row(lane, 2 * half)];
       }
     }
     q.advance();

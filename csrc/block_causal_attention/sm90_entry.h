@@ -16,8 +16,8 @@ inline bool sm90_reads(const HeadsView& x, int tokens, int heads, int batch) {
   const auto fits = [](int64_t stride, int size) {
     return size <= 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t{1} << 39);
   };
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && fits(x.stride_token, tokens) &&
-         fits(x.stride_head, heads) && fits(x.stride_batch, batch);
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && fits(x.stride_token, tokens) && fits(x.stride_head, heads) &&
+         fits(x.stride_batch, batch);
 }
 
 // Whether the kernel takes these arguments on a chip of compute capability 9.0: bf16 or fp16, scale >= 0, keys that are

@@ -183,7 +183,9 @@ def test_a_gradient_of_lse_alone(backend, device, D, dtype):
 @pytest.mark.parametrize("layout", ["bhtd", "bthd"])
 @pytest.mark.parametrize(
     ("backend", "device", "D", "dtype", "tolerance"),
-    on_devices(torch=[(16, FP32, 1e-5), (16, torch.float64, 1e-12)], triton=[(16, FP32, 1e-5)], cuda=[(64, BF16, 3e-2)]),
+    on_devices(
+        torch=[(16, FP32, 1e-5), (16, torch.float64, 1e-12)], triton=[(16, FP32, 1e-5)], cuda=[(64, BF16, 3e-2)]
+    ),
 )
 def test_merged_parts_equal_the_whole(backend, device, D, dtype, tolerance, layout):
     """Attention over the clean past and over oneself, merged: values and gradients of the one call."""
@@ -196,7 +198,8 @@ def test_merged_parts_equal_the_whole(backend, device, D, dtype, tolerance, layo
     inputs = [x.transpose(1, 2) for x in (q, k, v)] if layout == "bthd" else [q, k, v]
     how = {"segment_length": L, "layout": layout, "return_lse": True, "backend": backend}
     expected = segment_attention(*inputs, whole, **how)
-    got = merge_attention(*zip(*(segment_attention(*inputs, part, **how) for part in parts)), layout=layout)
+    outs, lses = zip(*(segment_attention(*inputs, part, **how) for part in parts), strict=True)
+    got = merge_attention(outs, lses, layout=layout)
     weights = torch.randn_like(expected[0]), torch.randn_like(expected[1])
     grads = [torch.autograd.grad(pair, (q, k, v), weights) for pair in (got, expected)]
     for ours, exact in zip((*got, *grads[0]), (*expected, *grads[1]), strict=True):
@@ -233,7 +236,13 @@ def test_bad_parts(spoil, message):
 MASK = SegmentMask.block_causal(4)
 BAD = {
     "mask": ((1, 2, 32, 8), (1, 2, 32, 8), [[1]], {}, r"mask is \[\[1\]\]; expected an ard_kernels.SegmentMask"),
-    "queries": ((1, 2, 40, 8), (1, 2, 32, 8), MASK, {"key_segment_length": 8}, "q has 5 segments; expected the mask's 4"),
+    "queries": (
+        (1, 2, 40, 8),
+        (1, 2, 32, 8),
+        MASK,
+        {"key_segment_length": 8},
+        "q has 5 segments; expected the mask's 4",
+    ),
     "keys": ((1, 2, 32, 8), (1, 2, 40, 8), MASK, {}, "k has 5 segments; expected the mask's 4"),
     "key_tokens": ((1, 2, 32, 8), (1, 2, 30, 8), MASK, {}, "k has 30 tokens; expected a multiple of segment_length=8"),
     "key_length": (

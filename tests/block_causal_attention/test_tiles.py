@@ -38,7 +38,9 @@ def visits(tables, shape, block, sees=sees):
                 seen_by[segment] = np.array([sees(packed, c) for c in range(block)])
                 assert not seen_by[segment][stop - start :].any(), "columns past the tile's stop"
             if start == stop:
-                assert first + 1 == last and not runs[1], "only a tile that sees nothing has a column tile without columns"
+                assert first + 1 == last and not runs[1], (
+                    "only a tile that sees nothing has a column tile without columns"
+                )
                 continue
             assert any(each.any() for each in seen_by.values()), "a tile visited for nothing"
             for r in range(row, row_stop):
@@ -72,9 +74,8 @@ draw_tables = given(case=drawn_segments(), blocks=st.tuples(BLOCKS, BLOCKS), by_
 
 
 def dense(case):
-    segments, q_tokens, k_tokens = case
     seen = visibility(*case)
-    mask = mask_of(segments.mask, len(seen.q_offsets) - 1)
+    mask = mask_of(case[0].mask, len(seen.q_offsets) - 1)
     return mask.dense(np.diff(seen.q_offsets), np.diff(seen.k_offsets)).numpy()
 
 

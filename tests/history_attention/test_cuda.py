@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ard_kernels import HeadNorm
+from ard_kernels.block_causal_attention.tiles import packed_bounds
 from ard_kernels.common import extension
 from ard_kernels.history_attention import cuda
-from ard_kernels.block_causal_attention.tiles import packed_bounds
 from ard_kernels.history_attention.tiles import make_tables, schedule
 from testing import plain
 from testing.devices import on_devices
