@@ -63,7 +63,9 @@ def test_any_table(table, data):
     expected = torch.tensor(table).repeat_interleave(torch.tensor(q_lengths), 0)
     expected = expected.repeat_interleave(torch.tensor(k_lengths), 1)
     dense = mask.dense(q_lengths, k_lengths)
-    assert torch.equal(dense, expected) and torch.equal(mask.dense(numpy.array(q_lengths), torch.tensor(k_lengths)), dense)
+    assert torch.equal(dense, expected) and torch.equal(
+        mask.dense(numpy.array(q_lengths), torch.tensor(k_lengths)), dense
+    )
     assert mask.density(q_lengths, k_lengths) == pytest.approx(dense.double().mean().item())
     drawing = repr(mask).splitlines()[1:]
     assert [[c == "■" for c in line.split(" ")[-1]] for line in drawing] == table

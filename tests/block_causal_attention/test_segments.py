@@ -69,10 +69,10 @@ def check(backend, device, mask, q_lengths, k_lengths, B=1, kv_heads=1, share=1,
 # What a drawn case of each backend may have, and how many are drawn in the fast and in the slow tests.
 DRAWN = {
     "torch": {"longest": 40, "segments": 8, "dims": [8, 16, 72], "dtypes": (FP32, BF16, FP16)},
-    "triton": {"longest": 24, "segments": 4, "dims": [8, 16, 72], "dtypes": (FP32, BF16)},
+    "triton": {"longest": 24, "segments": 3, "dims": [8, 16, 72], "dtypes": (FP32, BF16)},
     "cuda": {"longest": 80, "segments": 5, "dims": cuda.HEAD_DIMS, "dtypes": (BF16, FP16)},
 }
-EXAMPLES = {"torch": (100, 500), "triton": (8, 60), "cuda": (16, 100)}
+EXAMPLES = {"torch": (100, 500), "triton": (5, 60), "cuda": (16, 100)}
 
 
 @pytest.mark.parametrize(("backend", "device"), on_devices("torch", "triton", "cuda"))
@@ -86,7 +86,8 @@ def test_drawn_masks(backend, device, many):
         q_lengths, k_lengths = draw(lengths), draw(lengths)
         row = st.lists(st.booleans(), min_size=len(k_lengths), max_size=len(k_lengths))
         mask = SegmentMask(draw(st.lists(row, min_size=len(q_lengths), max_size=len(q_lengths))))
-        heads = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (1, 6)]))  # of keys; of queries for each
+        # Heads of keys, and of queries for each.
+        heads = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (1, 6)] + [(2, 2), (2, 3)] * (backend != "triton")))
         shape = draw(st.integers(1, 2)), *heads, draw(st.sampled_from(most["dims"]))
         return mask, q_lengths, k_lengths, *shape, draw(st.sampled_from(most["dtypes"]))
 
@@ -126,7 +127,7 @@ def test_rows_and_columns_without_anything(backend, device, D, dtype, poisoned):
 
 @pytest.mark.parametrize(("backend", "device", "D", "dtype"), SERVED)
 def test_a_block_causal_mask_is_block_causal_attention(backend, device, D, dtype):
-    q, k, v = leaves(device, dtype, 2, 2, 2, 60, 60, D)
+    q, k, v = leaves(device, dtype, 1, 1, 1, 60, 60, D)
     for window, sink in ((None, 0), (2, 1)):
         mask = SegmentMask.block_causal(3, window, sink)
         pair = (
@@ -150,7 +151,7 @@ def test_packed_equals_three_tensors(backend, device, D, dtype):
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("share", [1, 2, 6])
+@pytest.mark.parametrize("share", [1, 3])
 @pytest.mark.parametrize("fused", [True, False])
 def test_gradcheck(share, fused, device, monkeypatch):
     """fp64, of out and lse, over every kind of row."""
@@ -325,8 +326,9 @@ def test_flop_counter_counts_the_pairs_of_the_mask(device):
 
 @pytest.mark.parametrize(("backend", "device", "D", "dtype"), SERVED)
 def test_bit_equal_over_runs_and_threads(backend, device, D, dtype, thread_counts):
-    q, k, v = leaves(device, dtype, 1, 4, 2, 120, 120, D)
-    mask, how = SegmentMask.teacher_forcing(3), {"segment_length": 20, "return_lse": True, "backend": backend}
+    L = 8 if backend == "triton" else 20
+    q, k, v = leaves(device, dtype, 1, 2, 1, 6 * L, 6 * L, D)
+    mask, how = SegmentMask.teacher_forcing(3), {"segment_length": L, "return_lse": True, "backend": backend}
 
     def run():
         out, lse = segment_attention(q, k, v, mask, **how)
