@@ -78,10 +78,13 @@ def demo(
         str | None, typer.Option(help="Of single digits: dit, the default, or sit, a flow-matching teacher.")
     ] = None,
     scenes: Annotated[bool, typer.Option("--scenes", help="Scenes of up to four digits, steered by prompts.")] = False,
+    pooled: Annotated[
+        bool, typer.Option("--pooled", help="One student more, whose history is pooled 2 x 2 over the token grid.")
+    ] = False,
 ) -> None:
     """The whole method on scikit-learn's handwritten digits: teacher, trajectories, students, samples, scores."""
     from ard.demo.run import run_demo
 
     with refusals():
-        report = run_demo(out=out, quick=quick, family=family, scenes=scenes)
+        report = run_demo(out=out, quick=quick, family=family, scenes=scenes, pooled=pooled)
     typer.echo(f"Report: {report}")
