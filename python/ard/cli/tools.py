@@ -34,6 +34,9 @@ def flops(
     sink: Annotated[
         int, typer.Option(min=0, max=1000, help="First segments that every query sees besides the window.")
     ] = 0,
+    history_pool: Annotated[
+        int, typer.Option(min=1, max=2, help="2: earlier segments' keys and values averaged over 2 x 2 tokens.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """FLOPs of teacher and student: analytic, and counted on shapes alone (no weights are allocated)."""
@@ -44,7 +47,8 @@ def flops(
     try:
         preset = PixArtConfig if model.startswith("PixArt") else DiTConfig
         config = preset.from_name(model, **({} if input_size is None else {"input_size": input_size}))
-        table = flop_table(config, steps=steps, history_layers=history_layers, window=window, sink=sink)
+        routing = {"history_layers": history_layers, "window": window, "sink": sink, "pool": history_pool}
+        table = flop_table(config, steps=steps, **routing)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if as_json:

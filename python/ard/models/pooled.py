@@ -1,7 +1,7 @@
 """History as coarse information: keys and values of earlier segments are read average-pooled over the token grid.
 
-Shape suffixes as in `trunk.py`; p: tokens along a side of a pool. A segment's pooled keys are L / p^2, the means of p x p
-neighbouring tokens' keys, as attention gets them (where a family rotates them, of rotated ones); values likewise.
+Shape suffixes as in `trunk.py`; p: tokens along a side of a pool. A segment's L / p^2 pooled keys are means of the keys
+of p x p neighbouring tokens, as attention gets them (where a family rotates them, of rotated ones); values likewise.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ard_kernels import SegmentMask, segment_attention
+from ard_kernels.common.arguments import described, is_int
 
 
 def check_pool(where: str, pool: int, grid_hw: tuple[int, int]) -> None:
     """Raises ValueError unless pools of `pool` x `pool` tokens tile the grid."""
-    if pool < 1 or any(side % pool for side in grid_hw):
-        raise ValueError(f"{where} is {pool}; expected one that divides both sides of the token grid, {grid_hw}")
+    if not is_int(pool) or pool < 1 or any(side % pool for side in grid_hw):
+        got = described(pool)
+        raise ValueError(f"{where} is {got}; expected an int that divides both sides of the token grid, {grid_hw}")
 
 
 @lru_cache(maxsize=256)
@@ -36,7 +38,7 @@ def step_mask(segment: int, window: int | None, sink: int) -> SegmentMask:
 
 
 def pool_tokens(x_BT: Tensor, grid_hw: tuple[int, int], pool: int) -> Tensor:
-    """(B, S * L, ...) -> (B, S * L / p^2, ...), means of p x p neighbours in each segment's grid, in row-major order."""
+    """(B, S * L, ...) -> (B, S * L / p^2, ...): means of p x p neighbours in each segment's grid, row by row."""
     rows, columns = grid_hw
     x = x_BT.unflatten(1, (-1, rows // pool, pool, columns // pool, pool))
     return x.mean(dim=(3, 5)).flatten(1, 3)
@@ -60,9 +62,9 @@ class PooledCache:
 
     def __init__(
         self, *, layers: int, batch: int, heads: int, head_dim: int, steps: int, grid_hw: tuple[int, int], pool: int,
-        window: int | None, sink: int, dtype: torch.dtype, device: torch.device,
+        dtype: torch.dtype, device: torch.device,
     ):  # fmt: skip
-        self.grid_hw, self.pool, self.window, self.sink, self.steps = grid_hw, pool, window, sink, steps
+        self.grid_hw, self.pool, self.steps = grid_hw, pool, steps
         self.segment_length = grid_hw[0] * grid_hw[1]
         self.pooled_length = self.segment_length // pool**2
         tokens = (steps - 1) * self.pooled_length + self.segment_length
@@ -73,11 +75,11 @@ class PooledCache:
         """Forget every segment; the memory stays."""
         self.segments = [0] * len(self.segments)
 
-    def attend(self, layer: int, qkv_BL3HD: Tensor) -> Tensor:
+    def attend(self, layer: int, qkv_BL3HD: Tensor, *, window: int | None, sink: int) -> Tensor:
         """Attention of a new segment to itself whole and to the pooled past, (B, L, 3, H, D) -> (B, L, H, D).
 
-        Its own keys and values stand behind the past, and are pooled there after. Raises ValueError for a segment
-        beyond `steps`, or of another shape or dtype than the cache's.
+        window, sink: as in `pooled_mask`. Its own keys and values stand behind the past, and are pooled there after.
+        Raises ValueError for a segment beyond `steps`, or of another shape or dtype than the cache's.
         """
         s, memory = self.segments[layer], self.memory[layer]
         expected = (len(memory), self.segment_length, 3, *memory.shape[-2:])
@@ -90,7 +92,7 @@ class PooledCache:
         start, L = s * self.pooled_length, self.segment_length
         memory[:, start : start + L] = kv
         k, v = memory[:, : start + L].unbind(2)
-        mask, lengths = step_mask(s, self.window, self.sink), [self.pooled_length] * s + [L]
+        mask, lengths = step_mask(s, window, sink), [self.pooled_length] * s + [L]
         out = segment_attention(q, k, v, mask, segment_length=L, key_segment_length=lengths, layout="bthd")
         memory[:, start : start + self.pooled_length] = pool_tokens(kv, self.grid_hw, self.pool)
         self.segments[layer] = s + 1

@@ -179,8 +179,7 @@ class ARDStudent(Trunk):
         }
         if self.history_pool == 1:
             return HistoryCache(capacity=self.steps * self.config.tokens, **sizes)
-        mask = {"window": self.routing.window, "sink": self.routing.sink}
-        return PooledCache(steps=self.steps, grid_hw=self.config.grid_hw, pool=self.history_pool, **mask, **sizes)
+        return PooledCache(steps=self.steps, grid_hw=self.config.grid_hw, pool=self.history_pool, **sizes)
 
     @torch.no_grad()
     def sample(
@@ -201,12 +200,14 @@ class ARDStudent(Trunk):
         L, final_layers = self.config.tokens, self.final_layers
         if cache is None:
             cache = self.new_cache(noise_Bchw.shape[0])
+        if isinstance(cache, PooledCache) != (self.history_pool > 1):
+            raise ValueError(f"cache is a {type(cache).__name__}; expected one of this student's new_cache")
         cache.reset()
 
         def attend(layer: int) -> Attend:
             if isinstance(cache, PooledCache):
                 if self._pools(layer):
-                    return partial(cache.attend, layer)
+                    return partial(cache.attend, layer, window=self.routing.window, sink=self.routing.sink)
                 return partial(self.routing.attention_packed, layer, segment_length=L)
             return partial(self.routing.attention_packed, layer, segment_length=L, cache=cache)
 
