@@ -75,6 +75,7 @@ class PooledCache:
         """Forget every segment; the memory stays."""
         self.segments = [0] * len(self.segments)
 
+    @torch.compiler.disable  # where it stands would be a constant of each graph
     def attend(self, layer: int, qkv_BL3HD: Tensor, *, window: int | None, sink: int) -> Tensor:
         """Attention of a new segment to itself whole and to the pooled past, (B, L, 3, H, D) -> (B, L, H, D).
 
