@@ -76,32 +76,25 @@ def baseline_sampling(config: ModelShape, steps: int) -> int:
     return steps * segment_forward(config) + config.context_flops
 
 
-def history(
-    config: ModelShape, steps: int, history_layers: int, window: int | None = None, sink: int = 0, pool: int = 1
-) -> int:
-    """What reading history adds: N * S(S-1)/2 * 4 L^2 C for the block-causal mask (ARD, Sec. 3).
-
-    pool: earlier segments are read as the means of pool x pool tokens, so that the pairs are fewer by its square.
-    """
+def history(config: ModelShape, steps: int, history_layers: int, window: int | None = None, sink: int = 0) -> int:
+    """What reading history adds: N * S(S-1)/2 * 4 L^2 C for the block-causal mask (ARD, Sec. 3)."""
     if not 0 <= history_layers <= config.depth:
         raise ValueError(f"flops: history_layers is {history_layers}; expected 0 to depth={config.depth}")
     check_window("flops", window, sink)
     L, C = config.tokens, config.hidden_size
-    if pool < 1 or L % pool**2:
-        raise ValueError(f"flops: pool is {pool}; expected one whose square divides the {L} tokens of a segment")
     with_history = attention(steps * L, L, C, window, sink)
-    return history_layers * (with_history - attention(steps * L, L, C, window=1)) // pool**2
+    return history_layers * (with_history - attention(steps * L, L, C, window=1))
 
 
 def student_sampling(
-    config: ModelShape, steps: int, history_layers: int, window: int | None = None, sink: int = 0, pool: int = 1
+    config: ModelShape, steps: int, history_layers: int, window: int | None = None, sink: int = 0
 ) -> int:
     """`steps` cached student forwards of L tokens each."""
-    return baseline_sampling(config, steps) + history(config, steps, history_layers, window, sink, pool)
+    return baseline_sampling(config, steps) + history(config, steps, history_layers, window, sink)
 
 
 def student_forward(
-    config: ModelShape, steps: int, history_layers: int, window: int | None = None, sink: int = 0, pool: int = 1
+    config: ModelShape, steps: int, history_layers: int, window: int | None = None, sink: int = 0
 ) -> int:
     """One teacher-forced training forward over all steps * L tokens; the same work as sampling, done at once."""
-    return student_sampling(config, steps, history_layers, window, sink, pool)
+    return student_sampling(config, steps, history_layers, window, sink)

@@ -34,9 +34,6 @@ def flops(
     sink: Annotated[
         int, typer.Option(min=0, max=1000, help="First segments that every query sees besides the window.")
     ] = 0,
-    history_pool: Annotated[
-        int, typer.Option(min=1, max=2, help="2: earlier segments' keys and values averaged over 2 x 2 tokens.")
-    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """FLOPs of teacher and student: analytic, and counted on shapes alone (no weights are allocated)."""
@@ -47,8 +44,7 @@ def flops(
     try:
         preset = PixArtConfig if model.startswith("PixArt") else DiTConfig
         config = preset.from_name(model, **({} if input_size is None else {"input_size": input_size}))
-        routing = {"history_layers": history_layers, "window": window, "sink": sink, "pool": history_pool}
-        table = flop_table(config, steps=steps, **routing)
+        table = flop_table(config, steps=steps, history_layers=history_layers, window=window, sink=sink)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if as_json:
@@ -82,13 +78,10 @@ def demo(
         str | None, typer.Option(help="Of single digits: dit, the default, or sit, a flow-matching teacher.")
     ] = None,
     scenes: Annotated[bool, typer.Option("--scenes", help="Scenes of up to four digits, steered by prompts.")] = False,
-    pooled: Annotated[
-        bool, typer.Option("--pooled", help="One student more, whose history is pooled 2 x 2 over the token grid.")
-    ] = False,
 ) -> None:
     """The whole method on scikit-learn's handwritten digits: teacher, trajectories, students, samples, scores."""
     from ard.demo.run import run_demo
 
     with refusals():
-        report = run_demo(out=out, quick=quick, family=family, scenes=scenes, pooled=pooled)
+        report = run_demo(out=out, quick=quick, family=family, scenes=scenes)
     typer.echo(f"Report: {report}")

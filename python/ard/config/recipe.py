@@ -28,7 +28,6 @@ from ard.config.sections import (
 )
 from ard.models.config import ModelConfig
 from ard.models.families import config_class
-from ard.models.pooled import check_pool
 from ard_kernels.common.arguments import described
 
 FOREIGN_SECTIONS = ("demo",)
@@ -81,7 +80,6 @@ class Recipe:
         for name, (value, limit) in most.items():
             if value > int(limit.rpartition("=")[2]):
                 raise ValueError(f"{name} is {value}; expected at most {limit}")
-        check_pool("student.history_pool", student.history_pool, model.grid_hw)
         if student.state not in trajectories.store:
             store = list(trajectories.store)
             raise ValueError(f"student.state is {student.state!r}; expected one of trajectories.store={store}")
@@ -109,8 +107,6 @@ class Recipe:
         """What a reader of a student's checkpoint needs to build it."""
         student = {**dataclasses.asdict(self.student), "steps": self.steps, "timesteps": self.segment_times}
         del student["times"]  # which timesteps say
-        if self.student.history_pool == 1:
-            del student["history_pool"]  # as it was before there was one
         return {"kind": "student", "model": dataclasses.asdict(self.model), "student": student}
 
 

@@ -182,14 +182,8 @@ class StudentConfig(Ranged):
     state: str = "x0"  # or "ode"
     times: str | None = None  # of its segments: "even" from noise to data, as published students of DiT have them, or
     # "kept", those of the states they read; by default even under DDPM and kept on the linear path
-    history_pool: int = 1  # 2: earlier segments' keys and values are averaged over 2 x 2 tokens
 
-    RANGES: ClassVar = {
-        "history_layers": "[0, 1024]",
-        "window": "[1, 1000]",
-        "sink": "[0, 1000]",
-        "history_pool": "[1, 2]",
-    }
+    RANGES: ClassVar = {"history_layers": "[0, 1024]", "window": "[1, 1000]", "sink": "[0, 1000]"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

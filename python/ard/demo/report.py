@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from ard.demo.scores import DISTANCES, is_tuned
-from ard.demo.students import POOLED
 from ard.storage.files import atomic_path
 
 TITLES = {"digits": "handwritten digits", "scenes": "scenes of handwritten digits, from prompts"}
@@ -91,10 +90,8 @@ def _headline(result: dict) -> str:
                 f"{ratios['over']} by {_ratio(ratios['frechet_to_real'], 2)}: {over}."
             )
         else:
-            pooled = "pooled " if name.endswith(POOLED) else ""
-            layers = name.removeprefix("N=").removesuffix(POOLED)
             parts.append(
-                f"At equal training, reading the {pooled}history in {layers} of {depth} layers divides the "
+                f"At equal training, reading the history in {name.removeprefix('N=')} of {depth} layers divides the "
                 f"Frechet distance to the teacher by {_ratio(ratios['frechet_to_teacher'])} and the error to the "
                 f"teacher's endpoint by {_ratio(ratios['endpoint_mse'])}: {over}."
             )

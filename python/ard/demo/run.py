@@ -31,16 +31,14 @@ def run_demo(
     config: DemoConfig | None = None,
     family: str | None = None,
     scenes: bool = False,
-    pooled: bool = False,
 ) -> Path:
     """Runs every stage and returns the path of report.md.
 
     out: folder for report.json, report.md, grid.png, losses.png, the runs and the trajectory store; made if absent.
         A trajectory store left there by the same teacher and settings is reused, training starts anew.
-    config: instead of ``load_config(quick, family=family, scenes=scenes)``, with demo.history_pool=2 if pooled.
+    config: instead of ``load_config(quick, family=family, scenes=scenes)``.
     """
-    changes = {"demo": {"history_pool": 2}} if pooled else None
-    config, out = config or load_config(quick, changes, family=family, scenes=scenes), Path(out)
+    config, out = config or load_config(quick, family=family, scenes=scenes), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     watch, data = Stopwatch(), digits.load()
     with watch.stage("classifier", 1) as advance:

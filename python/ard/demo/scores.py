@@ -16,7 +16,7 @@ from ard.conditions.sources import null_tensors
 from ard.data.latents import RealLatents
 from ard.data.trajectories import MakeBatch
 from ard.demo.settings import DemoConfig
-from ard.demo.students import TUNED, Made, Sampler, Stopwatch
+from ard.demo.students import Made, Sampler, Stopwatch
 from ard.evaluation.metrics import FeatureStatistics, endpoint_mse, feature_statistics, frechet_distance
 from ard.training import stages
 from ard_kernels import flops
@@ -105,7 +105,7 @@ class Judge:
 
 def is_tuned(name: str) -> bool:
     """Whether a sampler's name is of a fine-tuned one."""
-    return name.endswith(TUNED)
+    return name.endswith(" + GAN")
 
 
 def summarize(rows: Sequence[dict]) -> dict:
@@ -124,7 +124,7 @@ def summarize(rows: Sequence[dict]) -> dict:
 
     first, smaller, larger = next(iter(by_name)), {}, {}
     for name, own in by_name.items():
-        other = name.removesuffix(TUNED) if is_tuned(name) else first
+        other = name.removesuffix(" + GAN") if is_tuned(name) else first
         if name != other:
             pairs = list(zip(by_name[other], own, strict=True))
             ratios = {metric: spread([base[metric] / row[metric] for base, row in pairs]) for metric in DISTANCES}
@@ -148,11 +148,10 @@ def measure_costs(
     # name, history layers, (noise, *conditions) -> samples, FLOPs of an image
     runs: list[tuple[str, int | None, Callable[..., object], int]]
     runs = [("teacher", None, teacher_sampler(made), forwards * flops.teacher_forward(model))]
-    untuned = [sampler for sampler in samplers if not is_tuned(sampler.name)]  # a fine-tune changes no cost
-    for sampler in untuned[: len(config.demo.kinds)]:
-        n, pool = sampler.history_layers, sampler.student.history_pool
-        cost = flops.student_sampling(model, made.recipe.steps, n, pool=pool)
-        runs.append((f"student {sampler.name}", n, sampler.student.sample, cost))
+    for sampler in samplers[: len(config.demo.history_layers)]:  # a fine-tune changes no cost
+        n = sampler.history_layers
+        cost = flops.student_sampling(model, made.recipe.steps, n)
+        runs.append((f"student N={n}", n, sampler.student.sample, cost))
     times: dict[str, list[float]] = {name: [] for name, *_ in runs}
     with watch.stage("timing", settings.timing_repeats) as advance:
         for _ in range(settings.timing_repeats):

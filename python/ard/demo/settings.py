@@ -11,7 +11,6 @@ from ard.config.sections import PreviewConfig
 from ard.data.scenes import SCENE_SHAPE
 from ard.evaluation.digit_classifier import ClassifierConfig
 from ard.models.pixart import PixArtConfig
-from ard.models.pooled import check_pool
 
 RECIPES = {"dit": "digits", "sit": "digits_sit"}  # family -> shipped recipe
 SCENES_RECIPE = "scenes"
@@ -61,9 +60,8 @@ class ComparisonConfig(Ranged):
     evaluation: EvaluationConfig
     scenes: ScenesConfig | None = None  # instead of single digits
     workers: int = 1  # processes that train students side by side, of one thread each; 1: this one, with its threads
-    history_pool: int = 1  # 2: one student more, with as many history layers as the last and its history pooled so
 
-    RANGES: ClassVar = {"history_layers": "[0, 1024]", "seeds": SEED, "workers": "[1, 64]", "history_pool": "[1, 2]"}
+    RANGES: ClassVar = {"history_layers": "[0, 1024]", "seeds": SEED, "workers": "[1, 64]"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,12 +69,6 @@ class ComparisonConfig(Ranged):
             raise ValueError(f"demo.history_layers is {list(self.history_layers)}; expected 0 first, then others")
         if not self.seeds:
             raise ValueError("demo.seeds is empty; expected at least one seed")
-
-    @property
-    def kinds(self) -> tuple[tuple[int, int], ...]:
-        """(history layers, pool) of the students of a seed."""
-        kinds = tuple((layers, 1) for layers in self.history_layers)
-        return kinds if self.history_pool == 1 else (*kinds, (self.history_layers[-1], self.history_pool))
 
 
 @dataclass(frozen=True)
@@ -93,7 +85,6 @@ class DemoConfig:
             raise ValueError("teacher.train is missing; expected the settings of the teacher's training")
         if self.recipe.gan is None:
             raise ValueError("gan is missing; expected the settings of the fine-tune")
-        check_pool("demo.history_pool", self.demo.history_pool, self.recipe.model.grid_hw)
         if self.demo.scenes:
             self._check_scenes(self.demo.scenes)
 

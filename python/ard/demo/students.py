@@ -28,7 +28,6 @@ from ard.training.trainer import Fitted
 from ard.weights.opened import open_source
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-POOLED, TUNED = " pooled", " + GAN"  # ends of samplers' names
 
 
 @dataclass
@@ -91,17 +90,13 @@ def make_trajectories(made: Made, out: Path, watch: Stopwatch) -> TrajectoryStor
 def make_students(
     made: Made, store: TrajectoryStore, real: RealLatents, config: DemoConfig, out: Path, watch: Stopwatch
 ) -> list[Sampler]:
-    """The averaged students of every seed, in eval mode: one per kind, and the one with most history fine-tuned.
+    """The averaged students of every seed, in eval mode: one per history_layers, and the last one fine-tuned.
 
     With several workers they are trained side by side, in processes of one thread each: which of them trains what, and
     how many there are beyond one, changes no bit.
     """
-    seeds, tuned = config.demo.seeds, (config.demo.history_layers[-1], 1)
-    jobs = [
-        Job(made, store.folder, real, seed, *kind, kind == tuned, config, out)
-        for seed in seeds
-        for kind in config.demo.kinds
-    ]
+    seeds, layers = config.demo.seeds, config.demo.history_layers
+    jobs = [Job(made, store.folder, real, seed, n, n == layers[-1], config, out) for seed in seeds for n in layers]
     if config.demo.workers == 1:
         return [sampler for job in jobs for sampler in job.run(watch, store)]
     longest_first = sorted(range(len(jobs)), key=lambda number: -jobs[number].steps)
@@ -117,14 +112,13 @@ def make_students(
 
 @dataclass(frozen=True)
 class Job:
-    """A student of one seed, so many history layers and a pool of their history; and, if ``tune``, its fine-tune."""
+    """A student of one seed and so many history layers; and, if ``tune``, its fine-tune."""
 
     made: Made
     trajectories: Path
     real: RealLatents
     seed: int
     layers: int
-    pool: int
     tune: bool
     config: DemoConfig
     out: Path
@@ -137,13 +131,12 @@ class Job:
 
     def run(self, watch: Stopwatch, store: TrajectoryStore) -> list[Sampler]:
         teacher, teacher_sha256, recipe = self.made.teacher, self.made.sha256, self.made.recipe
-        seed, layers, pooled = self.seed, self.layers, self.pool > 1
-        name = f"N={layers}{POOLED if pooled else ''}"
+        seed, layers, name = self.seed, self.layers, f"N={self.layers}"
         assert recipe.gan is not None  # of a DemoConfig
         gan = replace(recipe.gan, train=replace(recipe.gan.train, seed=seed))
         recipe = replace(recipe, distill=replace(recipe.distill, seed=seed), gan=gan)
-        recipe = replace(recipe, student=replace(recipe.student, history_layers=layers, history_pool=self.pool))
-        folder = self.out / f"student-n{layers}{'-pooled' if pooled else ''}-seed{seed}"
+        recipe = replace(recipe, student=replace(recipe.student, history_layers=layers))
+        folder = self.out / f"student-n{layers}-seed{seed}"
         with watch.training(f"student {name} seed {seed}", recipe.distill.steps) as on_step:
             student, fitted = stages.distill(
                 recipe, teacher, teacher_sha256, store, folder, resume=False, on_step=on_step
@@ -151,7 +144,7 @@ class Job:
         samplers = [Sampler(name, layers, seed, averaged(student, fitted), fitted.log)]
         if not self.tune:
             return samplers
-        name = f"{name}{TUNED}"
+        name = f"{name} + GAN"
         with watch.training(f"student {name} seed {seed}", gan.train.steps) as on_step:
             tuned, fitted = stages.finetune(
                 recipe,

@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ard.common.process import Process
-from ard.common.settings import COUNT, LATER, SEED, Ranged, fingerprint
+from ard.common.settings import COUNT, SEED, Ranged, fingerprint
 from ard.common.streams import noise_at
 from ard.conditions.sources import Classes, Prompts, named
 from ard.config.choices import autocast
@@ -80,7 +80,6 @@ class SampleSpec(Conditioned, ShardSpec):
     timesteps: tuple[float, ...] | None
     codec: str  # fingerprint
     prompts: str | None = None  # fingerprint of their store
-    history_pool: int = field(default=1, metadata=LATER)
 
     def tensors(self, rows: int) -> Tensors:
         kind = torch.uint8 if self.pixels else torch.float32
@@ -144,7 +143,6 @@ def write_samples(
         timesteps=student.segment_times,
         codec=codec.fingerprint if codec else "none",
         prompts=source.fingerprint,
-        history_pool=student.history_pool,
     )
     if process.is_main:
         folder.mkdir(parents=True, exist_ok=True)

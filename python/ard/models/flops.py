@@ -7,7 +7,6 @@ attention; attention counts the pairs its mask allows and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,22 +20,21 @@ FlopTable = dict[str, dict[str, int | float]]
 
 
 def flop_table(
-    config: ModelConfig, *, steps: int, history_layers: int, window: int | None = None, sink: int = 0, pool: int = 1
+    config: ModelConfig, *, steps: int, history_layers: int, window: int | None = None, sink: int = 0
 ) -> FlopTable:
     """{"teacher_forward": {"analytic": int, "counted": int}, ...}, and the overhead of the student's sampling.
 
-    pool: the student's `history_pool`. baseline_sampling is `steps` forwards without history; overhead =
-    student_sampling / baseline_sampling - 1.
+    baseline_sampling is `steps` forwards without history; overhead = student_sampling / baseline_sampling - 1.
     """
     columns: FlopTable = {
         "analytic": {
             "teacher_forward": analytic.teacher_forward(config),
             "baseline_sampling": analytic.baseline_sampling(config, steps),
-            "student_sampling": analytic.student_sampling(config, steps, history_layers, window, sink, pool),
-            "student_training_forward": analytic.student_forward(config, steps, history_layers, window, sink, pool),
+            "student_sampling": analytic.student_sampling(config, steps, history_layers, window, sink),
+            "student_training_forward": analytic.student_forward(config, steps, history_layers, window, sink),
         },
         "counted": {
-            **counted_flops(config, steps=steps, history_layers=history_layers, window=window, sink=sink, pool=pool),
+            **counted_flops(config, steps=steps, history_layers=history_layers, window=window, sink=sink),
         },
     }
     for column in columns.values():
@@ -45,13 +43,12 @@ def flop_table(
 
 
 def counted_flops(
-    config: ModelConfig, *, steps: int, history_layers: int, window: int | None = None, sink: int = 0, pool: int = 1
+    config: ModelConfig, *, steps: int, history_layers: int, window: int | None = None, sink: int = 0
 ) -> dict[str, int]:
     """The rows of `flop_table` without the overhead, as `FlopCounterMode` counts them."""
     with torch.device("meta"):
         teacher = make_teacher(config)
-        routing: dict[str, Any] = {"history_layers": history_layers, "window": window, "sink": sink}
-        student = ARDStudent(config, steps=steps, **routing, history_pool=pool)
+        student = ARDStudent(config, steps=steps, history_layers=history_layers, window=window, sink=sink)
         baseline = ARDStudent(config, steps=steps, history_layers=0)
         image, states = torch.empty(1, *config.image_shape), torch.empty(1, steps, *config.image_shape)
         t, conditions = torch.zeros(1), config.blank_conditions(1)

@@ -17,7 +17,6 @@ from torch import Tensor
 from ard.models.config import ModelConfig
 from ard.models.families import FAMILIES
 from ard.models.layers import Attend
-from ard.models.pooled import PooledCache, check_pool, pooled_attention, pooled_mask
 from ard.models.trunk import FinalLayer, Teacher, Trunk
 from ard_kernels import HistoryCache, HistoryRouting, block_causal_attention_packed
 
@@ -46,7 +45,6 @@ class ARDStudent(Trunk):
     M2, window=1 with sink=1 M3.
     timesteps: a time for each of the `steps` segments; None spaces them evenly from noise to data, which for DiT is
     the published 999 * (1 - s / S).
-    history_pool: 2 reads keys and values of earlier segments as means of 2 x 2 neighbouring tokens; 1 reads each token.
     Final layers keep the teacher's sigma channels (they start as copies); the outputs drop them.
     """
 
@@ -66,7 +64,6 @@ class ARDStudent(Trunk):
         window: int | None = None,
         sink: int = 0,
         timesteps: Sequence[float] | None = None,
-        history_pool: int = 1,
     ):
         if steps < 1:
             raise ValueError(f"ARDStudent: steps is {steps}; expected at least 1")
@@ -78,9 +75,8 @@ class ARDStudent(Trunk):
                 f"ARDStudent: timesteps are {list(timesteps or ())}; expected within [{ends[0]:g}, {ends[1]:g}], the "
                 f"times of family={config.family!r}"
             )
-        check_pool("ARDStudent: history_pool", history_pool, config.grid_hw)
         super().__init__(config)
-        self.steps, self.history_pool = steps, history_pool
+        self.steps = steps
         self.segment_times = None if timesteps is None else tuple(map(float, timesteps))
         self.routing = HistoryRouting(config.depth, history_layers, window=window, sink=sink)
         for segment in range(steps):
@@ -98,8 +94,7 @@ class ARDStudent(Trunk):
     def settings(self) -> dict[str, Any]:
         """What `ARDStudent` was made with, besides its config."""
         routing = {"history_layers": self.routing.history_layers, "window": self.routing.window}
-        settings = {"steps": self.steps, **routing, "sink": self.routing.sink, "timesteps": self.segment_times}
-        return settings if self.history_pool == 1 else {**settings, "history_pool": self.history_pool}
+        return {"steps": self.steps, **routing, "sink": self.routing.sink, "timesteps": self.segment_times}
 
     @classmethod
     def from_teacher(
@@ -111,11 +106,9 @@ class ARDStudent(Trunk):
         window: int | None = None,
         sink: int = 0,
         timesteps: Sequence[float] | None = None,
-        history_pool: int = 1,
     ) -> ARDStudent:
         """A student whose every weight is a copy of the teacher's, on its device; so is each final layer."""
         routing: dict[str, Any] = {"history_layers": history_layers, "window": window, "sink": sink}
-        routing["history_pool"] = history_pool
         with torch.device("meta"):
             student = cls(teacher.config, steps=steps, timesteps=timesteps, **routing)
         state = teacher.state_dict()
@@ -152,9 +145,6 @@ class ARDStudent(Trunk):
             raise ValueError(f"states: got {S} segments; expected 1 to steps={self.steps}")
 
         def attend(layer: int) -> Attend:
-            if self._pools(layer):
-                mask = pooled_mask(S, self.routing.window, self.routing.sink)
-                return partial(pooled_attention, mask=mask, grid_hw=self.config.grid_hw, pool=self.history_pool)
             return partial(block_causal_attention_packed, segment_length=L, **self.routing.mask(layer))
 
         c_BSC = self.condition(self.timesteps(S, states_BSchw.device), *conditions)
@@ -162,31 +152,26 @@ class ARDStudent(Trunk):
         tokens_BSLP = self.transform(x_BTC, attend, self.final_layers[:S], c_BSC=c_BSC, context=context)
         return self.unpatchify(tokens_BSLP, self.config.in_channels)
 
-    def _pools(self, layer: int) -> bool:
-        return self.history_pool > 1 and self.routing.reads_history(layer)
-
-    def new_cache(self, batch: int) -> HistoryCache | PooledCache:
+    def new_cache(self, batch: int) -> HistoryCache:
         """An empty cache for `sample` with this batch size, on the weights' device, in the dtype K and V will have."""
         kind = self.weight.device.type
         autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        sizes: dict[str, Any] = {
-            "layers": self.routing.history_layers,
-            "batch": batch,
-            "heads": self.config.num_heads,
-            "head_dim": self.config.head_dim,
-            "dtype": torch.get_autocast_dtype(kind) if autocast else self.weight.dtype,
-            "device": self.weight.device,
-        }
-        if self.history_pool == 1:
-            return HistoryCache(capacity=self.steps * self.config.tokens, **sizes)
-        return PooledCache(steps=self.steps, grid_hw=self.config.grid_hw, pool=self.history_pool, **sizes)
+        return HistoryCache(
+            layers=self.routing.history_layers,
+            batch=batch,
+            heads=self.config.num_heads,
+            head_dim=self.config.head_dim,
+            capacity=self.steps * self.config.tokens,
+            dtype=torch.get_autocast_dtype(kind) if autocast else self.weight.dtype,
+            device=self.weight.device,
+        )
 
     @torch.no_grad()
     def sample(
         self,
         noise_Bchw: Tensor,
         *conditions: Tensor,
-        cache: HistoryCache | PooledCache | None = None,
+        cache: HistoryCache | None = None,
         on_step: Callable[[int, Tensor], Tensor | None] | None = None,
     ) -> Tensor:
         """S cached forwards of L tokens, each reading the previous prediction; equals `forward` on its own predictions.
@@ -200,15 +185,9 @@ class ARDStudent(Trunk):
         L, final_layers = self.config.tokens, self.final_layers
         if cache is None:
             cache = self.new_cache(noise_Bchw.shape[0])
-        if isinstance(cache, PooledCache) != (self.history_pool > 1):
-            raise ValueError(f"cache is a {type(cache).__name__}; expected one of this student's new_cache")
         cache.reset()
 
         def attend(layer: int) -> Attend:
-            if isinstance(cache, PooledCache):
-                if self._pools(layer):
-                    return partial(cache.attend, layer, window=self.routing.window, sink=self.routing.sink)
-                return partial(self.routing.attention_packed, layer, segment_length=L)
             return partial(self.routing.attention_packed, layer, segment_length=L, cache=cache)
 
         # What depends on times and conditions only is made once and not S times: rows (adaLN weights are a third of

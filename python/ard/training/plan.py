@@ -46,9 +46,7 @@ def plan(recipe: Recipe, *, stage: str = "distill", world_size: int = 1) -> dict
     local = micro_batch_size(config.batch_size, world_size, recipe.execution.accumulation)
     counts, trajectories = parameters(recipe, stage), store_spec(recipe, "", _Planned(recipe))
     model, S, trainable = recipe.model, recipe.steps, counts["student, trainable"]
-    student = recipe.student
-    routing: dict[str, Any] = {"window": student.window, "sink": student.sink, "pool": student.history_pool}
-    forwards = flop_table(model, steps=S, history_layers=student.history_layers, **routing)
+    forwards = flop_table(model, steps=S, history_layers=recipe.student.history_layers, **_mask(recipe))
     overhead = forwards["student_training_forward"]["counted"] / forwards["baseline_sampling"]["counted"] - 1.0
     step, one, two = step_flops(recipe), saved_bytes(recipe, 1), saved_bytes(recipe, 2)
     held = 5 * trainable * FLOAT32
@@ -76,7 +74,7 @@ def plan(recipe: Recipe, *, stage: str = "distill", world_size: int = 1) -> dict
             "all trajectories, stored once": stored,
             "all trajectories, made online": online,
         },
-        "history": history_overheads(model, S, student.history_layers, student.history_pool),
+        "history": history_overheads(model, S, recipe.student.history_layers),
         "trajectories": {
             "teacher forwards of one": sample_forwards(recipe),
             "teacher forwards per step, online": sample_forwards(recipe) * config.batch_size,
@@ -107,18 +105,12 @@ class _Planned(Classes):
         super().__init__(prompts if steered else recipe.model.conditions)
 
 
-def history_overheads(model: ModelConfig, steps: int, history_layers: int, pool: int = 1) -> dict[str, float]:
-    """FLOPs that history adds to sampling, by the formula, for the paper's masks and for this and every layer.
-
-    pool: of the recipe's student; it is in the names unless it is 1.
-    """
-    pooled = f", pooled {pool} x {pool}" if pool > 1 else ""
+def history_overheads(model: ModelConfig, steps: int, history_layers: int) -> dict[str, float]:
+    """FLOPs that history adds to sampling, by the formula, for the paper's masks and for this and every layer."""
     masks = {"M2": (2, 0), "M3": (1, 1), "M4": (None, 0)}
     baseline = flops.baseline_sampling(model, steps)
     return {
-        f"{name}, N = {layers} of {model.depth}{pooled}": (
-            flops.history(model, steps, layers, window, sink, pool) / baseline
-        )
+        f"{name}, N = {layers} of {model.depth}": flops.history(model, steps, layers, window, sink) / baseline
         for layers in dict.fromkeys((history_layers, model.depth))
         for name, (window, sink) in masks.items()
     }
@@ -184,11 +176,16 @@ def saved_bytes(recipe: Recipe, batch: int) -> int:
 
 
 def _student(recipe: Recipe) -> ARDStudent:
-    settings = {name: getattr(recipe.student, name) for name in ("history_layers", "window", "sink", "history_pool")}
-    student = ARDStudent(recipe.model, steps=recipe.steps, **settings)
+    student = ARDStudent(
+        recipe.model, steps=recipe.steps, history_layers=recipe.student.history_layers, **_mask(recipe)
+    )
     for block in student.blocks:
         block.recompute = recipe.execution.activation_checkpointing
     return student
+
+
+def _mask(recipe: Recipe) -> dict[str, Any]:
+    return {"window": recipe.student.window, "sink": recipe.student.sink}
 
 
 def _inputs(recipe: Recipe, batch: int) -> tuple[Tensor, ...]:

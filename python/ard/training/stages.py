@@ -250,7 +250,6 @@ def distill(
         window=student_config.window,
         sink=student_config.sink,
         timesteps=recipe.segment_times,
-        history_pool=student_config.history_pool,
     )
     objective = StudentObjective(trajectories, state=student_config.state, seed=config.seed, device=process.device)
     facts = student_facts(recipe, source)

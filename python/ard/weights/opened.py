@@ -121,7 +121,6 @@ def open_student(
             f"{path} has final layers for {found} steps (a teacher has 1); expected {steps}, as {whose} says"
         )
     routed: dict[str, Any] = {"window": routing.window, "sink": routing.sink, "timesteps": timesteps}
-    routed["history_pool"] = routing.history_pool
     if source.facts:
         student = student_of(config, source.state, history_layers=routing.history_layers, **routed)
     else:
@@ -136,10 +135,8 @@ def open_student(
         )
     require_config(source, student.config, recipe.model if recipe else config)
     if source.facts and recipe:
-        unpooled = {"history_pool": 1}  # which facts leave out
-        stored = unpooled | source.facts["student"]
-        for name, value in (unpooled | plain(recipe.student_facts()["student"])).items():
-            found = stored.get(name)
+        for name, value in plain(recipe.student_facts()["student"]).items():
+            found = source.facts["student"].get(name)
             if found != value:
                 raise ValueError(f"{source.path} is a student with {name}={found!r}; expected the recipe's {value!r}")
     return student.float(), source
@@ -158,7 +155,7 @@ def model_config(source: Source, beside: ModelConfig | None = None) -> ModelConf
 
 
 def _student_facts(source: Source) -> tuple[StudentConfig, int, tuple[float, ...] | None]:
-    """History layers, window, sink and pool; the steps; and the times of the segments, None for even ones."""
+    """History layers, window and sink; the steps; and the times of the segments, None for even ones."""
     student = source.facts.get("student")
     if not isinstance(student, dict) or type(student.get("steps")) is not int:
         raise ValueError(f"{source.path}: the student of its facts is {shown(student)}; expected one with steps")

@@ -47,7 +47,6 @@ logger = logging.get_logger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 IMAGE_CHANNELS = (1, 3)  # of states that are images, without a VAE
 _SETTINGS = ("steps", "history_layers", "window", "sink", "timesteps")  # of `ARDStudent.settings`
-_LATER = "history_pool"  # one of them, where it is not 1
 
 
 class ARDTransformer(ModelMixin, ConfigMixin):
@@ -60,7 +59,7 @@ class ARDTransformer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, model: dict, settings: dict):
         super().__init__()
-        if not isinstance(settings, dict) or sorted(settings.keys() - {_LATER}) != sorted(_SETTINGS):
+        if not isinstance(settings, dict) or sorted(settings) != sorted(_SETTINGS):
             found = (listing(list(settings)) or "nothing") if isinstance(settings, dict) else type(settings).__name__
             raise ValueError(f"ARDTransformer: settings are {found}; expected {_SETTINGS}")
         if not isinstance(model, dict):

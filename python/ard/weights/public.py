@@ -62,7 +62,6 @@ def load_student(
     window: int | None = None,
     sink: int = 0,
     timesteps: Sequence[float] | None = None,
-    history_pool: int = 1,
     family: str = "dit",
     input_size: InputSize = None,
     **unseen: Any,
@@ -74,7 +73,7 @@ def load_student(
     state = public_state(read_state(path_or_state), family)
     config = infer_config(state, num_heads=num_heads, family=family, input_size=input_size, **unseen)
     routing = {"history_layers": history_layers, "window": window, "sink": sink, "timesteps": timesteps}
-    return student_of(config, with_positions(state, config), **routing, history_pool=history_pool)
+    return student_of(config, with_positions(state, config), **routing)
 
 
 def teacher_of(config: ModelConfig, state: Mapping[str, Tensor]) -> Teacher:
