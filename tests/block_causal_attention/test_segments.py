@@ -18,7 +18,6 @@ from ard_kernels.block_causal_attention.reference import segment_attention as re
 from ard_kernels.common import extension
 from testing import plain
 from testing.devices import SIMULATED, on_devices
-from testing.drawing import FEW_AND_MANY
 from testing.oracle import BACKWARD_FACTOR, assert_all_close, assert_close
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -66,18 +65,25 @@ def check(backend, device, mask, q_lengths, k_lengths, B=1, kv_heads=1, share=1,
         assert not grad[:, :, ~sees.any(0)].any()
 
 
-# What a drawn case of each backend may have, and how many are drawn in the fast and in the slow tests.
+# What a drawn case of each backend may have, and how many are drawn in the fast, the slow and the exhaustive tests.
 DRAWN = {
     "torch": {"longest": 40, "segments": 8, "dims": [8, 16, 72], "dtypes": (FP32, BF16, FP16)},
     "triton": {"longest": 24, "segments": 3, "dims": [8, 16, 72], "dtypes": (FP32, BF16)},
     "cuda": {"longest": 80, "segments": 5, "dims": cuda.HEAD_DIMS, "dtypes": (BF16, FP16)},
 }
-EXAMPLES = {"torch": (100, 500), "triton": (5, 60), "cuda": (16, 100)}
+EXAMPLES = {"torch": (100, 500, 2000), "triton": (5, 30, 500), "cuda": (16, 60, 500)}
 
 
 @pytest.mark.parametrize(("backend", "device"), on_devices("torch", "triton", "cuda"))
-@FEW_AND_MANY
-def test_drawn_masks(backend, device, many):
+@pytest.mark.parametrize(
+    "tier",
+    [
+        pytest.param(0, id="few"),
+        pytest.param(1, id="many", marks=pytest.mark.slow),
+        pytest.param(2, id="most", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_drawn_masks(backend, device, tier):
     most = DRAWN[backend]
 
     @st.composite
@@ -91,7 +97,7 @@ def test_drawn_masks(backend, device, many):
         shape = draw(st.integers(1, 2)), *heads, draw(st.sampled_from(most["dims"]))
         return mask, q_lengths, k_lengths, *shape, draw(st.sampled_from(most["dtypes"]))
 
-    @settings(max_examples=EXAMPLES[backend][many])
+    @settings(max_examples=EXAMPLES[backend][tier])
     @given(case=cases(), other=st.booleans(), seed=st.integers(0, 5))
     def draw(case, other, seed):
         with pytest.MonkeyPatch.context() as patch:
