@@ -76,7 +76,7 @@ def test_a_mask_is_a_value():
     for twin in (copy.copy(mask), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
         assert twin == mask and hash(twin) == hash(mask) and twin.runs == mask.runs
     assert mask != SegmentMask.teacher_forcing(3, window=2) and mask != mask.code
-    with pytest.raises(AttributeError, match="SegmentMask.runs is read-only"):
+    with pytest.raises(AttributeError, match=r"SegmentMask\.runs is read-only"):
         mask.runs = ()
     assert len({mask, SegmentMask.teacher_forcing(3, window=3)}) == 1, "a window of all segments is none"
     assert repr(SegmentMask.block_causal(100)).startswith("<SegmentMask 100 x 100, runs ")
