@@ -59,11 +59,21 @@ SPILL_BUDGET = {
     # smaller tiles would leave wgmma, whose step is 64 rows.
     (90, "backward_dkv", "attention_backward_dkv/16bit/256/short"): 256,
     (90, "backward_dkv", "attention_backward_dkv/16bit/256/long"): 256,
+    # Four registers, where tiles are masked; what does not spill leaves one block on a multiprocessor instead of three.
+    (86, "backward_dq", "attention_backward_dq/16bit/72/short"): 16,
+    # Two registers, where tiles are masked; half the tile would be the price for tiles that are not.
+    (80, "forward", "attention_forward/32bit/256/long"): 8,
+    (90, "forward", "attention_forward/32bit/32/long"): 8,
+    (90, "forward", "attention_forward/16bit/256/long"): 8,
     # Only with --regAllocOptLevel=2, which Triton 3.7 passes to ptxas. Chosen without it; a GPU has to tell the best.
+    (100, "forward", "attention_forward/16bit/64/long"): 28,
     (100, "forward", "attention_forward/16bit/96/long"): 8,
     (100, "forward", "attention_forward/16bit/128/short"): 8,
-    (100, "forward", "attention_forward/16bit/256/short"): 100,
+    (100, "forward", "attention_forward/16bit/256/long"): 92,
+    (100, "backward_dq", "attention_backward_dq/16bit/64/short"): 8,
     (100, "backward_dq", "attention_backward_dq/16bit/96/long"): 44,
+    (100, "backward_dq", "attention_backward_dq/32bit/192/long"): 28,
+    (100, "backward_dkv", "attention_backward_dkv/16bit/64/short"): 32,
     (100, "append_and_attend", "attention_history/16bit/256/short"): 64,
     (100, "append_and_attend", "attention_history/16bit/256/long"): 64,
     (100, "backward", "adaln_backward/32bit/8192/long"): 40,

@@ -61,12 +61,9 @@ class SegmentMask:
     def _set(self, runs: Sequence[Sequence[Run]], key_segments: int) -> None:
         frozen = tuple([tuple([(first, stop) for first, stop in own]) for own in runs])
         lines = [",".join([f"{first}:{stop}" for first, stop in own]) for own in frozen]
-        self.__dict__.update(
-            query_segments=len(frozen),
-            key_segments=key_segments,
-            runs=frozen,
-            code="|".join([str(key_segments), *lines]),
-        )
+        fields = (len(frozen), key_segments, frozen, "|".join([str(key_segments), *lines]))
+        for name, value in zip(("query_segments", "key_segments", "runs", "code"), fields, strict=True):
+            object.__setattr__(self, name, value)
 
     @classmethod
     def _of_runs(cls, runs: Sequence[Sequence[Run]], key_segments: int) -> SegmentMask:
