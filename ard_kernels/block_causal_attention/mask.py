@@ -85,7 +85,7 @@ class SegmentMask:
 
         Source: ARD, arXiv 2504.11295, Fig. 4.
         """
-        window, sink = _check_settings("SegmentMask.block_causal", segments, window, sink)
+        segments, window, sink = _check_settings("SegmentMask.block_causal", segments, window, sink)
         return cls._of_runs([causal_runs(i, window, sink) for i in range(segments)], segments)
 
     @classmethod
@@ -104,7 +104,7 @@ class SegmentMask:
 
         Source: teacher forcing of Self-Forcing, arXiv 2506.08009, Fig. 2.
         """
-        window, sink = _check_settings("SegmentMask.teacher_forcing", segments, window, sink)
+        segments, window, sink = _check_settings("SegmentMask.teacher_forcing", segments, window, sink)
         clean = [causal_runs(i, window, sink) for i in range(segments)]
         past = [[(first, min(stop, i)) for first, stop in runs] for i, runs in enumerate(clean)]
         noisy = [merged([*runs, (segments + i, segments + i + 1)]) for i, runs in enumerate(past)]
@@ -168,6 +168,9 @@ class SegmentMask:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"SegmentMask.{name} is read-only; expected a new SegmentMask")
 
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"SegmentMask.{name} is read-only; expected a new SegmentMask")
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SegmentMask) and self.code == other.code
 
@@ -177,7 +180,7 @@ class SegmentMask:
     def __repr__(self) -> str:
         head = f"SegmentMask {self.query_segments} x {self.key_segments}"
         if max(self.query_segments, self.key_segments) > MOST_DRAWN:
-            return f"<{head}, runs {described(self.runs)}>"
+            return f"<{head}, runs {described(self.runs[:8])}>"
         lines = []
         for i, runs in enumerate(self.runs):
             seen = {j for first, stop in runs for j in range(first, stop)}
@@ -262,16 +265,21 @@ def _table(rows: Any) -> list[list[bool]]:
     return [[bool(value) for value in row] for row in rows]
 
 
-def _check_settings(op: str, segments: int, window: int | None, sink: int) -> tuple[int | None, int]:
-    segments = check_int(op, "segments", segments, 1)
+def _check_settings(op: str, segments: int, window: int | None, sink: int) -> tuple[int, int | None, int]:
+    segments = _number(check_int(op, "segments", segments, 1))
     if window is not None:
-        window = check_int(op, "window", window, 1, "segments")
+        window = _number(check_int(op, "window", window, 1, "segments"))
         if window > segments:
             raise ValueError(
                 f"{op}: window is {window}; expected None or 1 to segments={segments} (a window counts segments, the "
                 "own one included; neither tokens nor frames)"
             )
-    sink = check_int(op, "sink", sink, 0, "segments")
+    sink = _number(check_int(op, "sink", sink, 0, "segments"))
     if sink > segments:
         raise ValueError(f"{op}: sink is {sink}; expected 0 to segments={segments} (a sink counts segments)")
-    return window, sink
+    return segments, window, sink
+
+
+def _number(value: int) -> int:
+    """`value`, of a compiler's symbol the number it stands for: a mask is a constant of the graph."""
+    return len(range(value))

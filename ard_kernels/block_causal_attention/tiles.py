@@ -115,10 +115,14 @@ def packed_bounds(first_stop: int, start: int, stop: int) -> int:
     return first_stop | start << BOUND_BITS | stop << 2 * BOUND_BITS
 
 
+def _near(ranges: Sequence[Run], start: int, stop: int) -> Sequence[Run]:
+    """Those of `ranges` that may reach into start .. stop."""
+    return ranges[max(0, bisect_right(ranges, (start,)) - 1) : bisect_left(ranges, (stop,))]
+
+
 def _bounds(tile: int, stop: int, ranges: Sequence[Run]) -> int | None:
     """What a row that sees `ranges` sees of the columns tile .. stop; None when it takes more than two intervals."""
-    first = max(0, bisect_right(ranges, (tile,)) - 1)
-    inside = [(max(a, tile) - tile, min(b, stop) - tile) for a, b in ranges[first : bisect_left(ranges, (stop,))]]
+    inside = [(max(a, tile) - tile, min(b, stop) - tile) for a, b in _near(ranges, tile, stop)]
     inside = [(a, b) for a, b in inside if a < b]
     if len(inside) == 2 and inside[0][0] == 0:
         return packed_bounds(inside[0][1], *inside[1])
@@ -136,7 +140,7 @@ def masked_tiles(rest: Sequence[Run], ranges: Sequence[Sequence[Run]], block: in
             stop = min(start + block, end)
             each = [_bounds(start, stop, own) for own in ranges]
             while None in each:  # the last place where what some row sees begins or ends
-                stop = max(cut for own in ranges for run in own for cut in run if start < cut < stop)
+                stop = max(cut for own in ranges for run in _near(own, start, stop) for cut in run if start < cut < stop)
                 each = [_bounds(start, stop, own) for own in ranges]
             if any(each):
                 tiles.append(((start, stop), [bounds or 0 for bounds in each]))

@@ -38,6 +38,9 @@ ALONE, GROUP = 32, 64
 FEWEST_KEYS = 16
 MOST_KEPT_PAIRS = 1 << 20  # masks of 4 MiB in fp32 are kept for the next call of their shape; larger ones are made anew
 
+# What the two numbers that make a gradient of lse count: fp16 ends at 65504, and a GradScaler begins with 65536.
+LSE_UNITS = 2.0**10, 2.0**-10
+
 Gradients = tuple[Tensor, Tensor, Tensor]
 TokenRanges = list[Run]
 
@@ -80,12 +83,15 @@ def attend_backward(
         return _attend_backward(grad_out, grad_lse, q, k, v, out, lse, scale, mask)
     if grad_lse is None:
         return _FLASH_BACKWARD(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
-    # ds = p (do v^T + dlse - delta): dlse as two more numbers of do, which add up to it, beside ones of v.
-    most = grad_lse.to(q.dtype)
-    pair = torch.stack((most, (grad_lse - most).to(q.dtype)), -1)
-    wide = (_widen(x, 0) for x in (q, k))
+    # ds = p (do v^T + dlse - delta): dlse as two more numbers of do, which add up to it times those of v beside them.
+    most = (grad_lse / LSE_UNITS[0]).to(q.dtype)
+    rest = (grad_lse - most.to(grad_lse.dtype) * LSE_UNITS[0]) / LSE_UNITS[1]
+    wide_grad = _widen(grad_out, torch.stack((most, rest.to(q.dtype)), -1))
+    wide_q, wide_k, wide_v, wide_out = (
+        _widen(x, by) for x, by in ((q, 0), (k, 0), (v, v.new_tensor(LSE_UNITS)), (out, 0))
+    )
     dq, dk, dv = _FLASH_BACKWARD(
-        _widen(grad_out, pair), *wide, _widen(v, 1), _widen(out, 0), lse, 0.0, False, attn_mask=mask, scale=scale
+        wide_grad, wide_q, wide_k, wide_v, wide_out, lse, 0.0, False, attn_mask=mask, scale=scale
     )
     D = q.shape[-1]
     return dq[..., :D], dk[..., :D], dv[..., :D]

@@ -63,6 +63,7 @@ def history_attention(
     Raises:
         ValueError: an argument outside this contract, no room left, or a cache whose layers have not all taken the
             step before; the cache then keeps its contents.
+        RuntimeError: in a backward pass. Activation checkpointing around this call would append its segment twice.
         NotImplementedError: in torch.export, whose program would hold the cache's contents as constants.
     """
     op = "history_attention"

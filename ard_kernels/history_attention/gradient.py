@@ -14,7 +14,7 @@ from ard_kernels.block_causal_attention.mask import merged
 from ard_kernels.history_attention import torch_impl
 from ard_kernels.history_attention.cache import HistoryCache
 from ard_kernels.history_attention.norm import HeadNorm, normalise
-from ard_kernels.history_attention.spec import advance, next_offsets, visible_tokens
+from ard_kernels.history_attention.spec import advance, next_offsets, refuse_recomputation, visible_tokens
 
 WHOLE = SegmentMask([[True]])
 
@@ -25,6 +25,7 @@ def attend_with_gradient(
     q_norm: HeadNorm | None, k_norm: HeadNorm | None, backend: str,
 ) -> Tensor:  # fmt: skip
     """out (B, H, L, D) of checked inputs; appends k and v when nothing can fail any more."""
+    refuse_recomputation("history_attention")
     places, (layers, _, _, capacity, _) = cache.positions.numpy(), cache.keys.shape
     offsets = next_offsets("history_attention", places, layers, capacity, layer, k.shape[2])
     sink_stop, window_start = visible_tokens(offsets, window, sink)

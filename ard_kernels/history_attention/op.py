@@ -72,6 +72,7 @@ def _history(
     layer: int, window: int | None, sink: int, scale: float, *norms_and_backend: Any,
 ) -> Tensor:  # fmt: skip
     *norms, backend = norms_and_backend
+    spec.refuse_recomputation(OP)
     layers, _, _, capacity, _ = keys.shape
     places = positions.numpy()
     offsets = spec.next_offsets(OP, places, layers, capacity, layer, k.shape[2])

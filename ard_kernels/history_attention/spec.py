@@ -19,6 +19,9 @@ import torch
 from ard_kernels.block_causal_attention.mask import first_window_segment
 from ard_kernels.common.arguments import described, is_int
 from ard_kernels.common.autocast import autocast_dtype
+from ard_kernels.common.library import private
+
+_backward_pass = private("_C._current_graph_task_id")  # -1 outside of one
 
 
 def visible_tokens(offsets: Sequence[int], window: int | None, sink: int) -> tuple[int, int]:
@@ -76,6 +79,15 @@ def next_offsets(op: str, positions: np.ndarray, layers: int, capacity: int, lay
 
 def _ascend(starts: list[int], capacity: int) -> bool:
     return starts[0] == 0 and starts[-1] <= capacity and all([a < b for a, b in pairwise(starts)])
+
+
+def refuse_recomputation(op: str) -> None:
+    """RuntimeError inside a backward pass: checkpointing runs the forward again, and that would append once more."""
+    if _backward_pass is not None and _backward_pass() != -1:
+        raise RuntimeError(
+            f"{op}: called in a backward pass, where activation checkpointing runs a function again: the segment would "
+            "be appended twice, and see itself as its past; expected the call outside of torch.utils.checkpoint"
+        )
 
 
 def advance(positions: np.ndarray, layers: int, layer: int, offsets: Sequence[int]) -> None:

@@ -1,5 +1,8 @@
 """`segment_attention`: any mask, other lengths of keys, grouped heads, rows that see nothing, gradients of lse."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -207,6 +210,21 @@ def test_a_gradient_of_lse_alone(backend, device, D, dtype):
     assert not got[2].any()
 
 
+@pytest.mark.parametrize(
+    ("backend", "device", "D", "dtype"), on_devices(torch=[(16, FP16)], triton=[(16, FP16)], cuda=[(64, FP16)])
+)
+def test_a_gradient_of_lse_beyond_fp16(backend, device, D, dtype):
+    """As a GradScaler makes it, whose first factor is 65536."""
+    q, k, v = leaves(device, dtype, 1, 2, 1, 60, 60, D)
+    mask = SegmentMask.block_causal(3)
+    lse = segment_attention(q, k * 1e-2, v, mask, segment_length=20, return_lse=True, backend=backend)[1]
+    (got,) = torch.autograd.grad(lse, q, torch.full_like(lse, 1e5))
+    wide, keys = q.detach().double().requires_grad_(), (k * 1e-2).detach()
+    expected_lse = reference(wide, keys, v, mask.dense(20, device=device))[1]
+    (expected,) = torch.autograd.grad(expected_lse, wide, torch.full_like(expected_lse, 1e5))
+    assert (got - expected).norm() <= 2e-3 * expected.norm()
+
+
 @pytest.mark.parametrize("layout", ["bhtd", "bthd"])
 @pytest.mark.parametrize(
     ("backend", "device", "D", "dtype", "tolerance"),
@@ -258,6 +276,18 @@ def test_merging_parts_that_see_nothing(device):
 def test_bad_parts(spoil, message):
     with pytest.raises(ValueError, match=f"merge_attention: {message}"):
         merge_attention(*spoil(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3)))
+
+
+@pytest.mark.parametrize("name", ["runs", "code", "other"])
+def test_a_mask_is_frozen(name):
+    """Copies and pickles are equal."""
+    mask = SegmentMask.teacher_forcing(2)
+    with pytest.raises(AttributeError, match=f"SegmentMask.{name} is read-only"):
+        setattr(mask, name, ())
+    with pytest.raises(AttributeError, match=f"SegmentMask.{name} is read-only"):
+        delattr(mask, name)
+    for other in (copy.copy(mask), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert other == mask and hash(other) == hash(mask) and other.runs == mask.runs
 
 
 MASK = SegmentMask.block_causal(4)
@@ -336,6 +366,20 @@ def test_compiles_to_one_graph(backend, device, D, dtype):
         grads = [torch.autograd.grad(out.sum() + lse.sum(), (q, k, v)) for out, lse in pair]
         for a, b in zip((*pair[0], *grads[0]), (*pair[1], *grads[1]), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_compiles_where_the_number_of_segments_changes(device):
+    """The mask is made inside, of a size that the compiler holds for a symbol."""
+
+    def layer(x):
+        segments = x.shape[2] // 8
+        masks = SegmentMask.teacher_forcing(segments), SegmentMask.block_causal(2 * segments, window=segments, sink=1)
+        return sum(segment_attention(x, x, x, mask, segment_length=4) for mask in masks)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for tokens in (16, 24, 32, 16):
+        x = torch.randn(1, 1, tokens, 8, device=device)
+        torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_flop_counter_counts_the_pairs_of_the_mask(device):

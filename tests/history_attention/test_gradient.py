@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from ard_kernels import HeadNorm, HistoryCache, history_attention
 from ard_kernels.history_attention.reference import history_attention as reference
@@ -155,3 +156,25 @@ def test_inside_a_compiled_function(device):
     assert caches[0].length == caches[1].length == 24
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(lambda x: step(x, caches[0]), backend="aot_eager", fullgraph=True)(x)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("learns", ["attention", "what_follows"])
+def test_checkpointing_is_refused(device, reentrant, learns):
+    """It calls a function again in the backward pass, where the cache holds the segment already."""
+    cache, D = HistoryCache(1, 1, 2, 16, 64, device=device), 16
+    for _ in range(2):
+        with torch.no_grad():
+            history_attention(*torch.randn(3, 1, 2, 8, D, device=device), cache, layer=0, window=2)
+    weight = torch.randn(D, device=device, requires_grad=True)
+
+    def block(x, other):
+        q = x * weight if learns == "attention" else x.detach()
+        return (history_attention(q, q, x.detach(), cache, layer=0, window=2) * other).sin()
+
+    x, other = (torch.randn(1, 2, 8, D, device=device, requires_grad=True) for _ in range(2))
+    out = torch.utils.checkpoint.checkpoint(block, x, other, use_reentrant=reentrant)
+    keys = cache.keys.clone()
+    with pytest.raises(RuntimeError, match="history_attention: called in a backward pass"):
+        out.sum().backward()
+    assert cache.length == 24 and torch.equal(cache.keys[..., :24, :], keys[..., :24, :])
