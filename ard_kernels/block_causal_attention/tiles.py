@@ -140,7 +140,9 @@ def masked_tiles(rest: Sequence[Run], ranges: Sequence[Sequence[Run]], block: in
             stop = min(start + block, end)
             each = [_bounds(start, stop, own) for own in ranges]
             while None in each:  # the last place where what some row sees begins or ends
-                stop = max(cut for own in ranges for run in _near(own, start, stop) for cut in run if start < cut < stop)
+                stop = max(
+                    cut for own in ranges for run in _near(own, start, stop) for cut in run if start < cut < stop
+                )
                 each = [_bounds(start, stop, own) for own in ranges]
             if any(each):
                 tiles.append(((start, stop), [bounds or 0 for bounds in each]))
