@@ -55,8 +55,7 @@ class SegmentMask:
 
     def __init__(self, rows: Sequence[Sequence[bool]] | torch.Tensor):
         table = _table(rows)
-        runs = [[(j, j + 1) for j, seen in enumerate(row) if seen] for row in table]
-        self._set([merged(own) for own in runs], len(table[0]))
+        self._set([_runs(row) for row in table], len(table[0]))
 
     def _set(self, runs: Sequence[Sequence[Run]], key_segments: int) -> None:
         frozen = tuple([tuple([(first, stop) for first, stop in own]) for own in runs])
@@ -250,34 +249,47 @@ def _run(text: str) -> Run:
     return int(first), int(stop)
 
 
-def _table(rows: Any) -> list[list[bool]]:
-    """`rows` as lists of booleans, or a ValueError."""
+def _table(rows: Any) -> Sequence[Sequence[bool]]:
+    """`rows` as rows of booleans, or a ValueError."""
     got = rows
     if hasattr(rows, "tolist"):
         rows = rows.tolist()
-    lists = isinstance(rows, Sequence) and not isinstance(rows, str) and all(isinstance(r, Sequence) for r in rows)
-    if not lists or not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
+    lists = isinstance(rows, Sequence) and not isinstance(rows, str) and all([isinstance(r, Sequence) for r in rows])
+    if not lists or not rows or not rows[0] or any([len(row) != len(rows[0]) for row in rows]):
         raise ValueError(f"SegmentMask: rows is {described(got)}; expected a table of S_q x S_k booleans, not empty")
     for row in rows:
-        for value in row:
-            if value not in (0, 1):
-                raise ValueError(f"SegmentMask: rows holds {described(value)}; expected booleans, or 0 and 1")
-    return [[bool(value) for value in row] for row in rows]
+        # No floats: a mask that is added to scores has 0 for what is seen.
+        wrong = [value for value in row if value is not True and value is not False and not _is_bit(value)]
+        if wrong:
+            raise ValueError(f"SegmentMask: rows holds {described(wrong[0])}; expected booleans, or 0 and 1")
+    return rows
+
+
+def _is_bit(value: object) -> bool:
+    return is_int(value) and value in (0, 1)
+
+
+def _runs(row: Sequence[bool]) -> list[Run]:
+    """The runs of what is true."""
+    ends = [j for j in range(1, len(row)) if row[j] != row[j - 1]]
+    ends = [0] * bool(row[0]) + ends + [len(row)] * bool(row[-1])
+    return list(zip(ends[::2], ends[1::2], strict=True))
 
 
 def _check_settings(op: str, segments: int, window: int | None, sink: int) -> tuple[int, int | None, int]:
     segments = _number(check_int(op, "segments", segments, 1))
     if window is not None:
-        window = _number(check_int(op, "window", window, 1, "segments"))
+        window = check_int(op, "window", window, 1, "segments")
         if window > segments:
             raise ValueError(
                 f"{op}: window is {window}; expected None or 1 to segments={segments} (a window counts segments, the "
                 "own one included; neither tokens nor frames)"
             )
-    sink = _number(check_int(op, "sink", sink, 0, "segments"))
+        window = _number(window)
+    sink = check_int(op, "sink", sink, 0, "segments")
     if sink > segments:
         raise ValueError(f"{op}: sink is {sink}; expected 0 to segments={segments} (a sink counts segments)")
-    return segments, window, sink
+    return segments, window, _number(sink)
 
 
 def _number(value: int) -> int:

@@ -44,7 +44,9 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor], *, layout: s
     shares = weights / total
     if layout == "bthd":
         shares = shares.transpose(-1, -2)
-    out = sum(share[..., None] * out.to(dtype) for share, out in zip(shares, outs, strict=True))
+    # What a part has for a query that saw nothing does not matter: 0 times it would, were it not a number.
+    parts = [out.masked_fill((share == 0)[..., None], 0).to(dtype) for share, out in zip(shares, outs, strict=True)]
+    out = sum(share[..., None] * part for share, part in zip(shares, parts, strict=True))
     return out.to(outs[0].dtype), (highest + total.log()).masked_fill(blind, float("-inf"))
 
 

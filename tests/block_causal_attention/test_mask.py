@@ -83,6 +83,7 @@ def test_a_mask_is_a_value():
 
 
 def test_many_segments():
+    assert SegmentMask(torch.ones(1500, 1500).tril().bool()) == SegmentMask.block_causal(1500)
     mask = SegmentMask.block_causal(20_000, window=7, sink=2)
     assert len(mask.transposed().runs[0]) == 1 and mask.pairs(range(20_001), range(20_001)) < 10 * 20_000
 
@@ -94,8 +95,8 @@ BAD = {
     "no_columns": (lambda: SegmentMask([[], []]), r"rows is \[\[\], \[\]\]; expected a table"),
     "ragged": (lambda: SegmentMask([[1, 0], [1]]), "expected a table"),
     "numbers": (lambda: SegmentMask([[1, 2]]), "rows holds 2; expected booleans, or 0 and 1"),
-    "scores": (lambda: SegmentMask(torch.tensor([[0.0, float("-inf")]])), "rows holds -inf; expected booleans"),
-    "cube": (lambda: SegmentMask(torch.ones(2, 2, 2)), "expected booleans"),
+    "scores": (lambda: SegmentMask(torch.zeros(2, 2)), "rows holds 0.0; expected booleans, or 0 and 1"),
+    "cube": (lambda: SegmentMask(torch.ones(2, 2, 2).bool()), "expected booleans"),
     "none": (lambda: SegmentMask(None), "rows is None; expected a table"),
     "segments": (lambda: SegmentMask.block_causal(0), "segments is 0; expected an int >= 1"),
     "window": (lambda: SegmentMask.block_causal(3, window=0), "window is 0; expected an int >= 1"),

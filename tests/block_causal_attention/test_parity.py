@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ard_kernels import block_causal_attention, block_causal_attention_packed
 from ard_kernels.block_causal_attention import cuda, tiles, torch_impl
+from ard_kernels.block_causal_attention.plan import GROUP
 from ard_kernels.block_causal_attention.reference import block_causal_attention as reference
 from ard_kernels.block_causal_attention.triton_impl import KERNELS
 from ard_kernels.common import extension, tuning
@@ -98,8 +99,8 @@ def test_equal_segments_of_each_chip(backend, device, D, dtype, mask, chip, pois
 
 def alone(patch):
     """Backend torch gives short segments, too, a call each."""
-    make = torch_impl._make_plan
-    patch.setattr(torch_impl, "_make_plan", lambda *shape_and_mask: make(*shape_and_mask[:-1], False))
+    make = torch_impl.make_plan
+    patch.setattr(torch_impl, "make_plan", lambda *shape_and_mask: make(*shape_and_mask[:-1], False))
 
 
 @pytest.mark.parametrize(("backend", "device"), on_devices("torch"))
@@ -345,7 +346,7 @@ def test_many_tiny_segments_share_calls():
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         block_causal_attention(q, k, v, segment_length=1, window=3).sum().backward()
     calls = {event.key: event.count for event in profiler.key_averages() if "flash_attention" in event.key}
-    assert sum(calls.values()) == 2 * 512 // torch_impl.GROUP
+    assert sum(calls.values()) == 2 * 512 // GROUP
 
 
 def test_scale_and_single_segment(device):

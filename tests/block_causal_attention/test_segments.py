@@ -252,8 +252,9 @@ def test_merged_parts_equal_the_whole(backend, device, D, dtype, tolerance, layo
 
 
 def test_merging_parts_that_see_nothing(device):
-    outs = [torch.randn(1, 1, 3, 8, device=device, requires_grad=True) for _ in range(2)]
-    ninf = float("-inf")
+    outs = [torch.randn(1, 1, 3, 8, device=device) for _ in range(2)]
+    outs[0][0, 0, 1] = float("nan")  # of a query that saw nothing there, by somebody else's attention
+    outs, ninf = [out.requires_grad_() for out in outs], float("-inf")
     lses = [torch.tensor([[row]], device=device).requires_grad_() for row in ([0.5, ninf, ninf], [0.1, 2.0, ninf])]
     out, lse = merge_attention(outs, lses)
     assert torch.equal(out[0, 0, 1], outs[1][0, 0, 1]) and lse[0, 0, 1] == 2
