@@ -163,7 +163,7 @@ def _composite(
     q: Tensor, k: Tensor, v: Tensor, mask: str, q_lengths: Sequence[int], k_lengths: Sequence[int], scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if not (q.shape[2] and k.shape[2]):
+    if not (q.numel() and k.numel()):
         return _unseeing(*_outputs(q))
     return torch_impl.composite(q, k, v, Segments(mask, tuple(q_lengths), tuple(k_lengths)), scale)
 

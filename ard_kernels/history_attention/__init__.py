@@ -14,7 +14,7 @@ from ard_kernels.common.arguments import check_int, check_scale, described, is_i
 from ard_kernels.common.autocast import cast_to_autocast
 from ard_kernels.common.backends import resolve
 from ard_kernels.history_attention.cache import HistoryCache
-from ard_kernels.history_attention.gradient import attend_with_gradient
+from ard_kernels.history_attention.gradient import attend_outside_of_graphs, attend_with_gradient
 from ard_kernels.history_attention.norm import HeadNorm, check_norm
 from ard_kernels.history_attention.op import check_memory, history_op, norm_fields
 from ard_kernels.history_attention.spec import check_layer, check_segment
@@ -87,7 +87,8 @@ def history_attention(
     check_segment(op, k, cache.keys)
     chosen = resolve(op, backend, q.device, q.dtype, q.shape[-1])
     if torch.is_grad_enabled() and _requires_grad(q, k, v, q_norm, k_norm):
-        out = attend_with_gradient(q, k, v, cache, layer, window, sink, scale, q_norm, k_norm, chosen)
+        attend = attend_outside_of_graphs if is_compiling() else attend_with_gradient
+        out = attend(q, k, v, cache, layer, window, sink, scale, q_norm, k_norm, chosen)
         return out.transpose(1, 2) if layout == "bthd" else out
     memory = (cache.keys, cache.values, cache.workspace, cache.positions)
     norms = (*norm_fields(q_norm), *norm_fields(k_norm))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ard_kernels.block_causal_attention import SegmentMask, segment_attention
 from ard_kernels.block_causal_attention.mask import merged
+from ard_kernels.common.library import private
 from ard_kernels.history_attention import torch_impl
 from ard_kernels.history_attention.cache import HistoryCache
 from ard_kernels.history_attention.norm import HeadNorm, normalise
@@ -19,7 +20,6 @@ from ard_kernels.history_attention.spec import advance, next_offsets, refuse_rec
 WHOLE = SegmentMask([[True]])
 
 
-@torch.compiler.disable  # how much of the cache is seen, and so the shapes, is read when it runs
 def attend_with_gradient(
     q: Tensor, k: Tensor, v: Tensor, cache: HistoryCache, layer: int, window: int | None, sink: int, scale: float,
     q_norm: HeadNorm | None, k_norm: HeadNorm | None, backend: str,
@@ -45,3 +45,9 @@ def attend_with_gradient(
         torch_impl.append(k, v, cache.keys[layer], cache.values[layer], start)
     advance(places, layers, layer, offsets)
     return out
+
+
+# How much of the cache is seen, and so the shapes, is read when it runs: no graph can hold it. torch.compiler.disable
+# would import the compiler with this module.
+_keep_out_of_graphs = private("_compile._disable_dynamo") or torch.compiler.disable
+attend_outside_of_graphs = _keep_out_of_graphs(attend_with_gradient)
