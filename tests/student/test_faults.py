@@ -68,7 +68,8 @@ def until_killed(count: int, tmp_path: Path, seconds: float, attempt: Callable[[
     attempt: (folder, seconds until the kill) -> whether the work was finished before. A folder is left when finished.
     """
     draw, folders, kills, torn = random.Random(0), [tmp_path / "0"], 0, 0
-    while kills < count:
+    # With many kills until one has come amid writing: chance may leave that out of the first of them.
+    while kills < count or (count > FEW and not torn and kills < 20 * count):
         if attempt(folders[-1], draw.uniform(0, seconds / 2)):
             folders.append(tmp_path / str(len(folders)))
             continue
