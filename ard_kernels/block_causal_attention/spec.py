@@ -65,12 +65,6 @@ def _tokens(mask: SegmentMask, offsets: list[int]) -> list[list[Run]]:
     return [[(offsets[first], offsets[stop]) for first, stop in runs] for runs in mask.runs]
 
 
-def segment_ids(offsets: Sequence[int], device: torch.device | None = None) -> torch.Tensor:
-    """(T,) segment of each token."""
-    stops = torch.tensor(offsets[1:], device=device)
-    return torch.bucketize(torch.arange(offsets[-1], device=device), stops, right=True)
-
-
 def block_causal(lengths: Sequence[int], window: int | None, sink: int) -> Segments:
     """Segments of which each sees earlier ones, by the op's `lengths`."""
     return Segments(causal_code(window, sink), tuple(lengths), tuple(lengths))
