@@ -6,7 +6,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ard_kernels import (
-    HeadNorm,
     HistoryCache,
     HistoryRouting,
     adaln_modulate,
@@ -91,8 +90,6 @@ REFUSED = {
     "head_dim 20": (lambda: HistoryCache(1, 1, 1, 20, 8), "head dim 20; expected a multiple of 8 from 8 to 256"),
     "layers True": (lambda: HistoryCache(True, 1, 1, 8, 8), "layers is True; expected an int >= 0"),
     "dtype in words": (lambda: HistoryCache(1, 1, 1, 8, 8, "bfloat16"), "dtype is 'bfloat16'; expected a torch.dtype"),
-    "norm of a tensor": (lambda: HeadNorm(torch.ones(8)), r"kind is a float32 tensor of shape \(8,\); expected 'rms'"),
-    "eps of a norm": (lambda: HeadNorm(eps="1"), "eps is '1'; expected a number >= 0"),
     "depth True": (lambda: HistoryRouting(True, 0), "depth is True; expected an int >= 1"),
     "sparse": (lambda: attend(Q.to_sparse()), "q is a torch.sparse_coo tensor; expected a dense one"),
     "mkldnn": (lambda: modulate(X.to_mkldnn()), "x is a torch._mkldnn tensor; expected a dense one"),

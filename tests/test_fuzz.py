@@ -26,7 +26,6 @@ from fuzz import (
 )
 
 from ard_kernels import (
-    HeadNorm,
     HistoryCache,
     adaln_modulate,
     block_causal_attention,
@@ -207,13 +206,12 @@ def check_history(case: Case) -> None:
     lengths, _, arguments, segment_T, sees = case.mask()
     scale, layout = case.scale(D), case("layout")
     poison = None if case.tiles else case("poison")
-    norms = [draw_norm(case, dtype, D), draw_norm(case, dtype, D)]
     cache = HistoryCache(layers, B, H, D, len(segment_T) + case("spare"), dtype, case.device)
     cache.keys.fill_(NAN), cache.values.fill_(NAN)
 
     def step(layer, q, k, v):
         q, k, v = (x.transpose(1, 2) if layout == "bthd" else x for x in (q, k, v))
-        how = {"scale": scale, "layout": layout, "q_norm": norms[0], "k_norm": norms[1], **arguments}
+        how = {"scale": scale, "layout": layout, **arguments}
         out = history_attention(q, k, v, cache, layer=layer, backend=case.backend, **how)
         return out.transpose(1, 2) if layout == "bthd" else out
 
@@ -232,32 +230,13 @@ def check_history(case: Case) -> None:
                 continue
             results = []
             for compute, wide in ((attention_by_lse, dtype), (reversed_attention, dtype), (plain.attention, FP64)):
-                normed = [normalise(x.to(wide), norm) for x, norm in zip((q, keys), norms, strict=True)]
-                out, _ = compute(*normed, values.to(wide), seen, D**-0.5 if scale is None else scale)
+                out, _ = compute(q.to(wide), keys.to(wide), values.to(wide), seen, D**-0.5 if scale is None else scale)
                 results.append((out,))
             compare((got,), *results, factor=FORWARD_FACTOR, label=f"step {segment}, layer {layer}")
     kept, offsets = cache.keys.clone(), cache.offsets
     with pytest.raises(ValueError, match="expected room for"):
         step(0, *(case.randn(3, B, H, cache.capacity - len(segment_T) + 1, D).to(dtype)))
     assert torch.equal(kept.view(torch.uint8), cache.keys.view(torch.uint8)) and offsets == cache.offsets
-
-
-def draw_norm(case: Case, dtype, D: int) -> HeadNorm | None:
-    kind, wide = case("norm"), case("norm dtype") or dtype
-    if kind is None:
-        return None
-    weight = case.randn(2 * D).to(wide)[::2] if case("norm parameters") else None
-    return HeadNorm(kind, weight, case.randn(D).to(wide) if kind == "layer" and weight is not None else None, EPS)
-
-
-def normalise(x, norm: HeadNorm | None):
-    """The formula of HeadNorm in the dtype of x."""
-    if norm is None:
-        return x
-    centered = x - x.mean(-1, keepdim=True) if norm.kind == "layer" else x
-    y = centered / (centered.square().mean(-1, keepdim=True) + EPS).sqrt()
-    y = y if norm.weight is None else y * norm.weight.to(x.dtype)
-    return y if norm.bias is None else y + norm.bias.to(x.dtype)
 
 
 CHECKS = {
