@@ -49,7 +49,7 @@ REFUSED = {
     "segment_length in words": (lambda: modulate(segment_length="8"), "segment_length is '8'; expected an int or"),
     "a length True": (lambda: attend(segment_length=[7, True]), r"segment_length\[1\] is True; expected an int >= 1"),
     "window True": (lambda: attend(window=True), "window is True; expected None or an int >= 1"),
-    "sink None": (lambda: sample(sink=None), r"sink is None; expected an int >= 0 \(segments\)"),
+    "sink a text": (lambda: sample(sink="1"), r"sink is '1'; expected an int >= 0 \(segments\)"),
     "v None": (lambda: attend(v=None), "v is None; expected a tensor"),
     "q a list": (lambda: attend(q=[1.0]), r"q is \[1.0\]; expected a tensor"),
     "qkv an array": (

@@ -200,7 +200,10 @@ def check_poison(case: Case, problem: Problem, poison: float, values, cotangents
 
 
 def check_history(case: Case) -> None:
-    """Ragged steps of several layers, in any order within a step, into memory full of NaN; then one token too many."""
+    """Ragged steps of several layers, in any order within a step, into memory full of NaN; then one token too many.
+
+    A step may be tried with other keys, which are not kept.
+    """
     half = (FP32, FP64) if case.backend == "cuda" else ()
     dtype, B, H, D, layers = case.dtype(*half), case("batch"), case("heads"), case.head_dim(), case("layers")
     lengths, _, arguments, segment_T, sees = case.mask()
@@ -209,9 +212,9 @@ def check_history(case: Case) -> None:
     cache = HistoryCache(layers, B, H, D, len(segment_T) + case("spare"), dtype, case.device)
     cache.keys.fill_(NAN), cache.values.fill_(NAN)
 
-    def step(layer, q, k, v):
+    def step(layer, q, k, v, commit=True):
         q, k, v = (x.transpose(1, 2) if layout == "bthd" else x for x in (q, k, v))
-        how = {"scale": scale, "layout": layout, **arguments}
+        how = {"scale": scale, "layout": layout, "commit": commit, **arguments}
         out = history_attention(q, k, v, cache, layer=layer, backend=case.backend, **how)
         return out.transpose(1, 2) if layout == "bthd" else out
 
@@ -220,6 +223,8 @@ def check_history(case: Case) -> None:
         rows = segment_T == segment
         for layer in case.random.sample(range(layers), layers):
             q, k, v = (case.tensor((B, H, length, D), dtype) for _ in range(3))
+            for _ in range(case("tries")):
+                step(layer, q, *(case.tensor((B, H, length, D), dtype) for _ in range(2)), commit=False)
             past[layer].append((k, v))
             keys, values = (torch.cat(each, 2) for each in zip(*past[layer], strict=True))
             if poison is not None and segment == spoilt:
@@ -233,10 +238,10 @@ def check_history(case: Case) -> None:
                 out, _ = compute(q.to(wide), keys.to(wide), values.to(wide), seen, D**-0.5 if scale is None else scale)
                 results.append((out,))
             compare((got,), *results, factor=FORWARD_FACTOR, label=f"step {segment}, layer {layer}")
-    kept, offsets = cache.keys.clone(), cache.offsets
+    kept, segments = cache.keys.clone(), cache.segments
     with pytest.raises(ValueError, match="expected room for"):
         step(0, *(case.randn(3, B, H, cache.capacity - len(segment_T) + 1, D).to(dtype)))
-    assert torch.equal(kept.view(torch.uint8), cache.keys.view(torch.uint8)) and offsets == cache.offsets
+    assert torch.equal(kept.view(torch.uint8), cache.keys.view(torch.uint8)) and segments == cache.segments
 
 
 CHECKS = {

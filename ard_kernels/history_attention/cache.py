@@ -96,7 +96,9 @@ class HistoryCache:
             raise ValueError(f"HistoryCache: dtype is {described(dtype)}; expected a torch.dtype")
         check_dtype_and_head_dim("HistoryCache", "the cache", dtype, head_dim)
         self.layers, self.batch, self.heads, self.head_dim, self.capacity = sizes.values()
-        self.segment_length, self.window, self.sink = roll or (None, None, None)
+        self.segment_length: int | None = roll[0] if roll else None
+        self.window: int | None = roll[1] if roll else None
+        self.sink: int | None = roll[2] if roll else None
         self.keys = torch.empty(layers, batch, heads, capacity, head_dim, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.dtype, self.device = dtype, self.keys.device

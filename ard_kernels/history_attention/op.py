@@ -96,13 +96,13 @@ def _with_sink_query(
 ) -> Tensor:  # fmt: skip
     """Two attentions, of q_sink over the sink and of q over the rest, merged by their log-sum-exps."""
     APPENDS[backend](k, v, cache_k, cache_v, place.start)
-    parts = []
-    for query, (start, stop) in ((q_sink, place.sink), (q, place.rest)):
-        lengths: dict[str, Any] = {"segment_length": q.shape[2], "key_segment_length": stop - start}
-        held = cache_k[:, :, start:stop], cache_v[:, :, start:stop]
-        how: dict[str, Any] = {"scale": scale, "return_lse": True, "backend": attention_of(backend)}
-        parts.append(segment_attention(query, *held, WHOLE, **lengths, **how))
-    outs, lses = zip(*parts, strict=True)
+
+    def attend(query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        shared: dict[str, Any] = {"scale": scale, "return_lse": True, "backend": attention_of(backend)}
+        shared |= {"segment_length": query.shape[2], "key_segment_length": stop - start}
+        return segment_attention(query, cache_k[:, :, start:stop], cache_v[:, :, start:stop], WHOLE, **shared)
+
+    outs, lses = zip(attend(q_sink, *place.sink), attend(q, *place.rest), strict=True)
     return as_output(merge_attention(outs, lses)[0])
 
 
