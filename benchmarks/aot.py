@@ -75,8 +75,8 @@ SPILL_BUDGET = {
     (100, "backward_dq", "attention_backward_dq/16bit/96/long"): 44,
     (100, "backward_dq", "attention_backward_dq/32bit/192/long"): 28,
     (100, "backward_dkv", "attention_backward_dkv/16bit/64/short"): 32,
-    (100, "append_and_attend", "attention_history/16bit/256/short"): 64,
-    (100, "append_and_attend", "attention_history/16bit/256/long"): 64,
+    (100, "append_and_attend", "attention_history/16bit/256/short"): 72,
+    (100, "append_and_attend", "attention_history/16bit/256/long"): 72,
     (100, "backward", "adaln_backward/32bit/8192/long"): 40,
 }
 
