@@ -16,12 +16,13 @@ from ard_kernels.common import triton_support
 from ard_kernels.common.arguments import described
 from ard_kernels.common.backends import check_backend, register_backend, serves_everything
 from ard_kernels.common.library import define_op
-from ard_kernels.qk_norm_rope import spec, torch_impl
+from ard_kernels.qk_norm_rope import cpu, spec, torch_impl
 from ard_kernels.qk_norm_rope.backend import Kernels
 from ard_kernels.qk_norm_rope.spec import Rule, sections
 
 OP = "qk_norm_rope"
-KERNELS: dict[str, Kernels] = {"torch": torch_impl}
+KERNELS: dict[str, Kernels] = {"cpu": cpu, "torch": torch_impl}
+register_backend(OP, "cpu", cpu.refuses)
 register_backend(OP, "torch", serves_everything)
 
 Parameters = tuple[Tensor | None, Tensor | None]  # of q, of k
