@@ -20,8 +20,14 @@ from ard_kernels.qk_norm_rope import cpu, spec, torch_impl
 from ard_kernels.qk_norm_rope.backend import Kernels
 from ard_kernels.qk_norm_rope.spec import Rule, sections
 
+if TYPE_CHECKING:
+    from ard_kernels.qk_norm_rope import triton_impl
+else:
+    triton_impl = triton_support.LazyModule("ard_kernels.qk_norm_rope.triton_impl")
+
 OP = "qk_norm_rope"
-KERNELS: dict[str, Kernels] = {"cpu": cpu, "torch": torch_impl}
+KERNELS: dict[str, Kernels] = {"triton": triton_impl, "cpu": cpu, "torch": torch_impl}
+register_backend(OP, "triton", triton_support.refuses)
 register_backend(OP, "cpu", cpu.refuses)
 register_backend(OP, "torch", serves_everything)
 
