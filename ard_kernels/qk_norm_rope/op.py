@@ -16,7 +16,7 @@ from ard_kernels.common import triton_support
 from ard_kernels.common.arguments import described
 from ard_kernels.common.backends import check_backend, register_backend, serves_everything
 from ard_kernels.common.library import define_op
-from ard_kernels.qk_norm_rope import cpu, spec, torch_impl
+from ard_kernels.qk_norm_rope import cpu, cuda, spec, torch_impl
 from ard_kernels.qk_norm_rope.backend import Kernels
 from ard_kernels.qk_norm_rope.spec import Rule, sections
 
@@ -26,7 +26,8 @@ else:
     triton_impl = triton_support.LazyModule("ard_kernels.qk_norm_rope.triton_impl")
 
 OP = "qk_norm_rope"
-KERNELS: dict[str, Kernels] = {"triton": triton_impl, "cpu": cpu, "torch": torch_impl}
+KERNELS: dict[str, Kernels] = {"cuda": cuda, "triton": triton_impl, "cpu": cpu, "torch": torch_impl}
+register_backend(OP, "cuda", cuda.refuses)
 register_backend(OP, "triton", triton_support.refuses)
 register_backend(OP, "cpu", cpu.refuses)
 register_backend(OP, "torch", serves_everything)

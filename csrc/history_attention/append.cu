@@ -8,7 +8,7 @@
 // Without a norm every lane is busy. With one, a row's units lie within a warp, which takes floor(32 / (D / 8)) rows:
 // 27 of 32 lanes busy at D = 72, 32 at 64 and 128, 24 at 96 (groups of a power of two would keep 18 at 72), no fewer
 // than 17 (D = 136). Statistics in fp32, two passes over registers.
-#include "eight.h"
+#include "../common/eight.h"
 #include "params.h"
 
 namespace ard {

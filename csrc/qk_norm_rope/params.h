@@ -60,4 +60,19 @@ void norm_rope_forward_cpu(const NormRopeForward& params, int threads);
 void norm_rope_backward_cpu(const NormRopeBackward& params, int threads);
 int64_t norm_rope_chunks_cpu(int64_t tokens);  // of all samples
 
+// On the GPU a block takes a run of the batch * tokens, a token at a time, its heads' rows spread over the block: a thread
+// holds 8 elements, a *unit*, of one head, and as many of a second one where there are many heads.
+struct BlockGeometry {
+  int units = 0;          // of a row, one lane each
+  int rows_per_warp = 0;  // heads
+  int heads_each = 0;     // of a thread
+  int warps = 0;
+};
+
+BlockGeometry norm_rope_geometry(int heads, int head_dim);
+
+// blocks: what the workspace has rows for.
+void norm_rope_forward_gpu(const NormRopeForward& params, int blocks, void* stream);
+void norm_rope_backward_gpu(const NormRopeBackward& params, int blocks, void* stream);
+
 }  // namespace ard
