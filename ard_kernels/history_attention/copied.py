@@ -32,7 +32,8 @@ def attend_to_copy(
     counts, (layers, _, _, capacity, _) = cache.positions.numpy(), cache.keys.shape
     at = places.stand(OP, counts, layers, capacity, layer, lengths, window, sink)
     first, stop = at.taken, at.taken + len(lengths)
-    past = [j for j in range(first) if j < sink or j >= first_window_segment(first, window)]
+    in_window = first_window_segment(first, window)
+    past = [*range(min(sink, in_window)), *range(in_window, first)]
     held = [at.tokens(j) for j in past]
     keys, values = (
         torch.cat([*(rows[layer, :, :, a:b] for a, b in held), own], 2)
@@ -54,6 +55,7 @@ def attend_to_copy(
         rest = [[b and not a for a, b in zip(*pair, strict=True)] for pair in zip(of_sink, seen, strict=True)]
         out = merge_attention(*zip(attend(q_sink, of_sink), attend(q, rest), strict=True))[0]
     if commit:
+        places.overwrite(counts, at, len(lengths))
         with torch.no_grad():
             for i, (a, b) in zip(rows, pairwise(accumulate(lengths, initial=0)), strict=True):
                 start = at.tokens(i)[0]

@@ -75,6 +75,7 @@ def _history(
     at = places.stand(OP, counts, layers, capacity, layer, [k.shape[2]], window, sink)
     place = at.place(at.taken, window, sink)
     inputs = q, k, v, keys[layer], values[layer]
+    places.overwrite(counts, at, 1)
     if not q.numel():
         out = empty_output(q)
     elif q_sink is not None and place.sink[0] < place.sink[1]:
@@ -113,6 +114,7 @@ def _history_fake(
     if type(positions) is torch.Tensor and q.is_meta:  # meta tensors have shapes only; the positions are there
         layers, capacity = keys.shape[0], keys.shape[3]
         at = places.stand(OP, positions.numpy(), layers, capacity, layer, [k.shape[2]], window, sink)
+        places.overwrite(positions.numpy(), at, 1)
         places.advance(positions.numpy(), layers, layer, at, 1, commit)
     return empty_output(q)
 

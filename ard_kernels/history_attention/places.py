@@ -13,7 +13,7 @@ image-to-video); it lies at its slot's end, and the run starts there.
 `positions` is int64 on the host. A tensor, so that a compiled step finds its place when it runs:
 
     [0] segment_length, [1] window, [2] sink    of a rolling cache; 0 in one that grows
-    [3] written             segments that a layer of it has written, the last of them perhaps not kept
+    [3] written             segments that a layer of it has begun to write, the last of them perhaps not kept
     [4 : 4 + layers]        segments that each layer has taken
     [4 + layers :]          grows: the token at which segment i starts, i = 0 .. capacity; rolls: that of segment 0
 
@@ -182,11 +182,16 @@ def _check_rolling(op: str, at: Stand, window: int | None, sink: int, lengths: S
             )
 
 
-def advance(positions: np.ndarray, layers: int, layer: int, at: Stand, segments: int, commit: bool) -> None:
-    """Note that `layer` has written the next `segments` of `at`, and has taken them if they are kept."""
-    done, first = at.taken + segments, HEADER + layers
+def overwrite(positions: np.ndarray, at: Stand, segments: int) -> None:
+    """Note that a layer is about to write the next `segments` of `at`: what was in their slots is lost even if the call
+    then fails."""
     if at.rolls:
-        positions[WRITTEN] = max(int(positions[WRITTEN]), done)
+        positions[WRITTEN] = max(int(positions[WRITTEN]), at.taken + segments)
+
+
+def advance(positions: np.ndarray, layers: int, layer: int, at: Stand, segments: int, commit: bool) -> None:
+    """Note that `layer` has taken the next `segments` of `at`, if they are kept."""
+    done, first = at.taken + segments, HEADER + layers
     if commit:
         positions[HEADER + layer] = done
         if at.rolls:
@@ -214,6 +219,8 @@ def rewind(positions: np.ndarray, layers: int, segments: int) -> None:
             "overwritten; expected a rewind of one segment right after the call that kept it, or a wider window"
         )
     positions[HEADER : HEADER + layers] = [min(count, new) for count in counts]
+    # Of what the next segment sees nothing has been overwritten; what earlier ones saw besides is gone for good.
+    positions[WRITTEN] = min(written, new + 1)
 
 
 def held(positions: np.ndarray, layers: int) -> Run:

@@ -35,6 +35,7 @@ class Memory:
         segment, place = at.taken, at.place(at.taken, window, sink)
         assert segment == len(self.lengths)
         self.calls += 1
+        places.overwrite(self.positions, at, 1)
         for token in range(length):
             self.holds[place.start + token] = (segment, token, self.calls if not commit else 0)
         seen, lengths = covered(place.runs), [*self.lengths, length]

@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from ard_kernels import HistoryCache, SegmentMask, history_attention, segment_attention
+from ard_kernels.history_attention import places
 from testing import plain
 from testing.devices import SIMULATED, on_devices
 from testing.oracle import assert_close
@@ -269,6 +270,37 @@ def test_an_unfinished_step_is_rewound(device):
     with pytest.raises(ValueError, match="segments is 7; expected at most the 6 taken"):
         cache.rewind(7)
     assert cache.segments == [6, 6]
+
+
+@pytest.mark.parametrize("how", [{}, {"segment_length": 4}, {"q_sink": True}])
+def test_a_call_that_fails_half_way_may_have_overwritten(monkeypatch, device, how):
+    """It has taken nothing, but the slot that it began to write is lost: no rewind shows it again."""
+    cache, q = two_steps(device), torch.randn(3, 2, 8 if "segment_length" in how else 4, 16, device=device)
+    how = {name: q if name == "q_sink" else value for name, value in how.items()}
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(places, "advance", fail)  # the last thing that a call does
+        history_attention(q, q, q, cache, layer=0, **how)
+    assert cache.segments == [5, 5]
+    with pytest.raises(ValueError, match="has overwritten"):
+        cache.rewind()
+    for layer in range(2):
+        history_attention(q, q, q, cache, layer=layer, **how)
+    assert cache.segments == [5 + q.shape[2] // 4] * 2
+
+
+def test_what_was_written_before_a_rewind_does_not_count(device):
+    """All forgotten, the ring is filled anew: what it holds may be rewound."""
+    cache, q = two_steps(device), torch.randn(3, 2, 4, 16, device=device)
+    cache.rewind(5)
+    for _ in range(3):
+        for layer in range(2):
+            history_attention(q, q, q, cache, layer=layer)
+    cache.rewind()
+    assert cache.segments == [2, 2]
 
 
 def test_what_a_rolling_cache_refuses(device):
