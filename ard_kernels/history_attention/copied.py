@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ard_kernels.block_causal_attention import SegmentMask, merge_attention, segment_attention
 from ard_kernels.block_causal_attention.mask import first_window_segment
-from ard_kernels.common.library import private
+from ard_kernels.common.library import forward_mode, private
 from ard_kernels.history_attention import places, torch_impl
 from ard_kernels.history_attention.cache import HistoryCache
 from ard_kernels.history_attention.op import OP, attention_of
-from ard_kernels.history_attention.spec import refuse_recomputation
+from ard_kernels.history_attention.spec import check_apart, refuse_recomputation
 
 
 def attend_to_copy(
@@ -29,6 +30,12 @@ def attend_to_copy(
 ) -> Tensor:  # fmt: skip
     """out (B, H, T, D) of new segments of `lengths` tokens; the cache is written when nothing can fail any more."""
     refuse_recomputation(OP)
+    inputs = (q, k, v) if q_sink is None else (q, k, v, q_sink)
+    if type(cache.positions) is not Tensor:
+        raise NotImplementedError(f"{OP}: what is seen depends on the cache's positions; expected no fake tensors")
+    if forward_mode() and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(f"ard_kernels: {OP} has no forward-mode derivative")
+    check_apart(OP, inputs, cache.keys, cache.values)
     counts, (layers, _, _, capacity, _) = cache.positions.numpy(), cache.keys.shape
     at = places.stand(OP, counts, layers, capacity, layer, lengths, window, sink)
     first, stop = at.taken, at.taken + len(lengths)
@@ -60,7 +67,7 @@ def attend_to_copy(
             for i, (a, b) in zip(rows, pairwise(accumulate(lengths, initial=0)), strict=True):
                 start = at.tokens(i)[0]
                 torch_impl.append(k[:, :, a:b], v[:, :, a:b], cache.keys[layer], cache.values[layer], start)
-        places.advance(counts, layers, layer, at, len(lengths), commit)
+        places.advance(counts, layers, layer, at, len(lengths))
     return out
 
 

@@ -75,6 +75,7 @@ def _history(
     at = places.stand(OP, counts, layers, capacity, layer, [k.shape[2]], window, sink)
     place = at.place(at.taken, window, sink)
     inputs = q, k, v, keys[layer], values[layer]
+    spec.check_apart(OP, inputs[:3] if q_sink is None else (*inputs[:3], q_sink), keys, values)
     places.overwrite(counts, at, 1)
     if not q.numel():
         out = empty_output(q)
@@ -87,7 +88,8 @@ def _history(
         out = torch_impl.forward(*inputs, place, scale, APPENDS[backend])
     if not keys.is_inference():  # kernels write behind autograd's back: what has saved the keys shall notice
         torch.autograd.graph.increment_version((keys, values))
-    places.advance(counts, layers, layer, at, 1, commit)
+    if commit:
+        places.advance(counts, layers, layer, at, 1)
     return out
 
 
@@ -115,7 +117,8 @@ def _history_fake(
         layers, capacity = keys.shape[0], keys.shape[3]
         at = places.stand(OP, positions.numpy(), layers, capacity, layer, [k.shape[2]], window, sink)
         places.overwrite(positions.numpy(), at, 1)
-        places.advance(positions.numpy(), layers, layer, at, 1, commit)
+        if commit:
+            places.advance(positions.numpy(), layers, layer, at, 1)
     return empty_output(q)
 
 

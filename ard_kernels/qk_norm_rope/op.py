@@ -128,7 +128,9 @@ def _check_backward(
     expected = spec.empty_statistics(x.to("meta"), Rule(norm, over_all, half, eps))
     for name, given, like in zip(("mean", "rstd"), (mean, rstd), expected, strict=True):
         if given.shape != like.shape or given.dtype != like.dtype or not given.is_contiguous():
-            raise ValueError(f"{OP}: {name} is {described(given)}; expected contiguous {like.dtype} {tuple(like.shape)}")
+            raise ValueError(
+                f"{OP}: {name} is {described(given)}; expected contiguous {like.dtype} {tuple(like.shape)}"
+            )
 
 
 def _fake(

@@ -345,7 +345,9 @@ def forward(
 
 
 @lru_cache(maxsize=1024)
-def _prepare_sum(width: int, dtype: torch.dtype, device: torch.device, programs: int, first: int, stride: int) -> Launch:
+def _prepare_sum(
+    width: int, dtype: torch.dtype, device: torch.device, programs: int, first: int, stride: int
+) -> Launch:
     """The launch that adds the programs' shares of one parameter up."""
     constants = {"WIDTH": width, "BLOCK": 32, "ROWS": 32, "num_warps": 4}
     return Launch(_add_programs, (triton.cdiv(width, 32),), (programs, first, stride), constants)

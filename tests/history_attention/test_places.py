@@ -50,8 +50,8 @@ class Memory:
         assert len(past) == 2
         assert sorted(covered(past)) == [t for t in seen if not place.start <= t < place.start + length]
         assert len(merged(place.runs)) == len(place.runs) <= 2
-        places.advance(self.positions, 1, 0, at, 1, commit)
         if commit:
+            places.advance(self.positions, 1, 0, at, 1)
             self.lengths.append(length)
         return seen
 
