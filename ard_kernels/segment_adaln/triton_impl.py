@@ -189,8 +189,8 @@ def _forward(
 def _norm_gradient(dy, n, factor, rstd, C: tl.constexpr, RMS: tl.constexpr):
     """dx of y = n * factor through the statistics."""
     g = multiply_rows(dy, factor)
+    mean_g = tl.zeros_like(rstd) if RMS else row_sums(g) / C
     mean_gn = row_sums(multiply_rows(g, n)) / C
-    mean_g = tl.zeros_like(mean_gn) if RMS else row_sums(g) / C
     dx = ()
     for i in tl.static_range(len(dy)):
         dx = dx + (rstd[:, None] * (g[i] - mean_g[:, None] - n[i] * mean_gn[:, None]),)
@@ -222,9 +222,6 @@ def _backward(
         if grad_h is not None:
             gradient = _load(grad_h, grad_h_stride, batch, tokens, here, C, PARTS, UNIT)
         if grad_y is not None:
-            factor = (
-                factor_row if KEEP_ROWS else _factor(scale, weight, scale_stride, batch, at, at < end, C, PARTS, UNIT)
-            )
             dy = _load(grad_y, grad_y_stride, batch, tokens, here, C, PARTS, UNIT)
             n = _load(h, h_stride, batch, tokens, here, C, PARTS, UNIT)
             statistics = batch.to(tl.int64) * T + tokens
@@ -232,6 +229,9 @@ def _backward(
                 n = _centre(n, tl.load(mean + statistics, mask=here, other=0.0), C, PARTS)
             rstds = tl.load(rstd + statistics, mask=here, other=0.0)
             n = scale_rows(n, rstds[:, None])
+            factor = (
+                factor_row if KEEP_ROWS else _factor(scale, weight, scale_stride, batch, at, at < end, C, PARTS, UNIT)
+            )
             gradient = add_rows(gradient, _norm_gradient(dy, n, factor, rstds, C, mean is None))
             _store(dx, dx_stride, batch, tokens, gradient, here, C, PARTS, UNIT)
             dy_n = multiply_rows(dy, n)

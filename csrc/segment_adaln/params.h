@@ -27,13 +27,13 @@ struct Segments {
 struct ForwardParams {
   View x, branch;           // (B, T, C)
   View gate, shift, scale;  // (B, S, C)
-  View weight, bias;        // (C,): a row with strides of 0
   View h, y;                // (B, T, C)
   float* mean = nullptr;    // (B, T); null: RMSNorm
   float* rstd = nullptr;    // (B, T)
   float eps = 0;
   int64_t tokens = 0, channels = 0;
   bool stream_h = false, stream_y = false;  // write past the caches
+  View weight, bias;                        // (C,): a row with strides of 0
 };
 
 // n = (h - mean) * rstd, g = dy * (1 + scale) * weight:
@@ -43,18 +43,17 @@ struct ForwardParams {
 //   dshift = shifts     dscale = weight * scales + bias * shifts
 //   dweight = sum_bs (1 + scale) * scales     dbias = sum_bs (1 + scale) * shifts
 struct BackwardParams {
-  View grad_h, grad_y, h, branch;        // (B, T, C)
-  View gate, scale;                      // (B, S, C)
-  View weight, bias;                     // (C,)
-  View dx, dbranch;                      // (B, T, C)
-  View dgate, dshift, dscale;            // (B, S, C)
-  View dweight, dbias;                   // (C,)
-  const float* mean = nullptr;           // (B, T)
-  const float* rstd = nullptr;           // (B, T)
-  float* workspace = nullptr;            // partial sums, workspace_floats() of them
-  float* parameter_workspace = nullptr;  // its part for dweight and dbias
+  View grad_h, grad_y, h, branch;  // (B, T, C)
+  View gate, scale;                // (B, S, C)
+  View dx, dbranch;                // (B, T, C)
+  View dgate, dshift, dscale;      // (B, S, C)
+  const float* mean = nullptr;     // (B, T)
+  const float* rstd = nullptr;     // (B, T)
+  float* workspace = nullptr;      // partial sums, workspace_floats() of them
   int64_t tokens = 0, channels = 0;
   bool stream_dx = false, stream_dbranch = false;
+  View weight, bias, dweight, dbias;     // (C,)
+  float* parameter_workspace = nullptr;  // the workspace's part for dweight and dbias
 
   // Rows of sums for each piece of a segment: shifts and scales, dgate.
   int norm_sums() const { return dshift || dscale ? 2 : 0; }
@@ -78,6 +77,8 @@ struct GpuChunks {
   const int32_t* spans = nullptr;   // (segments, 2): first and last + 1 chunk of a segment
   int batch = 0, chunk_count = 0, segments = 0;
   bool rows_per_token = false;  // gate, shift, scale are (B, T, C), and so are their gradients
+  int sums = 0;  // rows of partial sums of a chunk, backward: dgate, shifts, scales; with rows per token those of dbias
+                 // and dweight; 0: nobody wants any
   // Set by the launch:
   RowGeometry geometry;
   int stages = 0;  // tokens of a row that are on their way in shared memory
@@ -87,7 +88,8 @@ struct GpuForwardParams : ForwardParams {
   GpuChunks work;
 };
 
-// workspace is (B, chunk_count, row_sums(), C) here: partial sums of dgate, dshift, dscale, those that there are.
+// workspace is (B, chunk_count, work.sums, C) here and, for dbias and dweight beside rows per segment, their shares
+// (B, segments, 2, C).
 struct GpuBackwardParams : BackwardParams {
   GpuChunks work;
 };
