@@ -17,7 +17,7 @@ namespace {
 void segment_adaln_forward(const Segments& segments, const View& x, const View& branch, const View& gate,
                            const View& shift, const View& scale, const View& weight, const View& bias, const View& h,
                            const View& y, uintptr_t mean, uintptr_t rstd, float eps) {
-  ForwardParams p;
+  CpuForwardParams p;
   p.x = x, p.branch = branch, p.gate = gate, p.shift = shift, p.scale = scale, p.weight = weight, p.bias = bias;
   p.h = h, p.y = y, p.mean = pointer<float>(mean), p.rstd = pointer<float>(rstd), p.eps = eps;
   py::gil_scoped_release release;
@@ -30,7 +30,7 @@ void segment_adaln_backward(const Segments& segments, const View& grad_h, const 
                             const View& bias, uintptr_t mean, uintptr_t rstd, const View& dx, const View& dbranch,
                             const View& dgate, const View& dshift, const View& dscale, const View& dweight,
                             const View& dbias, const py::function& workspace) {
-  BackwardParams p;
+  CpuBackwardParams p;
   p.grad_h = grad_h, p.grad_y = grad_y, p.h = h, p.branch = branch, p.gate = gate, p.scale = scale;
   p.weight = weight, p.bias = bias, p.mean = pointer<float>(mean), p.rstd = pointer<float>(rstd);
   p.dx = dx, p.dbranch = dbranch, p.dgate = dgate, p.dshift = dshift, p.dscale = dscale;

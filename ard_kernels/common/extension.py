@@ -70,7 +70,7 @@ def pointer(x: Tensor | None) -> int:
 
 
 def view(x_BRC: Tensor | None) -> tuple[int, ...] | None:
-    """What the extension takes as a (B, rows, C) tensor with a contiguous last dim; of (C,) each row is the same one."""
+    """What the extension takes as a (B, rows, C) tensor with a contiguous last dim; (C,) stands for each row."""
     if x_BRC is None:
         return None
     strides = x_BRC.stride()[:2] if x_BRC.dim() == 3 else (0, 0)

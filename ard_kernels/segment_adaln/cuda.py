@@ -69,17 +69,14 @@ def _plan(
     return chunks(lengths, tokens, most, device)
 
 
-def _work(kernel: str, like: Tensor, lengths: Sequence[int], row_sums: int = 0, parameter_sums: int = 0) -> tuple:
-    """The tables, what the extension takes of them, and floats of workspace for so many rows of sums: of a chunk, and
-    of dweight and dbias together. `like` (B, T, C) is any token tensor."""
+def _work(kernel: str, like: Tensor, lengths: Sequence[int]) -> tuple:
+    """What the extension takes of the tables. `like` (B, T, C) is any token tensor."""
     B, T, C = like.shape
     per_token, device = list(lengths) == [1], like.device
     segments = (T,) if per_token else tuple(lengths)
     tables = keep_if_captured(_plan(segments, T, B, C, kernel, device, multiprocessors(device)))
-    counts = len(tables.chunks), len(tables.spans)
-    sums = parameter_sums if per_token else row_sums
-    floats = B * C * (counts[0] * sums + (0 if per_token else counts[1] * parameter_sums))
-    return tables, (tables.chunks.data_ptr(), tables.spans.data_ptr(), B, *counts, per_token, sums), floats
+    counts = B, len(tables.chunks), len(tables.spans), per_token
+    return tables.chunks.data_ptr(), tables.spans.data_ptr(), *counts
 
 
 @on_device
@@ -89,7 +86,7 @@ def forward(
     rstd: Tensor | None, lengths: Sequence[int], eps: float,
 ) -> None:  # fmt: skip
     """See backend.py."""
-    _, work, _ = _work("forward", x, lengths)
+    work = _work("forward", x, lengths)
     views = map(extension.view, (x, branch, gate, shift, scale, weight, bias, h, y))
     extension.gpu(x.device).adaln_forward(
         *views, extension.pointer(mean), extension.pointer(rstd), eps, *x.shape[1:], work, shared_limit(x.device),
@@ -106,15 +103,19 @@ def backward(
 ) -> None:  # fmt: skip
     """See backend.py."""
     like = h if h is not None else grad_h
-    # The kernels have sums for all that is there, or for nothing.
+    work = _work("backward", like, lengths)
+    B, chunk_count, segments, per_token = work[2:]
     of_parameters = dweight is not None or dbias is not None
-    wanted = of_parameters or dgate is not None or dshift is not None or dscale is not None
-    row_sums = wanted * ((gate is not None) + 2 * (grad_y is not None))
-    tables, work, floats = _work("backward", like, lengths, row_sums, 2 * of_parameters)
-    workspace = like.new_empty(floats, dtype=torch.float32)
+    if per_token:
+        sums = 2 * of_parameters
+    else:  # the kernels have sums of all that is there, or of nothing
+        wanted = of_parameters or dgate is not None or dshift is not None or dscale is not None
+        sums = wanted * ((gate is not None) + 2 * (grad_y is not None))
+    shares = 0 if per_token else 2 * of_parameters
+    workspace = like.new_empty(B * (chunk_count * sums + segments * shares) * like.shape[2], dtype=torch.float32)
     inputs = map(extension.view, (grad_h, grad_y, h, branch, gate, scale, weight, bias))
     grads = map(extension.view, (dx, dbranch, dgate, dshift, dscale, dweight, dbias))
     extension.gpu(like.device).adaln_backward(
-        *inputs, extension.pointer(mean), extension.pointer(rstd), *grads, workspace.data_ptr(), *like.shape[1:], work,
-        shared_limit(like.device), extension.stream(like.device),
+        *inputs, extension.pointer(mean), extension.pointer(rstd), *grads, workspace.data_ptr(), sums, *like.shape[1:],
+        work, shared_limit(like.device), extension.stream(like.device),
     )  # fmt: skip

@@ -162,7 +162,7 @@ struct Factor {
     }
     if (kGeneral && times.data) {
       float factor[Layout::kVector];
-      load_row_vector<Layout>(times, 0, 0, v, at, factor);
+      load_row_vector<Layout>(times, 0, 0, v, at, 0, factor);
 #pragma unroll
       for (int i = 0; i < Layout::kVector; ++i) values[i] *= factor[i];
     }
@@ -205,34 +205,35 @@ ARD_DEVICE void add_or_store(Sum<Layout, kShared>& sum, int v, float (&term)[Lay
 
 // With rows per token: vector v of its dshift and dscale, and of its share of dbias and dweight.
 template <class Layout, bool kShared>
-ARD_DEVICE void token_gradients(int v, float (&dy)[Layout::kVector], float (&dy_n)[Layout::kVector],
+ARD_DEVICE void token_gradients(int v, float (&dy)[Layout::kVector], const float (&dy_n)[Layout::kVector],
                                 const GpuBackwardParams& p, int batch, int token, const Place& at,
                                 Sum<Layout, false>& shift_sum, Sum<Layout, kShared>& scale_sum) {
   constexpr int kVector = Layout::kVector;
-  if (p.dweight.data || p.dbias.data) {
-    float plus[kVector] = {}, shift[kVector], scale[kVector];
-    if (p.scale.data) load_row_vector<Layout>(p.scale, batch, token, v, at, plus);
+  float parameter[kVector], term[kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) shift[i] = (1 + plus[i]) * dy[i], scale[i] = (1 + plus[i]) * dy_n[i];
-    shift_sum.add(v, shift);
-    scale_sum.add(v, scale);
-  }
-  float parameter[kVector];
+  for (int i = 0; i < kVector; ++i) term[i] = dy_n[i];
   if (p.weight.data) {
-    load_row_vector<Layout>(p.weight, 0, 0, v, at, parameter);
+    load_row_vector<Layout>(p.weight, 0, 0, v, at, 0, parameter);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) dy_n[i] *= parameter[i];
+    for (int i = 0; i < kVector; ++i) term[i] *= parameter[i];
   }
   if (p.bias.data) {
-    load_row_vector<Layout>(p.bias, 0, 0, v, at, parameter);
+    load_row_vector<Layout>(p.bias, 0, 0, v, at, 0, parameter);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) dy_n[i] += parameter[i] * dy[i];
+    for (int i = 0; i < kVector; ++i) term[i] += parameter[i] * dy[i];
+  }
+  store_own<Layout, true>(v, term, p.dscale, batch, token, at);
+  if (p.dweight.data || p.dbias.data) {
+    load_row_vector<Layout>(p.scale, batch, token, v, at, 1, parameter);  // 1 + scale
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) term[i] = parameter[i] * dy_n[i];
+    scale_sum.add(v, term);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) term[i] = parameter[i] * dy[i];
+    shift_sum.add(v, term);
   }
   store_own<Layout, true>(v, dy, p.dshift, batch, token, at);
-  store_own<Layout, true>(v, dy_n, p.dscale, batch, token, at);
 }
-
-enum Tensor { kGradY, kH, kBranch, kGradH, kTensors };
 
 // One
 // function of more than 60 lines: its two passes share all that the thread holds in registers.
@@ -258,8 +259,8 @@ adaln_backward(const ARD_GRID_CONSTANT GpuBackwardParams p) {
   constexpr bool kShared = Layout::kElements == 16, kToken = kRows == Rows::kToken;
   char* const sum_memory = ring.memory + ring.stages * ring.stage_bytes;
   Sum<Layout, kShared && !kToken> gate_sum(sum_memory);
-  Sum<Layout, kShared && kToken> scale_sum(sum_memory);
   Sum<Layout, false> shift_sum(nullptr);
+  Sum<Layout, kShared && kToken> scale_sum(sum_memory);
   Factor<Layout, kGeneral> gate, scale;
   float mean = 0, rstd = 0, next_mean = 0, next_rstd = 0;
   const auto load_statistics = [&](int token) {  // a token ahead
@@ -358,7 +359,7 @@ adaln_backward(const ARD_GRID_CONSTANT GpuBackwardParams p) {
   }
   cp_async_wait<0>();
 
-  if (kGeneral ? p.work.sums == 0 : per_token) return;
+  if (kGeneral ? p.sums == 0 : per_token) return;
   constexpr int kGates = kHasGate && !kToken, kSums = kGates + 2 * kHasNorm;
   if constexpr (kGates) store_partial(gate_sum, p, 0, kSums, at);
   if constexpr (kHasNorm) {
@@ -391,7 +392,7 @@ ARD_DEVICE void load_columns(const View& view, int batch, int row, int column, f
 // One segment's row gradient from its chunks' sums, 4 columns a thread; its share of dbias and dweight. Grid: (samples
 // x segments) x (sums x blocks of columns).
 ARD_KERNEL(kAddThreads, 8) add_chunks(const ARD_GRID_CONSTANT GpuBackwardParams p) {
-  const int channels = static_cast<int>(p.channels), sums = p.work.sums;
+  const int channels = static_cast<int>(p.channels), sums = p.sums;
   const int k = block_index_y() % sums, batch = block_index() / p.work.segments;
   const int segment = block_index() % p.work.segments;
   const int column = 4 * (block_index_y() / sums * kAddThreads + thread_index());
@@ -474,7 +475,7 @@ void backward_gpu(GpuBackwardParams params, int shared_limit, void* stream) {
   const int64_t chunks = static_cast<int64_t>(work.batch) * work.chunk_count;
   const int64_t segments = static_cast<int64_t>(work.batch) * work.segments;
   if (of_parameters) {
-    params.parameter_workspace = params.workspace + (work.rows_per_token ? 0 : chunks * work.sums * params.channels);
+    params.parameter_workspace = params.workspace + (work.rows_per_token ? 0 : chunks * params.sums * params.channels);
   }
   const auto run = [&](auto layout) {
     with_rows(is_plain(params), work.rows_per_token, [&](auto rows) {
@@ -485,8 +486,8 @@ void backward_gpu(GpuBackwardParams params, int shared_limit, void* stream) {
   with_layout<4>(like.dtype == DType::kFloat32, geometry.elements, run, params.grad_h, params.grad_y, params.h,
                  params.branch, params.gate, params.scale, params.weight, params.bias);
   const int64_t columns = (params.channels + 4 * kAddThreads - 1) / (4 * kAddThreads);
-  if (work.sums > 0 && !work.rows_per_token) {
-    launch<add_chunks>(segments, columns * work.sums, kAddThreads, 0, static_cast<Stream>(stream), params);
+  if (params.sums > 0 && !work.rows_per_token) {
+    launch<add_chunks>(segments, columns * params.sums, kAddThreads, 0, static_cast<Stream>(stream), params);
   }
   if (of_parameters) {
     launch<add_parameters>(columns, 2, kAddThreads, 0, static_cast<Stream>(stream), params);

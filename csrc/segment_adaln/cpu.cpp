@@ -95,7 +95,7 @@ int threads(const Segments& s) { return s.batch * s.tokens * s.channels < kParal
 
 }  // namespace
 
-void forward_cpu(ForwardParams params, const Segments& segments) {
+void forward_cpu(CpuForwardParams params, const Segments& segments) {
   params.tokens = segments.tokens;
   params.channels = segments.channels;
   params.stream_h = streams(params.h, segments);
@@ -111,7 +111,7 @@ void forward_cpu(ForwardParams params, const Segments& segments) {
   }
 }
 
-void backward_cpu(BackwardParams params, const Segments& segments) {
+void backward_cpu(CpuBackwardParams params, const Segments& segments) {
   params.tokens = segments.tokens;
   params.channels = segments.channels;
   params.stream_dx = streams(params.dx, segments);
@@ -151,7 +151,7 @@ void backward_cpu(BackwardParams params, const Segments& segments) {
   }
 }
 
-int64_t workspace_floats(const Segments& segments, const BackwardParams& params) {
+int64_t workspace_floats(const Segments& segments, const CpuBackwardParams& params) {
   const std::vector<Unit> units = cut(segments);
   int64_t rows = params.parameter_sums() ? 2 * static_cast<int64_t>(units.size()) : 0;
   for (const Unit& unit : units) rows += unit.piece < 0 ? 0 : params.row_sums();

@@ -97,30 +97,31 @@ ARD_DEVICE void statistics(const typename Layout::Values& values, const Place& a
   rstd = rsqrt(squares / static_cast<float>(at.channels) + eps);
 }
 
+// Vector v of factor and moved, which are 1 + scale and shift, with the norm's parameters.
 template <class Layout>
-ARD_DEVICE void apply_parameters(const View& weight, const View& bias, const Place& at, typename Layout::Values& factor,
-                                 typename Layout::Values& moved) {
+ARD_DEVICE void apply_parameters(const View& weight, const View& bias, int v, const Place& at,
+                                 float (&factor)[Layout::kVector], float (&moved)[Layout::kVector]) {
+  float parameter[Layout::kVector];
+  if (bias.data) {
+    load_row_vector<Layout>(bias, 0, 0, v, at, 0, parameter);
 #pragma unroll
-  for (int v = 0; v < Layout::kVectors; ++v) {
-    float parameter[Layout::kVector];
-    if (bias.data) {
-      load_row_vector<Layout>(bias, 0, 0, v, at, parameter);
+    for (int i = 0; i < Layout::kVector; ++i) moved[i] += factor[i] * parameter[i];
+  }
+  if (weight.data) {
+    load_row_vector<Layout>(weight, 0, 0, v, at, 0, parameter);
 #pragma unroll
-      for (int i = 0; i < Layout::kVector; ++i) moved[v][i] += factor[v][i] * parameter[i];
-    }
-    if (weight.data) {
-      load_row_vector<Layout>(weight, 0, 0, v, at, parameter);
-#pragma unroll
-      for (int i = 0; i < Layout::kVector; ++i) factor[v][i] *= parameter[i];
-    }
+    for (int i = 0; i < Layout::kVector; ++i) factor[i] *= parameter[i];
   }
 }
 
+// Rows per token are read a vector at a time where they are used (kLate) or before, whichever the compiler does without
+// spills.
 template <class Layout, bool kHasBranch, bool kHasNorm, Rows kRows>
 ARD_KERNEL(Layout::kElements == 8 ? 320 : 512, Layout::kElements == 8 ? 2 : 1)
 adaln_forward(const ARD_GRID_CONSTANT GpuForwardParams p) {
   constexpr int kVector = Layout::kVector;
   constexpr bool kGeneral = kRows != Rows::kPlain;
+  constexpr bool kLate = kRows == Rows::kToken && (kVector == 8 || !kHasBranch);
   const Chunk chunk(p.work);
   const int channels = static_cast<int>(p.channels);
   const Place at(p.work.geometry, channels);
@@ -140,19 +141,19 @@ adaln_forward(const ARD_GRID_CONSTANT GpuForwardParams p) {
     if constexpr (kHasNorm) {
       load_row<Layout, kGeneral>(p.shift, chunk.batch, row, at, 0, 0, moved);
       load_row<Layout, kGeneral>(p.scale, chunk.batch, row, at, 1, 1, factor);
-      if constexpr (kGeneral) apply_parameters<Layout>(p.weight, p.bias, at, factor, moved);
+#pragma unroll
+      for (int v = 0; kGeneral && v < Layout::kVectors; ++v) {
+        apply_parameters<Layout>(p.weight, p.bias, v, at, factor[v], moved[v]);
+      }
     }
   };
   if constexpr (kRows == Rows::kSegment) load_rows(chunk.segment);
 
   for (int token = chunk.start + at.row; token < chunk.stop; token += at.rows) {
-    if constexpr (kRows == Rows::kPlain) {
-      if (p.work.rows_per_token || token == chunk.start + at.row) {
-        load_rows(p.work.rows_per_token ? token : chunk.segment);
-      }
-    } else if constexpr (kRows == Rows::kToken) {
-      load_rows(token);
+    if (kRows == Rows::kPlain && (p.work.rows_per_token || token == chunk.start + at.row)) {
+      load_rows(p.work.rows_per_token ? token : chunk.segment);
     }
+    if constexpr (kRows == Rows::kToken && !kLate) load_rows(token);
     ring.wait();
     typename Layout::Values values;
 #pragma unroll
@@ -163,6 +164,7 @@ adaln_forward(const ARD_GRID_CONSTANT GpuForwardParams p) {
       for (int v = 0; v < Layout::kVectors; ++v) {
         float branch[kVector];
         ring.template read<1>(v, branch);
+        if constexpr (kLate) load_row_vector<Layout>(p.gate, chunk.batch, token, v, at, p.gate.data ? 0 : 1, gate[v]);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) values[v][i] += gate[v][i] * branch[i];
         const int e = at.element<Layout>(v);
@@ -177,6 +179,11 @@ adaln_forward(const ARD_GRID_CONSTANT GpuForwardParams p) {
       char* const y = row_address(p.y, chunk.batch, token);
 #pragma unroll
       for (int v = 0; v < Layout::kVectors; ++v) {
+        if constexpr (kLate) {
+          load_row_vector<Layout>(p.shift, chunk.batch, token, v, at, 0, moved[v]);
+          load_row_vector<Layout>(p.scale, chunk.batch, token, v, at, 1, factor[v]);
+          apply_parameters<Layout>(p.weight, p.bias, v, at, factor[v], moved[v]);
+        }
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
           values[v][i] = (values[v][i] - mean) * rstd * factor[v][i] + moved[v][i];

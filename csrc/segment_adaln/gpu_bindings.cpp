@@ -7,7 +7,7 @@ namespace ard {
 
 namespace {
 
-// (address of chunks, of spans, samples, chunks, segments, whether rows are per token, partial sums of a chunk)
+// (address of chunks, of spans, samples, chunks, segments, whether rows are per token)
 GpuChunks chunks_of(const pybind11::tuple& work) {
   GpuChunks chunks;
   chunks.chunks = pointer<const int32_t>(work[0].cast<uintptr_t>());
@@ -16,7 +16,6 @@ GpuChunks chunks_of(const pybind11::tuple& work) {
   chunks.chunk_count = work[3].cast<int>();
   chunks.segments = work[4].cast<int>();
   chunks.rows_per_token = work[5].cast<bool>();
-  chunks.sums = work[6].cast<int>();
   return chunks;
 }
 
@@ -32,13 +31,13 @@ void adaln_forward(View x, View branch, View gate, View shift, View scale, View 
 
 void adaln_backward(View grad_h, View grad_y, View h, View branch, View gate, View scale, View weight, View bias,
                     uintptr_t mean, uintptr_t rstd, View dx, View dbranch, View dgate, View dshift, View dscale,
-                    View dweight, View dbias, uintptr_t workspace, int64_t tokens, int64_t channels,
+                    View dweight, View dbias, uintptr_t workspace, int sums, int64_t tokens, int64_t channels,
                     const pybind11::tuple& work, int shared_limit, uintptr_t stream) {
   GpuBackwardParams p;
   p.grad_h = grad_h, p.grad_y = grad_y, p.h = h, p.branch = branch, p.gate = gate, p.scale = scale;
   p.weight = weight, p.bias = bias, p.mean = pointer<const float>(mean), p.rstd = pointer<const float>(rstd);
   p.dx = dx, p.dbranch = dbranch, p.dgate = dgate, p.dshift = dshift, p.dscale = dscale;
-  p.dweight = dweight, p.dbias = dbias, p.workspace = pointer<float>(workspace);
+  p.dweight = dweight, p.dbias = dbias, p.workspace = pointer<float>(workspace), p.sums = sums;
   p.tokens = tokens, p.channels = channels, p.work = chunks_of(work);
   backward_gpu(p, shared_limit, pointer<void>(stream));
 }

@@ -196,15 +196,17 @@ ARD_DEVICE void store_vector(char* to, DType dtype, float (&value)[kVector]) {
   unpack(packed, dtype, value);
 }
 
-// Vector v of a row of gate, shift, scale, weight or bias; 0 past its end.
+// `plus` + vector v of a row of gate, shift, scale, weight or bias, or `plus` where there is none.
 template <class Layout>
-ARD_DEVICE void load_row_vector(const View& view, int batch, int row, int v, const Place& at,
+ARD_DEVICE void load_row_vector(const View& view, int batch, int row, int v, const Place& at, float plus,
                                 float (&values)[Layout::kVector]) {
   const int e = at.element<Layout>(v);
 #pragma unroll
-  for (int i = 0; i < Layout::kVector; ++i) values[i] = 0;
-  if (e >= at.channels) return;
+  for (int i = 0; i < Layout::kVector; ++i) values[i] = plus;
+  if (e >= at.channels || view.data == nullptr) return;
   load_vector<Layout::kAligned>(row_address(view, batch, row) + e * bytes_of(view.dtype), view.dtype, values);
+#pragma unroll
+  for (int i = 0; i < Layout::kVector; ++i) values[i] += plus;
 }
 
 // `plus` + a whole row of gate, shift or scale; where kMayBeAbsent and there is none, `absent` everywhere.

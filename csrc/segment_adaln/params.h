@@ -33,7 +33,6 @@ struct ForwardParams {
   float eps = 0;
   int64_t tokens = 0, channels = 0;
   bool stream_h = false, stream_y = false;  // write past the caches
-  View weight, bias;                        // (C,): a row with strides of 0
 };
 
 // n = (h - mean) * rstd, g = dy * (1 + scale) * weight:
@@ -52,6 +51,15 @@ struct BackwardParams {
   float* workspace = nullptr;      // partial sums, workspace_floats() of them
   int64_t tokens = 0, channels = 0;
   bool stream_dx = false, stream_dbranch = false;
+};
+
+// The norm's parameters stand behind all else, here and for the GPU: where a kernel's arguments lie decides about its
+// registers, and with these in the middle kernels that do not read them spilled.
+struct CpuForwardParams : ForwardParams {
+  View weight, bias;  // (C,): a row with strides of 0
+};
+
+struct CpuBackwardParams : BackwardParams {
   View weight, bias, dweight, dbias;     // (C,)
   float* parameter_workspace = nullptr;  // the workspace's part for dweight and dbias
 
@@ -61,9 +69,9 @@ struct BackwardParams {
   bool parameter_sums() const { return dweight || dbias; }
 };
 
-void forward_cpu(ForwardParams params, const Segments& segments);
-void backward_cpu(BackwardParams params, const Segments& segments);
-int64_t workspace_floats(const Segments& segments, const BackwardParams& params);
+void forward_cpu(CpuForwardParams params, const Segments& segments);
+void backward_cpu(CpuBackwardParams params, const Segments& segments);
+int64_t workspace_floats(const Segments& segments, const CpuBackwardParams& params);
 
 // How rows of C elements are laid over threads: a row has `threads`, a block works on `rows` at a time.
 struct RowGeometry {
@@ -77,8 +85,6 @@ struct GpuChunks {
   const int32_t* spans = nullptr;   // (segments, 2): first and last + 1 chunk of a segment
   int batch = 0, chunk_count = 0, segments = 0;
   bool rows_per_token = false;  // gate, shift, scale are (B, T, C), and so are their gradients
-  int sums = 0;  // rows of partial sums of a chunk, backward: dgate, shifts, scales; with rows per token those of dbias
-                 // and dweight; 0: nobody wants any
   // Set by the launch:
   RowGeometry geometry;
   int stages = 0;  // tokens of a row that are on their way in shared memory
@@ -86,12 +92,16 @@ struct GpuChunks {
 
 struct GpuForwardParams : ForwardParams {
   GpuChunks work;
+  View weight, bias;
 };
 
-// workspace is (B, chunk_count, work.sums, C) here and, for dbias and dweight beside rows per segment, their shares
-// (B, segments, 2, C).
+// workspace is (B, chunk_count, sums, C) here: of each chunk dgate, shifts, scales, or with rows per token its shares
+// of dbias and dweight. Those of segments, (B, segments, 2, C), follow.
 struct GpuBackwardParams : BackwardParams {
   GpuChunks work;
+  View weight, bias, dweight, dbias;
+  float* parameter_workspace = nullptr;  // shares of dbias and dweight
+  int sums = 0;                          // 0: nobody wants any
 };
 
 RowGeometry forward_geometry(int channels);

@@ -160,7 +160,7 @@ struct Modulation {
   const float *factor, *shift;
 };
 
-inline Modulation modulation(const ForwardParams& p, int64_t batch, int64_t segment, float* factor, float* moved,
+inline Modulation modulation(const CpuForwardParams& p, int64_t batch, int64_t segment, float* factor, float* moved,
                              float* spare) {
   const int64_t n = p.channels;
   const float* scale = load_or(p.scale, 0.0f, batch, segment, n, factor);
@@ -178,7 +178,7 @@ inline Modulation modulation(const ForwardParams& p, int64_t batch, int64_t segm
   return {factor, shift};
 }
 
-void forward(const ForwardParams& p, const Segments& segments, const Unit& u, float* scratch) {
+void forward(const CpuForwardParams& p, const Segments& segments, const Unit& u, float* scratch) {
   const int64_t n = p.channels;
   float* buffers[kForwardBuffers];
   for (int i = 0; i < kForwardBuffers; ++i) buffers[i] = scratch + i * buffer_stride(n);
@@ -273,7 +273,7 @@ struct Backward {
   const float *gate = nullptr, *factor = nullptr, *weight = nullptr, *bias = nullptr;
   float *plus, *shifts, *scales, *dgate, *dweight, *dbias, *spare;  // plus: 1 + scale
 
-  Backward(const BackwardParams& p, float* scratch) {
+  Backward(const CpuBackwardParams& p, float* scratch) {
     for (int i = 0; i < kBackwardBuffers; ++i) buffers[i] = scratch + i * buffer_stride(p.channels);
     plus = buffers[1], shifts = buffers[3], scales = buffers[4], dgate = buffers[5];
     dweight = buffers[12], dbias = buffers[13], spare = buffers[14];
@@ -282,7 +282,7 @@ struct Backward {
     std::memset(dweight, 0, 2 * buffer_stride(p.channels) * sizeof(float));
   }
 
-  void begin(const BackwardParams& p, int64_t batch, int64_t segment) {
+  void begin(const CpuBackwardParams& p, int64_t batch, int64_t segment) {
     const int64_t n = p.channels;
     if (p.branch) gate = load(p.gate, batch, segment, n, buffers[0]);
     if (p.grad_y) {
@@ -309,7 +309,7 @@ inline const float* scale_gradient(const float* scales, const float* shifts, con
 }
 
 // Bring the sums over a segment, or over a piece of it, where they belong.
-inline void finish(const BackwardParams& p, const Unit& u, int64_t segment, const Backward& b) {
+inline void finish(const CpuBackwardParams& p, const Unit& u, int64_t segment, const Backward& b) {
   const int64_t n = p.channels;
   if (p.parameter_sums()) {
     for (int64_t i = 0; i < n; ++i) {
@@ -333,7 +333,7 @@ inline void finish(const BackwardParams& p, const Unit& u, int64_t segment, cons
   }
 }
 
-inline void backward_token(const BackwardParams& p, const Unit& u, int64_t t, const Backward& b) {
+inline void backward_token(const CpuBackwardParams& p, const Unit& u, int64_t t, const Backward& b) {
   const int64_t n = p.channels;
   const float* dx = p.grad_h ? load(p.grad_h, u.batch, t, n, b.buffers[6]) : nullptr;
   if (p.grad_y) {
@@ -367,7 +367,7 @@ inline void backward_token(const BackwardParams& p, const Unit& u, int64_t t, co
   store(p.dbranch, u.batch, t, n, p.stream_dbranch, out, b.spare);
 }
 
-void backward(const BackwardParams& p, const Segments& segments, const Unit& u, float* scratch) {
+void backward(const CpuBackwardParams& p, const Segments& segments, const Unit& u, float* scratch) {
   Backward b(p, scratch);
   int64_t t = u.begin;
   for (int64_t segment = u.segment; t < u.end; ++segment) {
@@ -394,7 +394,7 @@ inline void sum_in_order(const float* from, int64_t count, int64_t stride, int64
   }
 }
 
-void reduce_rows(const BackwardParams& p, const Unit& first, int64_t count, int which, float* scratch) {
+void reduce_rows(const CpuBackwardParams& p, const Unit& first, int64_t count, int which, float* scratch) {
   const int64_t n = p.channels, row_sums = p.row_sums(), stride = buffer_stride(n);
   const bool is_gate = which == p.norm_sums(), is_scale = !is_gate && which == 1;
   const View& out = is_gate ? p.dgate : is_scale ? p.dscale : p.dshift;
@@ -412,7 +412,8 @@ void reduce_rows(const BackwardParams& p, const Unit& first, int64_t count, int 
   store(out, first.batch, first.segment, n, false, sum, scratch);
 }
 
-void reduce_parameter(const BackwardParams& p, int64_t units, int which, int64_t begin, int64_t end, float* scratch) {
+void reduce_parameter(const CpuBackwardParams& p, int64_t units, int which, int64_t begin, int64_t end,
+                      float* scratch) {
   View out = which == 0 ? p.dweight : p.dbias;
   if (!out) return;
   const int64_t n = p.channels;

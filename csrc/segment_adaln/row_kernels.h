@@ -26,13 +26,14 @@ inline int64_t buffer_stride(int64_t channels) { return (channels + 15) / 16 * 1
 
 struct RowKernels {
   const char* isa;
-  void (*forward)(const ForwardParams&, const Segments&, const Unit&, float* scratch);
-  void (*backward)(const BackwardParams&, const Segments&, const Unit&, float* scratch);
+  void (*forward)(const CpuForwardParams&, const Segments&, const Unit&, float* scratch);
+  void (*backward)(const CpuBackwardParams&, const Segments&, const Unit&, float* scratch);
   // One gradient of the segment that is cut into the `count` pieces from `first` on: their sums, in order. `which`: 0
   // and 1 are dshift and dscale, if any of them is wanted, the next is dgate.
-  void (*reduce_rows)(const BackwardParams&, const Unit& first, int64_t count, int which, float* scratch);
+  void (*reduce_rows)(const CpuBackwardParams&, const Unit& first, int64_t count, int which, float* scratch);
   // Columns [begin, end) of dweight (which = 0) or dbias: the sums of `units` units, in order.
-  void (*reduce_parameter)(const BackwardParams&, int64_t units, int which, int64_t begin, int64_t end, float* scratch);
+  void (*reduce_parameter)(const CpuBackwardParams&, int64_t units, int which, int64_t begin, int64_t end,
+                           float* scratch);
 };
 
 // The kernels this CPU can run, best first; the ones in use; and another choice, by name, for tests.
