@@ -20,7 +20,7 @@ from benchmarks.history_attention.peers import history_peers, segments
 from benchmarks.segment_adaln.peers import adaln_peers
 from benchmarks.timing import TINY
 from testing import cases
-from testing.cases import ADALN, BACKENDS, MASKS, PACKED, SEGMENT, Case
+from testing.cases import ADALN, BACKENDS, MASKS, PACKED, SEAMS, SEGMENT, Case
 
 Makers = dict[str, Callable[[], Callable]]  # what makes a candidate, by its name
 PASSES = {"forward": (0,), "backward": (1,), "forward+backward": (0, 1)}
@@ -29,6 +29,10 @@ ADALN_WORK = {
     "adaln_modulate": ((2, 3), (8, 15)),
     "gate_residual_adaln": ((4, 6), (10, 19)),
     "gate_residual": ((3, 3), (2, 4)),
+    # Seams; without a gate the gradients of x and branch are one tensor.
+    "norm3": ((4, 6), (10, 19)),
+    "no gate": ((4, 4), (9, 16)),
+    "frames": ((4, 6), (10, 19)),
 }
 
 
@@ -48,7 +52,7 @@ def history_work(case: Case, direction: str) -> tuple[int, int]:
 
 
 def adaln_work(case: Case, direction: str) -> tuple[int, int]:
-    tensors, flops = (sum(counts[i] for i in PASSES[direction]) for counts in ADALN_WORK[case.op])
+    tensors, flops = (sum(counts[i] for i in PASSES[direction]) for counts in ADALN_WORK[case.seam or case.op])
     elements = case.B * case.tokens * case.C
     return flops * elements, tensors * elements * case.dtype.itemsize
 
@@ -162,6 +166,12 @@ def adaln_job(op, B, L, C, row_dtype, direction, target=None, fraction_target=No
     return Job(case, direction, target, fraction_target=fraction_target)
 
 
+def seam_job(seam, L, C, direction, target, fraction_target=None, dtype=torch.bfloat16, S=3) -> Job:
+    """A chunk of S frames of L tokens of a causal video model."""
+    case = Case("gate_residual_adaln", 1, (L,) * S, C=C, dtype=dtype, seam=seam)
+    return Job(case, direction, target, fraction_target=fraction_target)
+
+
 def history_job(B, D=72, L=256, S=4, H=16, dtype=torch.bfloat16) -> Job:
     return Job(Case("history_attention", B, (L,) * S, H=H, D=D, dtype=dtype), "forward", 1.0)
 
@@ -209,6 +219,7 @@ def tiny_jobs() -> list[Job]:
     found = [attention_job(1, 16, 64, "M4", way, 1.3, S=2, H=1) for way in ways]
     found += [adaln_job(op, 1, 16, 24, torch.float32, way, S=2) for op in ADALN[:2] for way in ways]
     found += [attention_job(1, 16, 64, "M3", "backward", 1.3, S=2, H=1, op=PACKED)]
+    found += [seam_job(seam, 16, 24, "backward", 1.0, S=2) for seam in SEAMS]
     found += [segment_job((16,) * 4, "teacher-forcing", way, 1.0, H=2, kv_heads=1, D=64) for way in ways]
     return [*found, history_job(1, 64, L=16, S=2, H=1)]
 
@@ -231,6 +242,8 @@ def gpu_jobs() -> list[Job]:
     dtypes = (torch.float32, torch.bfloat16)
     found += [adaln_job("gate_residual", 32, 256, 1152, dtype, way) for dtype in dtypes for way in ways]
     found += stream_jobs({"forward": (1.1, 500.0), "backward": (1.1, 350.0)}, False, torch.bfloat16)
+    goals = {"forward": (1.2, 0.90), "backward": (1.5, 0.75)}
+    found += [seam_job(seam, 1560, C, way, *goals[way]) for C in (1536, 5120) for seam in SEAMS for way in ways]
     # Shape classes of their own, for the automatic choice.
     found += [history_job(B, D) for D in (64, 128) for B in (1, 32)]
     found += [attention_job(32, 256, 96, "M4", way, 1.0) for way in ways]
@@ -251,6 +264,7 @@ def cpu_jobs() -> list[Job]:
     found += stream_jobs({way: (1.0, None) for way in both}, True, torch.float32)
     goals = {"forward": 1.5, "forward+backward": 2.5}
     found += [adaln_job(op, 4, 256, 1152, torch.float32, way, goals[way], **fp32) for op in ADALN for way in both]
+    found += [seam_job(seam, 1560, 1536, "forward+backward", 1.4, **fp32) for seam in SEAMS]
     return found + [history_job(1, L=L, **fp32) for L in (256, 64, 16)]
 
 
