@@ -107,7 +107,7 @@ def speed_of(*rooms: str) -> Callable[[dict[str, Results]], str]:
     return table
 
 
-KERNELS = ("segment_adaln", "qk_norm_rope", "block_causal_attention", "segment_attention", "history_attention")
+KERNELS = ("segment_adaln", "block_causal_attention", "segment_attention", "history_attention")
 BLOCKS: dict[str, Callable[[dict[str, Results]], str]] = {
     "measured": measured,
     "demo": demo,
