@@ -217,8 +217,8 @@ def _rope_run(kernel: str, bits: int, channels: int, variant: str) -> Callable[[
 
 def cases(key: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """(variant, run). Attention: full tiles only, boundary tiles too, and the same with heads of keys that two of
-    queries share, where a kernel goes through both. adaLN: rows per segment, and per token,
-    both without weight and bias and with them, and an RMSNorm.
+    queries share, where a kernel goes through both. adaLN: rows per segment, and per token, both without weight and
+    bias and with them, and an RMSNorm. qk_norm_rope: ROPE_VARIANTS.
     """
     kernel, bits, width, length = key.split("/")
     bits = int(bits.removesuffix("bit"))
@@ -326,7 +326,7 @@ def compile_key(arch: int, key: str, constants: dict[str, int]) -> tuple[int, li
             row, serialised = inspect(name, kernel, options, key, variant, arch)
             rows.append(row)
             found += [f"sm{arch} {name} {key} {variant}: {p}" for p in problems(row, serialised, arch)]
-    return arch, rows, found
+    return arch, list(dict.fromkeys(rows)), found  # a kernel may be launched twice, for weight and for bias
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ SEAMS = {
     "frames": ("gate", "shift", "scale"),  # the next block's first norm
 }
 SEGMENT = "segment_attention"
+NORM_ROPE = "qk_norm_rope"
 PACKED = "block_causal_attention_packed"  # one qkv projection in, one gradient out
 ATTENTION = ("block_causal_attention", PACKED, "history_attention")
 OPS = (*ATTENTION, *ADALN)
@@ -43,7 +44,8 @@ class Case:
     """One shape of one op. Attention uses H and D, the adaLN family C; rows (shift, scale, gate) have `row_dtype`.
 
     `mask` names one of MASKS, of segment_attention one of SEGMENT_MASKS; `kv_heads` of segment_attention, None for H;
-    `scale` of block_causal_attention, None for the default; `seam`: gate_residual_adaln as one of SEAMS.
+    `scale` of block_causal_attention, None for the default; `seam`: gate_residual_adaln as one of SEAMS. qk_norm_rope:
+    RMSNorm with weights `over` a head or all, then interleaved pairs turned.
     """
 
     op: str
@@ -60,6 +62,7 @@ class Case:
     scale: float | None = None
     kv_heads: int | None = None
     seam: str | None = None
+    over: str = "head"
 
     @property
     def tokens(self) -> int:
@@ -67,6 +70,8 @@ class Case:
 
     @property
     def width(self) -> int:
+        if self.op == NORM_ROPE:
+            return self.H * self.D
         return self.C if self.op in ADALN else self.D
 
     @property
@@ -109,6 +114,8 @@ class Case:
             rows = "per token" if self.per_token else "rows"
             seam = f" {self.seam}" if self.seam else ""
             return f"{self.op}{seam} B{self.B} {tokens} C{self.C} {name(self.dtype)}, {rows} {name(self.row_dtype)}"
+        if self.op == NORM_ROPE:
+            return f"{self.op} B{self.B} H{self.H} T{self.tokens} D{self.D} {name(self.dtype)} over {self.over}"
         layout = "one qkv" if self.op == PACKED else "packed" if self.packed else "contiguous"
         rest = f" scale {self.scale}" * (self.scale is not None)
         heads = f"H{self.H}" + f":{self.kv_heads}" * (self.kv_heads is not None)
@@ -150,12 +157,35 @@ def adaln_inputs(case: Case, device: torch.device) -> list[torch.Tensor]:
     return [named[argument].detach().requires_grad_() for argument in case.takes]
 
 
+def norm_rope_inputs(case: Case, device: torch.device) -> list[torch.Tensor]:
+    """q, k (B, T, H, D), views of one packed projection, and their weights; leaves."""
+    qkv = torch.randn(case.B, case.tokens, 3, case.H, case.D, device=device).to(case.dtype)
+    width = case.H * case.D if case.over == "all" else case.D
+    weights = [1 + torch.randn(width, device=device) / 4 for _ in range(2)]
+    return [x.detach().requires_grad_() for x in (*qkv.unbind(2)[:2], *weights)]
+
+
+def rotary_tables(case: Case, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, sin (T, D / 2)."""
+    frequency = 10000.0 ** -(torch.arange(0, case.D, 2, device=device) / case.D)
+    angles = torch.arange(case.tokens, device=device)[:, None] * frequency
+    return angles.cos(), angles.sin()
+
+
+def run_norm_rope(case: Case, inputs, tables, backend: str | None) -> tuple[torch.Tensor, ...]:
+    q, k, q_weight, k_weight = inputs
+    how = {"over": case.over, "q_weight": q_weight, "k_weight": k_weight, "layout": "bthd", "backend": backend}
+    return ard_kernels.qk_norm_rope(q, k, *tables, **how)
+
+
 def heads_first(case: Case, tensors) -> list[torch.Tensor]:
     """q, k, v or their gradients as three (B, H, T, D), also those of the packed op."""
     return [x.transpose(1, 2) for x in tensors[0].unbind(2)] if case.op == PACKED else list(tensors)
 
 
 def make_inputs(case: Case, device: torch.device) -> list[torch.Tensor]:
+    if case.op == NORM_ROPE:
+        return norm_rope_inputs(case, device)
     return (adaln_inputs if case.op in ADALN else attention_inputs)(case, device)
 
 

@@ -20,7 +20,7 @@ from ard.models.convention import Convention
 from ard.models.dit import DiTBlock, DiTTrunk
 from ard.models.layers import Attend, Pending
 from ard.models.trunk import FinalLayer, Teacher
-from ard_kernels import gate_residual_adaln
+from ard_kernels import gate_residual_adaln, qk_norm_rope_packed
 
 NORM_EPS = 1e-6
 
@@ -97,19 +97,15 @@ class RotaryTables(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class RotatedAttend:
-    """`attend` after q and k of every segment have been turned by the tables: x * cos + (-x_odd, x_even) * sin."""
+    """`attend` after q and k of every segment have been turned by the tables, (L, D / 2): an entry for each pair."""
 
     attend: Attend
-    cos_LD: Tensor
-    sin_LD: Tensor
+    cos_LP: Tensor
+    sin_LP: Tensor
 
     def __call__(self, qkv: Tensor) -> Tensor:
-        qk, v = qkv.split((2, 1), dim=2)  # (B, T, 2, H, D)
-        qk = qk.unflatten(1, (-1, len(self.cos_LD)))
-        even, odd = qk.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-        qk = qk * self.cos_LD[:, None, None] + turned * self.sin_LD[:, None, None]
-        return self.attend(torch.cat([qk.flatten(1, 2).to(v.dtype), v], dim=2))
+        tables = self.cos_LP, self.sin_LP
+        return self.attend(qk_norm_rope_packed(qkv, *tables, norm=None, segment_length=len(self.cos_LP)))
 
 
 class LightningBlock(DiTBlock):
@@ -144,7 +140,8 @@ class LightningDiTTrunk(DiTTrunk):
         self.feat_rope = RotaryTables(config)
 
     def attend_as(self, attend: Attend) -> Attend:
-        return RotatedAttend(attend, self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
+        tables = (table[:, ::2].contiguous() for table in (self.feat_rope.freqs_cos, self.feat_rope.freqs_sin))
+        return RotatedAttend(attend, *tables)
 
     def finish(self, x_BTC: Tensor, pending: Pending, rows_BSR: Tensor, final_layers: Sequence[FinalLayer]) -> Tensor:
         """linear(RMSNorm(x) * (1 + scale) + shift), the norm's weight that of the segment's layer."""
