@@ -205,7 +205,7 @@ def _rope_run(kernel: str, bits: int, channels: int, variant: str) -> Callable[[
 
 def cases(key: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """(variant, run). Attention: full tiles only, boundary tiles too, and the same with heads of keys that two of
-    queries share, where a kernel goes through both. adaLN: rows per segment, and per token. qk_norm_rope: ROPE_VARIANTS.
+    queries share, where a kernel goes through both. adaLN: rows per segment, and per token. qk_norm_rope: see above.
     """
     kernel, bits, width, length = key.split("/")
     bits = int(bits.removesuffix("bit"))
