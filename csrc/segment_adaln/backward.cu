@@ -235,8 +235,9 @@ ARD_DEVICE void token_gradients(int v, float (&dy)[Layout::kVector], const float
   store_own<Layout, true>(v, dy, p.dshift, batch, token, at);
 }
 
-// One
-// function of more than 60 lines: its two passes share all that the thread holds in registers.
+enum Tensor { kGradY, kH, kBranch, kGradH, kTensors };
+
+// One function of more than 60 lines: its two passes share all that the thread holds in registers.
 template <class Layout, bool kHasGate, bool kHasNorm, Rows kRows>
 ARD_KERNEL(512, 1)
 adaln_backward(const ARD_GRID_CONSTANT GpuBackwardParams p) {
