@@ -144,9 +144,10 @@ ARD_DEVICE void store_partial(Sum<Layout, kShared>& sum, const GpuBackwardParams
 }
 
 // A row of gate, or (1 + scale) * weight: kept in registers, or read where a vector of it is needed.
-template <class Layout, bool kGeneral>
+template <class Layout, Rows kRows>
 struct Factor {
-  static constexpr bool kKeep = Layout::kElements == 8;
+  static constexpr bool kGeneral = kRows != Rows::kPlain;
+  static constexpr bool kKeep = Layout::kElements == 8 && kRows != Rows::kToken;
   float kept[kKeep ? Layout::kVectors : 1][Layout::kVector];
 
   ARD_DEVICE void load(int v, const View& view, const View& times, int batch, int row, float plus, const Place& at) {
@@ -235,8 +236,9 @@ ARD_DEVICE void token_gradients(int v, float (&dy)[Layout::kVector], const float
   store_own<Layout, true>(v, dy, p.dshift, batch, token, at);
 }
 
-// One
-// function of more than 60 lines: its two passes share all that the thread holds in registers.
+enum Tensor { kGradY, kH, kBranch, kGradH, kTensors };
+
+// One function of more than 60 lines: its two passes share all that the thread holds in registers.
 template <class Layout, bool kHasGate, bool kHasNorm, Rows kRows>
 ARD_KERNEL(512, 1)
 adaln_backward(const ARD_GRID_CONSTANT GpuBackwardParams p) {
@@ -261,7 +263,7 @@ adaln_backward(const ARD_GRID_CONSTANT GpuBackwardParams p) {
   Sum<Layout, kShared && !kToken> gate_sum(sum_memory);
   Sum<Layout, false> shift_sum(nullptr);
   Sum<Layout, kShared && kToken> scale_sum(sum_memory);
-  Factor<Layout, kGeneral> gate, scale;
+  Factor<Layout, kRows> gate, scale;
   float mean = 0, rstd = 0, next_mean = 0, next_rstd = 0;
   const auto load_statistics = [&](int token) {  // a token ahead
     if (!kHasNorm || token >= chunk.stop) return;
