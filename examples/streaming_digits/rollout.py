@@ -1,0 +1,59 @@
+"""Endless rollouts through a rolling cache, and what they are judged by."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from model import DEPTH, HEAD_DIM, HEADS, L, Past, VideoDiT
+from moving import SIDE, STEP, Reader
+
+from ard_kernels import HistoryCache
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """video (streams, frames, 16, 16) in [-1, 1]; bytes of the cache after each frame; seconds of it all."""
+
+    video: torch.Tensor
+    cache_bytes: list[int]
+    seconds: float
+
+
+@torch.no_grad()
+def roll(
+    network: VideoDiT,
+    classes: torch.Tensor,
+    *,
+    steps: int,
+    frames: int,
+    window: int,
+    sink: int,
+    longest: int,
+    generator: torch.Generator,
+) -> Rollout:
+    """Frame by frame: `steps` noisy calls that keep nothing, then a clean one at t = 0 that the cache keeps.
+
+    classes: (streams,), heard by the first frame alone. longest: the longest distance to the sink seen in training, in
+    frames; from then on the sink stays at this distance.
+    """
+    streams, start = len(classes), time.perf_counter()
+    cache = HistoryCache.rolling(DEPTH, streams, HEADS, HEAD_DIM, segment_length=L, window=window, sink=sink)
+    video, cache_bytes = [], []
+    for frame in range(frames):
+        place = torch.tensor([frame])
+        place_for_sink = place.clamp(max=longest) if sink else None
+
+        def velocity(x: torch.Tensor, t: float, commit: bool, frame=frame, where=(place, place_for_sink)):
+            past = Past(where[0], cache=cache, commit=commit, frame_for_sink=where[1])
+            return network(x, torch.full((streams, 1), t), classes, [frame == 0], past)
+
+        x = torch.randn(streams, 1, SIDE, SIDE, generator=generator)
+        for step in range(steps):
+            x = x - velocity(x, 1 - step / steps, commit=False) / steps
+        x = x.clamp(-1, 1)
+        velocity(x, 0.0, commit=True)
+        video.append(x)
+        cache_bytes.append(cache.nbytes)
+    return Rollout(torch.cat(video, 1), cache_bytes, time.perf_counter() - start)
