@@ -10,13 +10,12 @@ from ard_kernels.block_causal_attention import (
     segment_attention_packed,
 )
 from ard_kernels.common.backends import BackendStatus, backends, use_backend
-from ard_kernels.history_attention import HeadNorm, HistoryCache, HistoryRouting, history_attention
+from ard_kernels.history_attention import HistoryCache, HistoryRouting, history_attention
 from ard_kernels.segment_adaln import adaln_modulate, gate_residual, gate_residual_adaln
 from ard_kernels.version import __version__
 
 __all__ = [
     "BackendStatus",
-    "HeadNorm",
     "HistoryCache",
     "HistoryRouting",
     "SegmentMask",

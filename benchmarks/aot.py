@@ -31,6 +31,7 @@ from ard_kernels.block_causal_attention.tiles import column_tiles, make_tables
 from ard_kernels.common import tuning
 from ard_kernels.common.arguments import NORM_EPS
 from ard_kernels.history_attention import triton_impl as history
+from ard_kernels.history_attention.places import Place
 from ard_kernels.history_attention.splits import workspace_elements
 from ard_kernels.segment_adaln import op as adaln
 from benchmarks import build_tables
@@ -154,7 +155,9 @@ def _attention_run(kernel: str, bits: int, D: int, L: int, kv_heads: int) -> Cal
         cache = torch.empty(2, 1, 2, 4 * L, D, dtype=dtype).unbind(0)
         segment = [x[:, :, :L] for x in (q, k, v)]
         workspace = torch.empty(workspace_elements(D, q.device))
-        return lambda: history.forward(*segment, *cache, empty_output(segment[0]), workspace, L, 0, 0, 0.1, None, None)
+        return lambda: history.forward(
+            *segment, *cache, empty_output(segment[0]), workspace, Place(L, (0, 0), (0, 2 * L)), 0.1
+        )
     out, lse = empty_output(q), torch.empty(1, 2, 2 * L)
     if kernel == "attention_forward":
         return lambda: attention.forward(q, k, v, out, lse, segments, 0.1)

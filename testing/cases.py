@@ -35,8 +35,7 @@ class Case:
     """One shape of one op. Attention uses H and D, the adaLN family C; rows (shift, scale, gate) have `row_dtype`.
 
     `mask` names one of MASKS, of segment_attention one of SEGMENT_MASKS; `kv_heads` of segment_attention, None for H;
-    `scale` of block_causal_attention, None for the default; `norm`: history_attention with q and k normalised, "rms" or
-    "layer".
+    `scale` of block_causal_attention, None for the default.
     """
 
     op: str
@@ -51,7 +50,6 @@ class Case:
     packed: bool = True
     per_token: bool = False
     scale: float | None = None
-    norm: str | None = None
     kv_heads: int | None = None
 
     @property
@@ -97,7 +95,7 @@ class Case:
             rows = "per token" if self.per_token else "rows"
             return f"{self.op} B{self.B} {tokens} C{self.C} {name(self.dtype)}, {rows} {name(self.row_dtype)}"
         layout = "one qkv" if self.op == PACKED else "packed" if self.packed else "contiguous"
-        rest = f" scale {self.scale}" * (self.scale is not None) + f" {self.norm} norm" * (self.norm is not None)
+        rest = f" scale {self.scale}" * (self.scale is not None)
         heads = f"H{self.H}" + f":{self.kv_heads}" * (self.kv_heads is not None)
         return f"{self.op} B{self.B} {heads} {tokens} D{self.D} {name(self.dtype)} {self.mask} {layout}{rest}"
 
@@ -170,28 +168,18 @@ def run_history(case: Case, inputs, backend: str | None, cache=None) -> torch.Te
     cache = cache or new_cache(case, inputs[0].device)
     cache.reset()
     window, sink = MASKS[case.mask]
-    norm = head_norm(case, inputs[0].device)
     outputs, start = [], 0
     with torch.no_grad():
         for length in case.lengths:
             q, k, v = (x[:, :, start : start + length] for x in inputs)
-            settings = {"layer": 0, "window": window, "sink": sink, "backend": backend, "q_norm": norm, "k_norm": norm}
+            settings = {"layer": 0, "window": window, "sink": sink, "backend": backend}
             outputs.append(ard_kernels.history_attention(q, k, v, cache, **settings))
             start += length
     return torch.cat(outputs, 2)
 
 
-def head_norm(case: Case, device: torch.device) -> ard_kernels.HeadNorm | None:
-    """The norm of q and k that the case asks for, with learned parameters."""
-    if case.norm is None:
-        return None
-    weight = torch.linspace(0.5, 1.5, case.D, device=device).to(case.dtype)
-    return ard_kernels.HeadNorm(case.norm, weight, weight - 1 if case.norm == "layer" else None)
-
-
 def plain_attention(case: Case, q, k, v) -> torch.Tensor:
     """Plain PyTorch in the inputs' dtype; history attention's steps joined."""
-    q, k = (plain.head_norm(x, head_norm(case, q.device)) for x in (q, k))
     return plain.block_causal_attention(q, k, v, case.lengths, *MASKS[case.mask], case.scale)
 
 

@@ -11,7 +11,7 @@ import torch
 from ard_kernels.block_causal_attention.reference import block_causal_attention as attention_reference
 from ard_kernels.common.backends import refusal
 from ard_kernels.segment_adaln import reference as adaln_reference
-from testing import cases, plain
+from testing import cases
 from testing.cases import ADALN, MASKS, Case
 from testing.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_close
 from testing.poison import poisoned
@@ -82,7 +82,6 @@ def expect_attention(case: Case, device: torch.device) -> Expected:
     small_grad = chosen_heads([grad_out], heads)[0]
 
     def reference(q, k, v):
-        q, k = (plain.head_norm(x, cases.head_norm(case, device)) for x in (q, k))
         return attention_reference(q, k, v, list(case.lengths), *MASKS[case.mask], case.scale)[0]
 
     def in_plain_pytorch(q, k, v):

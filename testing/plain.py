@@ -8,7 +8,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ard_kernels import HeadNorm
 from ard_kernels.block_causal_attention.spec import dense_mask
 from ard_kernels.segment_adaln.spec import row_of_token
 
@@ -42,25 +41,11 @@ def block_causal_attention(
     return attention(q, k, v, dense_mask(lengths, q.shape[2], window, sink, q.device), scale)[0]
 
 
-def history_attention(
-    segments, window=None, sink=0, scale=None, q_norm: HeadNorm | None = None, k_norm: HeadNorm | None = None
-) -> torch.Tensor:
+def history_attention(segments, window=None, sink=0, scale=None) -> torch.Tensor:
     """Outputs (B, H, T, D) of all steps, one after the other: (q, k, v) of each in `segments`, each (B, H, L_i, D)."""
     q, k, v = (torch.cat(parts, 2) for parts in zip(*segments, strict=True))
     lengths = [segment[0].shape[2] for segment in segments]
-    q, k = head_norm(q, q_norm), head_norm(k, k_norm)
     return block_causal_attention(q, k, v, lengths, window, sink, scale)
-
-
-def head_norm(x: torch.Tensor, norm: HeadNorm | None) -> torch.Tensor:
-    """x (..., D) by `norm`, statistics and parameters in fp32 (fp64 for fp64), rounded once."""
-    if norm is None:
-        return x
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    weight, bias = (None if parameter is None else parameter.to(wide.dtype) for parameter in (norm.weight, norm.bias))
-    if norm.kind == "layer":
-        return F.layer_norm(wide, x.shape[-1:], weight, bias, norm.eps).to(x.dtype)
-    return F.rms_norm(wide, x.shape[-1:], weight, norm.eps).to(x.dtype)
 
 
 def adaln(

@@ -37,9 +37,7 @@ DRAWS = {
     "rows": ["segment", "segment", "token"],
     "other dtype": [None, None, FP32, BF16, FP16],  # of the rows, of the branch; None: that of x
     "layers": [1, 2, 3],
-    "norm": [None, None, "rms", "layer"],
-    "norm dtype": [None, FP32],
-    "norm parameters": [False, True],
+    "tries": [0, 0, 1, 2],
     "spare": [0, 1, 5],
 }
 CUDA_CHANNELS = (8, 16, 24, 72)

@@ -6,7 +6,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ard_kernels import (
-    HeadNorm,
     HistoryCache,
     HistoryRouting,
     adaln_modulate,
@@ -50,7 +49,7 @@ REFUSED = {
     "segment_length in words": (lambda: modulate(segment_length="8"), "segment_length is '8'; expected an int or"),
     "a length True": (lambda: attend(segment_length=[7, True]), r"segment_length\[1\] is True; expected an int >= 1"),
     "window True": (lambda: attend(window=True), "window is True; expected None or an int >= 1"),
-    "sink None": (lambda: sample(sink=None), r"sink is None; expected an int >= 0 \(segments\)"),
+    "sink a text": (lambda: sample(sink="1"), r"sink is '1'; expected an int >= 0 \(segments\)"),
     "v None": (lambda: attend(v=None), "v is None; expected a tensor"),
     "q a list": (lambda: attend(q=[1.0]), r"q is \[1.0\]; expected a tensor"),
     "qkv an array": (
@@ -91,8 +90,6 @@ REFUSED = {
     "head_dim 20": (lambda: HistoryCache(1, 1, 1, 20, 8), "head dim 20; expected a multiple of 8 from 8 to 256"),
     "layers True": (lambda: HistoryCache(True, 1, 1, 8, 8), "layers is True; expected an int >= 0"),
     "dtype in words": (lambda: HistoryCache(1, 1, 1, 8, 8, "bfloat16"), "dtype is 'bfloat16'; expected a torch.dtype"),
-    "norm of a tensor": (lambda: HeadNorm(torch.ones(8)), r"kind is a float32 tensor of shape \(8,\); expected 'rms'"),
-    "eps of a norm": (lambda: HeadNorm(eps="1"), "eps is '1'; expected a number >= 0"),
     "depth True": (lambda: HistoryRouting(True, 0), "depth is True; expected an int >= 1"),
     "sparse": (lambda: attend(Q.to_sparse()), "q is a torch.sparse_coo tensor; expected a dense one"),
     "mkldnn": (lambda: modulate(X.to_mkldnn()), "x is a torch._mkldnn tensor; expected a dense one"),

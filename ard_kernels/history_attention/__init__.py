@@ -13,13 +13,13 @@ from ard_kernels.block_causal_attention.spec import check_qkv, check_window, row
 from ard_kernels.common.arguments import check_int, check_scale, described, is_int
 from ard_kernels.common.autocast import cast_to_autocast
 from ard_kernels.common.backends import resolve
+from ard_kernels.common.segments import check_segment_length
 from ard_kernels.history_attention.cache import HistoryCache
-from ard_kernels.history_attention.gradient import attend_outside_of_graphs, attend_with_gradient
-from ard_kernels.history_attention.norm import HeadNorm, check_norm
-from ard_kernels.history_attention.op import check_memory, history_op, norm_fields
-from ard_kernels.history_attention.spec import check_layer, check_segment
+from ard_kernels.history_attention.copied import attend_outside_of_graphs, attend_to_copy
+from ard_kernels.history_attention.op import check_memory, history_op
+from ard_kernels.history_attention.spec import check_layer, check_segment, check_sink_query
 
-__all__ = ["HeadNorm", "HistoryCache", "HistoryRouting", "history_attention"]
+__all__ = ["HistoryCache", "HistoryRouting", "history_attention"]
 
 
 def history_attention(
@@ -29,36 +29,43 @@ def history_attention(
     cache: HistoryCache,
     *,
     layer: int,
+    commit: bool = True,
+    q_sink: torch.Tensor | None = None,
+    segment_length: int | Sequence[int] | None = None,
     window: int | None = None,
-    sink: int = 0,
-    q_norm: HeadNorm | None = None,
-    k_norm: HeadNorm | None = None,
+    sink: int | None = None,
     scale: float | None = None,
     layout: str = "bhtd",
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Append this segment's k, v to `cache` and attend from q to every segment it may see, in one op.
+    """Attend from q to this segment and to every earlier one it may see, and append its k, v to `cache`, in one op.
 
     After S calls the outputs equal the S segments of `block_causal_attention` with the same window and sink.
 
     Args:
-        q, k, v: (B, H, L, D) of one new segment, or (B, L, H, D) with layout "bthd"; dtype and device of the cache.
-            Segments may differ in length. Whatever comes in one call is one segment, all of it visible to all of it.
-            Not memory of the cache itself.
-        cache: written in place at `layer`. A step appends once to every layer, in any order.
+        q: (B, H, L, D) of one new segment, or (B, L, H, D) with layout "bthd"; dtype and device of the cache.
+        k, v: like q, with the cache's H_kv heads, of which H is a multiple (grouped queries). Not memory of the cache.
+        cache: written in place at `layer`. A step takes one call with `commit` per layer, in any order.
         layer: row of the cache, 0 .. cache.layers - 1.
-        window, sink, scale, layout, backend: as in `block_causal_attention`.
-        q_norm, k_norm: normalise q, k over the head dim first (qk-norm). The cache then holds the normalised k. Backend
-            "cuda" does it in the launch that appends, the others by PyTorch ops before theirs.
+        commit: False attends to the past and to its own segment and keeps nothing: the denoising calls of a segment,
+            before the one on its clean tokens that stays.
+        q_sink: like q, the query for the keys of the sink's earlier segments; default q. Scores of rotary embeddings
+            depend on distances alone, so a query that is turned to another position sees the sink as near as it
+            likes, and no cached key is turned again.
+        segment_length: tokens per segment L, or the lengths, of several new segments in one call (a prompt's frames);
+            None: whatever comes is one segment, all of it visible to all of it.
+        window, sink: as in `block_causal_attention`; of a rolling cache those it was made with, which are the default.
+        scale, layout, backend: as in `block_causal_attention`.
 
     Returns:
-        out, like q in shape, layout and dtype. Differentiable in q, k, v and the norms' parameters: in the own segment,
-        that is; earlier ones are constants, whatever they were made from (self-rollout training). Such a call copies
-        what it sees of the cache, and is not captured by torch.compile. For sampling use torch.no_grad().
+        out, like q in shape, layout and dtype. Differentiable in q, q_sink, k, v, in the own segment, that is; earlier
+        ones are constants, whatever they were made from (self-rollout training). A call with a gradient or of several
+        segments copies what it sees of the cache, and is not captured by torch.compile. For sampling use
+        torch.no_grad().
 
-    Without gradients torch.compile makes one graph for all steps of a shape: where the cache stands is read when it
-    runs. A CUDA graph that you capture yourself replays the places it was captured at: capture all steps from
-    `cache.reset()` on.
+    Otherwise torch.compile makes one graph for all steps of a shape: where the cache stands is read when it runs. A
+    CUDA graph that you capture yourself replays the places it was captured at: capture all steps from `cache.reset()`
+    on; of a rolling cache that is full, the steps of `window` segments, and repeat them.
 
     Raises:
         ValueError: an argument outside this contract, no room left, or a cache whose layers have not all taken the
@@ -70,42 +77,43 @@ def history_attention(
     # The flag and not torch.compiler.is_exporting(), which is True in all that torch 2.11 compiles.
     if getattr(torch.compiler, "_is_exporting_flag", False):
         raise NotImplementedError(f"{op}: torch.export would freeze the cache into the program; expected torch.compile")
-    check_qkv(op, q, k, v, layout, grouped=False)
-    window, sink = check_window(op, window, sink)
+    check_qkv(op, q, k, v, layout)
+    check_sink_query(op, q_sink, q)
     scale = check_scale(op, scale, q.shape[-1])
     if not isinstance(cache, HistoryCache):
         raise ValueError(f"{op}: cache is {described(cache)}; expected an ard_kernels.HistoryCache")
+    if not isinstance(commit, bool):
+        raise ValueError(f"{op}: commit is {described(commit)}; expected True or False")
+    window = cache.window if window is None else window
+    window, sink = check_window(op, window, (cache.sink or 0) if sink is None else sink)
     if not is_compiling():  # there the op checks when it runs
         check_memory(cache.keys, cache.values, cache.workspace, cache.positions)
     check_layer(op, layer, cache.layers)
-    token_dim = layout.index("t")
-    q, k, v = (x if rows_apart(x, token_dim) else x.contiguous() for x in cast_to_autocast(q, k, v))
+    token_dim, tokens = layout.index("t"), q.shape[layout.index("t")]
+    lengths = [tokens]
+    if segment_length is not None and tokens:
+        lengths = check_segment_length(op, segment_length, "q", tokens, (token_dim, q.shape, layout))
+        lengths = lengths * (tokens // lengths[0]) if len(lengths) == 1 else lengths
+    given = (q, k, v) if q_sink is None else (q, k, v, q_sink)
+    q, k, v, *sunk = (x if rows_apart(x, token_dim) else x.contiguous() for x in cast_to_autocast(*given))
     if layout == "bthd":
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    check_norm(op, "q_norm", q_norm, q)
-    check_norm(op, "k_norm", k_norm, k)
+        q, k, v, *sunk = (x.transpose(1, 2) for x in (q, k, v, *sunk))
+    q_sink = sunk[0] if sunk else None
     check_segment(op, k, cache.keys)
     chosen = resolve(op, backend, q.device, q.dtype, q.shape[-1])
-    if torch.is_grad_enabled() and _requires_grad(q, k, v, q_norm, k_norm):
-        attend = attend_outside_of_graphs if is_compiling() else attend_with_gradient
-        out = attend(q, k, v, cache, layer, window, sink, scale, q_norm, k_norm, chosen)
-        return out.transpose(1, 2) if layout == "bthd" else out
-    memory = (cache.keys, cache.values, cache.workspace, cache.positions)
-    norms = (*norm_fields(q_norm), *norm_fields(k_norm))
-    out = history_op(q, k, v, *memory, layer, window, sink, scale, *norms, chosen)
+    if len(lengths) > 1 or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *sunk))):
+        attend = attend_outside_of_graphs if is_compiling() else attend_to_copy
+        out = attend(q, k, v, q_sink, cache, layer, lengths, window, sink, scale, commit, chosen)
+    else:
+        memory = (cache.keys, cache.values, cache.workspace, cache.positions)
+        out = history_op(q, k, v, q_sink, *memory, layer, window, sink, scale, commit, chosen)
     return out.transpose(1, 2) if layout == "bthd" else out
-
-
-def _requires_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *norms: HeadNorm | None) -> bool:
-    if q.requires_grad or k.requires_grad or v.requires_grad:
-        return True
-    return any(x is not None and x.requires_grad for norm in norms if norm for x in (norm.weight, norm.bias))
 
 
 class HistoryRouting:
     """Which layers read history: layers 0 .. history_layers-1 of `depth` do, the others see their own segment.
 
-    q and k come normalised if the model has qk-norm: training needs its gradient, which no op of ours has.
+    q and k come normalised and turned by their positions, if the model does so.
 
     Args:
         depth: layers of the model.
@@ -130,6 +138,7 @@ class HistoryRouting:
         *,
         segment_length: int | Sequence[int],
         cache: HistoryCache | None = None,
+        commit: bool = True,
         layout: str = "bhtd",
         scale: float | None = None,
         backend: str | None = None,
@@ -137,11 +146,13 @@ class HistoryRouting:
         """The attention of `layer` as its place in the model asks.
 
         Without a cache q, k, v hold all segments (teacher-forced training). With one they hold a single new segment
-        (sampling): history layers append it and attend to the past, the others attend within it and keep nothing.
+        (sampling): history layers append it (with `commit`) and attend to the past, the others attend within it and
+        keep nothing.
         """
         shared: dict[str, Any] = {"layout": layout, "scale": scale, "backend": backend}
         if cache is not None and self.reads_history(layer):
-            return history_attention(q, k, v, cache, layer=layer, window=self.window, sink=self.sink, **shared)
+            mask: dict[str, Any] = {"window": self.window, "sink": self.sink}
+            return history_attention(q, k, v, cache, layer=layer, commit=commit, **mask, **shared)
         return block_causal_attention(q, k, v, segment_length=segment_length, **self.mask(layer), **shared)
 
     def attention_packed(
@@ -151,6 +162,7 @@ class HistoryRouting:
         *,
         segment_length: int | Sequence[int],
         cache: HistoryCache | None = None,
+        commit: bool = True,
         scale: float | None = None,
         backend: str | None = None,
     ) -> torch.Tensor:
@@ -159,7 +171,7 @@ class HistoryRouting:
         if cache is not None and self.reads_history(layer):
             q, k, v = qkv.unbind(2)
             mask: dict[str, Any] = {"window": self.window, "sink": self.sink}
-            return history_attention(q, k, v, cache, layer=layer, layout="bthd", **mask, **shared)
+            return history_attention(q, k, v, cache, layer=layer, commit=commit, layout="bthd", **mask, **shared)
         return block_causal_attention_packed(qkv, segment_length=segment_length, **self.mask(layer), **shared)
 
     def reads_history(self, layer: int) -> bool:

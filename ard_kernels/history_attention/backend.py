@@ -6,20 +6,18 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ard_kernels.history_attention.norm import HeadNorm
+from ard_kernels.history_attention.places import Place
 
 
 class Kernels(Protocol):
-    """q, k, v (B, H, L, D) with a contiguous last dim, not empty; the caches one layer's (B, H, capacity, D)."""
+    """q (B, H, L, D), k, v (B, H_kv, L, D) with a contiguous last dim, not empty; caches are one layer's."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, out: Tensor, workspace: Tensor,
-        start: int, sink_stop: int, window_start: int, scale: float, q_norm: HeadNorm | None, k_norm: HeadNorm | None,
+        place: Place, scale: float,
     ) -> None:  # fmt: skip
-        """The cache gets k_norm(k) and v at token `start`; out, which the op has allocated, the attention of q_norm(q).
-
-        Over the cache's tokens [0, sink_stop) and [window_start, start + L). `workspace`: see `splits.py`.
-        """
+        """The caches (B, H_kv, capacity, D) get k and v at token `place.start`; out, which the op has allocated, the
+        attention over their tokens `place.runs`. `workspace`: see `splits.py`."""
 
 
 class Append(Protocol):

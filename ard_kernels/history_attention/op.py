@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ard_kernels.block_causal_attention import SegmentMask, merge_attention, segment_attention
 from ard_kernels.block_causal_attention.spec import check_qkv, check_rows_apart, check_window, empty_output
+from ard_kernels.block_causal_attention.torch_impl import as_output
 from ard_kernels.common import triton_support
 from ard_kernels.common.backends import check_backend, register_backend, serves_everything
 from ard_kernels.common.library import define_op
-from ard_kernels.history_attention import cpu, cuda, spec, torch_impl
+from ard_kernels.history_attention import cpu, cuda, places, spec, torch_impl
 from ard_kernels.history_attention.backend import Append, Kernels
-from ard_kernels.history_attention.norm import HeadNorm, check_norm
+from ard_kernels.history_attention.places import Place, Stand
 from ard_kernels.history_attention.splits import workspace_elements
 
 if TYPE_CHECKING:
@@ -26,10 +28,12 @@ else:
     triton_impl = triton_support.LazyModule("ard_kernels.history_attention.triton_impl")
 
 OP = "history_attention"
+WHOLE = SegmentMask([[True]])
 
 KERNELS: dict[str, Kernels] = {"cuda": cuda, "triton": triton_impl}
-# The backends whose attention is PyTorch's, which makes its own output: see block_causal_attention/op.py.
-APPENDS: dict[str, Append] = {"cpu": cpu.append, "torch": torch_impl.append}
+APPENDS: dict[str, Append] = {
+    "cuda": cuda.append, "triton": torch_impl.append, "cpu": cpu.append, "torch": torch_impl.append
+}  # fmt: skip
 
 register_backend(OP, "cuda", cuda.refuses)
 register_backend(OP, "triton", triton_support.refuses)
@@ -37,13 +41,9 @@ register_backend(OP, "cpu", cpu.refuses)
 register_backend(OP, "torch", serves_everything)
 
 
-def norm_fields(norm: HeadNorm | None) -> tuple[str | None, Tensor | None, Tensor | None, float]:
-    """`norm` as the op takes it: kind (None: no norm), weight, bias, eps."""
-    return (None, None, None, 0.0) if norm is None else (norm.kind, norm.weight, norm.bias, norm.eps)
-
-
-def _norm_of(kind: str | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> HeadNorm | None:
-    return None if kind is None else HeadNorm(kind, weight, bias, eps)
+def attention_of(backend: str) -> str:
+    """The backend of segment attention: PyTorch's serves the one whose kernel is an append."""
+    return "torch" if backend == "cpu" else backend
 
 
 def check_memory(keys: Tensor, values: Tensor, workspace: Tensor, positions: Tensor) -> None:
@@ -52,73 +52,89 @@ def check_memory(keys: Tensor, values: Tensor, workspace: Tensor, positions: Ten
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, workspace: Tensor, positions: Tensor,
-    layer: int, window: int | None, sink: int, scale: float, *norms_and_backend: Any,
+    q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None, keys: Tensor, values: Tensor, workspace: Tensor,
+    positions: Tensor, layer: int, window: int | None, sink: int, scale: float, commit: bool, backend: str,
 ) -> None:  # fmt: skip
-    *norms, backend = norms_and_backend
-    check_qkv(OP, q, k, v, "bhtd", grouped=False)
-    check_rows_apart(OP, {"q": q, "k": k, "v": v})
+    check_qkv(OP, q, k, v, "bhtd")
+    spec.check_sink_query(OP, q_sink, q)
+    check_rows_apart(OP, {"q": q, "k": k, "v": v} | ({} if q_sink is None else {"q_sink": q_sink}))
     check_window(OP, window, sink)
     check_memory(keys, values, workspace, positions)
     spec.check_layer(OP, layer, keys.shape[0])
     spec.check_segment(OP, k, keys)
-    for name, fields in (("q_norm", norms[:4]), ("k_norm", norms[4:])):
-        check_norm(OP, name, _norm_of(*fields), q)
     check_backend(OP, backend, q.device, q.dtype, q.shape[-1])
 
 
 def _history(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, workspace: Tensor, positions: Tensor,
-    layer: int, window: int | None, sink: int, scale: float, *norms_and_backend: Any,
+    q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None, keys: Tensor, values: Tensor, workspace: Tensor,
+    positions: Tensor, layer: int, window: int | None, sink: int, scale: float, commit: bool, backend: str,
 ) -> Tensor:  # fmt: skip
-    *norms, backend = norms_and_backend
     spec.refuse_recomputation(OP)
     layers, _, _, capacity, _ = keys.shape
-    places = positions.numpy()
-    offsets = spec.next_offsets(OP, places, layers, capacity, layer, k.shape[2])
-    segment, cache = (q, k, v), (keys[layer], values[layer])
-    seen = offsets[-2], *spec.visible_tokens(offsets, window, sink)
-    q_norm, k_norm = _norm_of(*norms[:4]), _norm_of(*norms[4:])
-    if backend in APPENDS and q.numel():
-        out = torch_impl.forward(*segment, *cache, *seen, scale, q_norm, k_norm, APPENDS[backend])
-    else:
+    counts = positions.numpy()
+    at = places.stand(OP, counts, layers, capacity, layer, [k.shape[2]], window, sink)
+    place = at.place(at.taken, window, sink)
+    inputs = q, k, v, keys[layer], values[layer]
+    if not q.numel():
         out = empty_output(q)
-        if q.numel():
-            KERNELS[backend].forward(*segment, *cache, out, workspace, *seen, scale, q_norm, k_norm)
+    elif q_sink is not None and place.sink[0] < place.sink[1]:
+        out = _with_sink_query(*inputs, q_sink, place, scale, backend)
+    elif backend in KERNELS:
+        out = empty_output(q)
+        KERNELS[backend].forward(*inputs, out, workspace, place, scale)
+    else:  # PyTorch's attention makes its own output: see block_causal_attention/op.py
+        out = torch_impl.forward(*inputs, place, scale, APPENDS[backend])
     if not keys.is_inference():  # kernels write behind autograd's back: what has saved the keys shall notice
         torch.autograd.graph.increment_version((keys, values))
-    spec.advance(places, layers, layer, offsets)
+    places.advance(counts, layers, layer, at, 1, commit)
     return out
 
 
+def _with_sink_query(
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, q_sink: Tensor, place: Place, scale: float,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    """Two attentions, of q_sink over the sink and of q over the rest, merged by their log-sum-exps."""
+    APPENDS[backend](k, v, cache_k, cache_v, place.start)
+
+    def attend(query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        shared: dict[str, Any] = {"scale": scale, "return_lse": True, "backend": attention_of(backend)}
+        shared |= {"segment_length": query.shape[2], "key_segment_length": stop - start}
+        return segment_attention(query, cache_k[:, :, start:stop], cache_v[:, :, start:stop], WHOLE, **shared)
+
+    outs, lses = zip(attend(q_sink, *place.sink), attend(q, *place.rest), strict=True)
+    return as_output(merge_attention(outs, lses)[0])
+
+
 def _history_fake(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, workspace: Tensor, positions: Tensor, layer: int,
-    *_: Any,
+    q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None, keys: Tensor, values: Tensor, workspace: Tensor,
+    positions: Tensor, layer: int, window: int | None, sink: int, scale: float, commit: bool, *_: Any,
 ) -> Tensor:  # fmt: skip
     if type(positions) is torch.Tensor and q.is_meta:  # meta tensors have shapes only; the positions are there
         layers, capacity = keys.shape[0], keys.shape[3]
-        offsets = spec.next_offsets(OP, positions.numpy(), layers, capacity, layer, k.shape[2])
-        spec.advance(positions.numpy(), layers, layer, offsets)
+        at = places.stand(OP, positions.numpy(), layers, capacity, layer, [k.shape[2]], window, sink)
+        places.advance(positions.numpy(), layers, layer, at, 1, commit)
     return empty_output(q)
 
 
 def _history_flops(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, workspace: Tensor, positions: Tensor,
-    layer: int, window: int | None, sink: int, *_: Any,
+    q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None, keys: Tensor, values: Tensor, workspace: Tensor,
+    positions: Tensor, layer: int, window: int | None, sink: int, scale: float, commit: bool, *_: Any,
 ) -> int:  # fmt: skip
     if type(positions) is not torch.Tensor:
         raise NotImplementedError(f"{OP}: FLOPs depend on the cache's positions; expected no fake tensors in a count")
     B, H, L, D = q.shape
-    offsets = spec.offsets_of(positions, keys.shape[0], layer)  # the new segment's, too
-    sink_stop, window_start = spec.visible_tokens(offsets, window, sink)
-    return 4 * B * H * D * L * (sink_stop + offsets[-1] - window_start)
+    layers, counts = keys.shape[0], positions.numpy()
+    segment = int(counts[places.HEADER + layer]) - commit  # the positions are those after the call
+    at = Stand(counts, layers, segment)
+    at.add([L])
+    return 4 * B * H * D * L * sum(stop - start for start, stop in at.place(segment, window, sink).runs)
 
 
 history_op = define_op(
-    "history_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) workspace, "
-    "Tensor(d!) positions, int layer, int? window, int sink, float scale, "
-    "str? q_norm, Tensor? q_weight, Tensor? q_bias, float q_eps, "
-    "str? k_norm, Tensor? k_weight, Tensor? k_bias, float k_eps, str backend) -> Tensor",
+    "history_attention(Tensor q, Tensor k, Tensor v, Tensor? q_sink, Tensor(a!) keys, Tensor(b!) values, "
+    "Tensor(c!) workspace, Tensor(d!) positions, int layer, int? window, int sink, float scale, bool commit, "
+    "str backend) -> Tensor",
     _history,
     _history_fake,
     check=_check,

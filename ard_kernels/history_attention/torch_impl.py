@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ard_kernels.block_causal_attention.torch_impl import as_output, attend, gather
 from ard_kernels.history_attention.backend import Append
-from ard_kernels.history_attention.norm import HeadNorm, normalise
+from ard_kernels.history_attention.places import Place
 
 
 def append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, start: int) -> None:
@@ -16,12 +16,9 @@ def append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, start: int) -
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor,
-    start: int, sink_stop: int, window_start: int, scale: float, q_norm: HeadNorm | None, k_norm: HeadNorm | None,
-    append: Append,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, place: Place, scale: float, append: Append
+) -> Tensor:
     """`Kernels.forward` of backend.py, but out (B, H, L, D) with (B, L, H, D) memory is made here, and returned."""
-    append(normalise(k, k_norm), v, cache_k, cache_v, start)
-    stop = start + k.shape[2]
-    ranges = [(0, sink_stop), (window_start, stop)] if sink_stop > 0 else [(window_start, stop)]
-    return as_output(attend(normalise(q, q_norm), gather(cache_k, ranges), gather(cache_v, ranges), scale)[0])
+    append(k, v, cache_k, cache_v, place.start)
+    runs = place.runs  # one: a view of the cache, two: a copy of what is seen
+    return as_output(attend(q, gather(cache_k, runs), gather(cache_v, runs), scale)[0])

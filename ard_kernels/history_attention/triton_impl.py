@@ -3,7 +3,8 @@
 
 A program takes one query tile of one (batch, head). It reads earlier tokens from the cache and its own segment from k
 and v, so that no program waits for another's append; the program of the tile's first split copies the tile's k and v
-rows to the cache. With few rows (batch 1) several programs share a tile's keys; a second launch adds them up, in order.
+rows to the cache (the first query head of a group does). With few rows (batch 1) several programs share a tile's keys;
+a second launch adds them up, in order.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ from ard_kernels.common.triton_parts import (
     zero_rows,
 )
 from ard_kernels.common.triton_support import Launch, strides
-from ard_kernels.history_attention.norm import HeadNorm, normalise
+from ard_kernels.history_attention.places import Place
 from ard_kernels.history_attention.splits import share_tiles
 
 # See there: `start` must not compile anything anew. (SPLIT and EVEN do, once each: warm up with all S steps.)
-SIZES = ["H", "L", "batch_heads", "tiles_per_split", "start", "sink_stop", "window_start", "splits"]
+RUNS = ["run_start", "run_stop", "next_start", "next_stop"]
+SIZES = ["H", "GROUP", "L", "batch_heads", "tiles_per_split", "start", *RUNS, "splits"]
 
 
 @triton.jit
@@ -65,20 +67,24 @@ def _attend_tile(
 @triton.jit(do_not_specialize=SIZES)
 def _append_and_attend(
     q, k, v, cache_k, cache_v, out, workspace, q_stride, k_stride, v_stride, cache_k_stride, cache_v_stride, out_stride,
-    H, L, batch_heads, tiles_per_split, start, sink_stop, window_start, scale,
+    H, GROUP, L, batch_heads, tiles_per_split, start, run_start, run_stop, next_start, next_stop, scale,
     D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, SIGN: tl.constexpr, EVEN: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch * heads * row tiles, splits). `scale` is |scale| * log2(e), SIGN its sign."""
+    """Grid (batch * heads * row tiles, splits). `scale` is |scale| * log2(e), SIGN its sign.
+
+    Earlier tokens seen: run_start .. run_stop and next_start .. next_stop. GROUP query heads share a key head.
+    """
     row_tiles, split = tl.cdiv(L, BLOCK_M), tl.program_id(1)
     batch_head = tl.program_id(0) // row_tiles
     batch, head = batch_head // H, batch_head % H
     rows = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     here = rows < L
-    k_base, v_base = base_of(k, k_stride, batch, head, UNIT), base_of(v, v_stride, batch, head, UNIT)
-    old_k = base_of(cache_k, cache_k_stride, batch, head, UNIT)
-    old_v = base_of(cache_v, cache_v_stride, batch, head, UNIT)
-    if split == 0:
+    kv_head = head // GROUP
+    k_base, v_base = base_of(k, k_stride, batch, kv_head, UNIT), base_of(v, v_stride, batch, kv_head, UNIT)
+    old_k = base_of(cache_k, cache_k_stride, batch, kv_head, UNIT)
+    old_v = base_of(cache_v, cache_v_stride, batch, kv_head, UNIT)
+    if (split == 0) & (head % GROUP == 0):
         new_k = load_rows(rows_of(k_base, k_stride, rows, UNIT), here, D, PARTS)
         store_rows(rows_of(old_k, cache_k_stride, start + rows, UNIT), new_k, here, D, PARTS)
         new_v = load_rows(rows_of(v_base, v_stride, rows, UNIT), here, D, PARTS)
@@ -88,14 +94,14 @@ def _append_and_attend(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulators = zero_rows(BLOCK_M, PARTS)
-    # Column tiles of all splits in one row: sink, window, own segment.
-    sink_tiles = tl.cdiv(sink_stop, BLOCK_N)
-    old_tiles = sink_tiles + tl.cdiv(start - window_start, BLOCK_N)
+    # Column tiles of all splits in one row: the two runs, own segment.
+    run_tiles = tl.cdiv(run_stop - run_start, BLOCK_N)
+    old_tiles = run_tiles + tl.cdiv(next_stop - next_start, BLOCK_N)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, old_tiles + tl.cdiv(L, BLOCK_N))
     for j in range(first, tl.minimum(last, old_tiles)):
-        tile = tl.where(j < sink_tiles, j * BLOCK_N, window_start + (j - sink_tiles) * BLOCK_N)
-        stop = tl.where(j < sink_tiles, sink_stop, start)
+        tile = tl.where(j < run_tiles, run_start + j * BLOCK_N, next_start + (j - run_tiles) * BLOCK_N)
+        stop = tl.where(j < run_tiles, run_stop, next_stop)
         maximum, total, accumulators = _attend_tile(
             q_rows, old_k, old_v, cache_k_stride, cache_v_stride, tile, stop, scale, maximum, total, accumulators,
             D, PARTS, UNIT, SIGN, EVEN, PRECISION, BLOCK_N,
@@ -150,15 +156,18 @@ def _add_splits(
 
 @lru_cache(maxsize=1024)
 def _prepare(
-    shape: torch.Size, cache_shape: torch.Size, strides_of: tuple[tuple[int, ...], ...], dtype: torch.dtype,
+    shape: torch.Size, kv_shape: torch.Size, cache_shape: torch.Size, strides_of: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
     grid: tuple[int, int], sign: float, even: bool, config: tuple[tuple[str, int], ...],
 ) -> tuple[Launch, Launch]:  # fmt: skip
-    """The launches for these strides of q, k, v, out, cache_k, cache_v: attend, and add the splits up."""
+    """The launches for these strides of q, out, k, v, cache_k, cache_v: attend, and add the splits up."""
     B, H, L, D = shape
-    unit, (q, k, v, out, *cache) = strides(*zip((shape,) * 4 + (cache_shape,) * 2, strides_of, strict=True))
+    shapes = (shape,) * 2 + (kv_shape,) * 2 + (cache_shape,) * 2
+    unit, (q, out, k, v, *cache) = strides(*zip(shapes, strides_of, strict=True))
     splits, shared = grid[1], {"D": D, "PARTS": parts_of(D), "UNIT": unit}
     constants = {"SIGN": sign, "EVEN": even, "SPLIT": splits > 1, "PRECISION": precision_of(dtype)}
-    attend = Launch(_append_and_attend, grid, (q, k, v, *cache, out, H, L, B * H), constants | shared | dict(config))
+    sizes = H, H // kv_shape[1], L, B * H
+    attend = Launch(_append_and_attend, grid, (q, k, v, *cache, out, *sizes), constants | shared | dict(config))
     rows, add = (triton.cdiv(L, 16) * B * H,), {"BLOCK": 16, "num_warps": 4}
     return attend, Launch(_add_splits, rows, (out, H, L, B * H, splits), add | shared)
 
@@ -166,23 +175,24 @@ def _prepare(
 @on_device
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, out: Tensor, workspace: Tensor,
-    start: int, sink_stop: int, window_start: int, scale: float, q_norm: HeadNorm | None, k_norm: HeadNorm | None,
+    place: Place, scale: float,
 ) -> None:  # fmt: skip
-    """See backend.py; q and k are normalised by PyTorch ops first."""
-    q, k = normalise(q, q_norm), normalise(k, k_norm)
+    """See backend.py."""
     B, H, L, D = q.shape
     config = tuning.lookup("attention_history", q.device, q.dtype, D, L)
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
     row_tiles = -(-L // block_m) * B * H  # triton.cdiv takes 3 us
-    runs = (sink_stop, start - window_start, L)
+    past = place.past(L)
+    runs = (*(stop - start for start, stop in past), L)
     column_tiles = sum([-(-run // block_n) for run in runs])
     splits, tiles_per_split = share_tiles(row_tiles, column_tiles, multiprocessors(q.device))
-    strides_of = tuple([x.stride() for x in (q, k, v, out, cache_k, cache_v)])
+    strides_of = tuple([x.stride() for x in (q, out, k, v, cache_k, cache_v)])
     sign, even = -1.0 if scale < 0 else 1.0, not any([run % block_n for run in runs])
+    shapes = q.shape, k.shape, cache_k.shape
     attend, add_splits = _prepare(
-        q.shape, cache_k.shape, strides_of, q.dtype, (row_tiles, splits), sign, even, tuple(config.items())
-    )
-    ints = tiles_per_split, start, sink_stop, window_start, abs(scale) * LOG2_E.value
+        *shapes, strides_of, q.dtype, (row_tiles, splits), sign, even, tuple(config.items())
+    )  # fmt: skip
+    ints = tiles_per_split, place.start, *past[0], *past[1], abs(scale) * LOG2_E.value
     attend((q, k, v, cache_k, cache_v, out, workspace), ints)
     if splits > 1:
         add_splits((workspace, out))

@@ -17,22 +17,9 @@ struct AppendParams {
 
 void append_cpu(const AppendParams& params);
 
-// Normalisation over the head dim: y = (x - m) / sqrt(mean((x - m)^2) + eps) * weight + bias, where m is mean(x)
-// (layer) or 0 (RMS). weight, bias: (D,), of the segment's dtype or fp32, on 16-byte boundaries; null: 1, 0.
-enum class NormKind : int { kNone = 0, kRms = 1, kLayer = 2 };
-
-struct HeadNormParams {
-  NormKind kind = NormKind::kNone;
-  const void *weight = nullptr, *bias = nullptr;
-  bool weight_is_float = false, bias_is_float = false;
-  float eps = 0;
-};
-
-// cache_k = norm[1](k), cache_v = v; and normed_q = norm[0](q) when that norm is there.
+// The same, for 8-element units on 16-byte boundaries.
 struct AppendGpuParams {
-  HeadsView k, v, cache_k, cache_v;  // as in AppendParams; rows on 16-byte boundaries
-  HeadsView q, normed_q;             // (B, H, L, D), read and written when q has a norm
-  HeadNormParams norm[2];            // of q, of k
+  HeadsView k, v, cache_k, cache_v;  // as in AppendParams
   int32_t batch = 0, heads = 0, tokens = 0, head_dim = 0;
   int32_t head_blocks = 0;  // thread blocks per head, set by the launch
 };

@@ -20,10 +20,10 @@ def test_a_full_cache_raises_and_keeps_its_contents(backend, device, dtype):
     q, k, v = (torch.randn(1, 2, 16, 64, device=device).to(dtype) for _ in range(3))
     for _ in range(2):
         history_attention(q, k, v, cache, layer=0, backend=backend)
-    before = cache.keys.clone(), cache.values.clone(), [list(o) for o in cache.offsets]
+    before = cache.keys.clone(), cache.values.clone(), cache.segments
     with pytest.raises(ValueError, match=r"layer 0 of the cache holds 32 of 40 tokens; expected room for 16 more"):
         history_attention(q, k, v, cache, layer=0, backend=backend)
-    assert torch.equal(cache.keys[:, :, :, :32], before[0][:, :, :, :32]) and cache.offsets == before[2]
+    assert torch.equal(cache.keys[:, :, :, :32], before[0][:, :, :, :32]) and cache.segments == before[2]
     assert cache.length == 32
     history_attention(q[:, :, :8], k[:, :, :8], v[:, :, :8], cache, layer=0, backend=backend)
     assert cache.length == 40
@@ -51,7 +51,7 @@ def test_one_graph_for_64_steps(mask, device):
     with torch.no_grad():
         for q, k, v in torch.randn(64, 3, 1, 2, 4, 16, device=device):
             assert torch.equal(compiled(q, k, v, caches[0]), step(q, k, v, caches[1]))
-    assert counter.frame_count == 1 and caches[0].offsets == caches[1].offsets and caches[0].length == 256
+    assert counter.frame_count == 1 and caches[0].segments == caches[1].segments and caches[0].length == 256
     with pytest.raises(ValueError, match="holds 256 of 256 tokens"):
         compiled(q, k, v, caches[0])
 
@@ -85,17 +85,17 @@ def test_a_step_that_missed_a_layer_is_noticed(device):
     q = torch.randn(1, 2, 16, 16, device=device)
     for layer in (2, 0, 1, 0, 1):  # the second step breaks off before layer 2
         history_attention(q, q, q, cache, layer=layer)
-    before = cache.offsets
+    before = cache.segments
     with pytest.raises(
         ValueError, match=r"layer 0 of the cache holds 2 segments, but layer 2 holds 1: an earlier step"
     ):
         history_attention(q, q, q, cache, layer=0)
     with pytest.raises(ValueError, match=r"k has 8 tokens in layer 2; expected 16, as in the layers that have taken"):
         history_attention(*[q[:, :, :8]] * 3, cache, layer=2)
-    assert cache.offsets == before
+    assert cache.segments == before
     for layer in (2, 0, 1, 2):  # it may still be finished
         history_attention(q, q, q, cache, layer=layer)
-    assert cache.offsets == [[0, 16, 32, 48]] * 3
+    assert cache.segments == [3] * 3 and cache.length == 48
 
 
 @pytest.mark.parametrize("name", ["keys", "values", "workspace", "positions", "batch", "dtype", "capacity"])
@@ -127,7 +127,12 @@ def test_memory_spoiled_behind_the_cache_is_refused(spoil, device):
 
 
 @pytest.mark.parametrize(
-    "damage", [[1, 1, 9, -2], [1, 1, 0, -3], [-7] * 8, [2, 2, 0, 9, 5], [17, 17], [16, 16], [1, 1, 0, 99], [-1, 0]]
+    "damage",
+    [
+        *([0, 0, 0, 1, 1, 1, 9, -2], [0, 0, 0, 1, 1, 1, 0, -3], [-7] * 8, [0, 0, 0, 2, 2, 2, 0, 9, 5]),
+        *([0, 0, 0, 17, 17, 17], [0, 0, 0, 16, 16, 16], [0, 0, 0, 1, 1, 1, 0, 99], [0, 0, 0, 0, -1, 0]),
+        *([0, 0, 0, 0, 1, 1, 0, 4], [4, 2, 1]),
+    ],
 )
 @pytest.mark.parametrize(("backend", "device"), on_devices("cpu", "torch"))
 def test_damaged_positions_are_refused(damage, backend, device):
@@ -139,13 +144,13 @@ def test_damaged_positions_are_refused(damage, backend, device):
 
 def test_the_raw_op_checks_its_layer_and_memory():
     q, cache = torch.randn(1, 2, 16, 16), HistoryCache(1, 1, 2, 16, 64)
-    memory, norms = [cache.keys, cache.values, cache.workspace, cache.positions], (None, None, None, 0.0) * 2
+    memory = [cache.keys, cache.values, cache.workspace, cache.positions]
     with pytest.raises(ValueError, match="layer is 7; expected 0 to 0"):
-        torch.ops.ard.history_attention(q, q, q, *memory, 7, None, 0, 0.3, *norms, "cpu")
+        torch.ops.ard.history_attention(q, q, q, None, *memory, 7, None, 0, 0.3, True, "cpu")
     for i, name in enumerate(["keys", "values", "workspace", "positions"]):
         wrong = [*memory[:i], memory[i].to(torch.float16), *memory[i + 1 :]]
         with pytest.raises(ValueError, match=rf"cache\.{name} (is )?a float16 tensor"):
-            torch.ops.ard.history_attention(q, q, q, *wrong, 0, None, 0, 0.3, *norms, "cpu")
+            torch.ops.ard.history_attention(q, q, q, None, *wrong, 0, None, 0, 0.3, True, "cpu")
     assert cache.length == 0
 
 

@@ -8,7 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ard_kernels
 from ard_kernels import (
-    HeadNorm,
     HistoryCache,
     HistoryRouting,
     block_causal_attention,
@@ -17,10 +16,8 @@ from ard_kernels import (
 from ard_kernels.block_causal_attention.reference import block_causal_attention as dense_reference
 from ard_kernels.block_causal_attention.spec import useful_pairs
 from ard_kernels.common import extension
-from ard_kernels.common.segments import segment_offsets
 from ard_kernels.history_attention import cuda, splits
 from ard_kernels.history_attention.reference import history_attention as reference
-from ard_kernels.history_attention.spec import visible_tokens
 from ard_kernels.history_attention.splits import LEAST_TILES, share_tiles, split_count
 from testing import plain
 from testing.devices import SIMULATED, on_devices
@@ -54,7 +51,7 @@ def check(backend, device, lengths, mask, B=1, H=2, D=72, dtype=FP32, packed=Tru
     assert_close(torch.cat(out, 2), plain.history_attention(segments, *mask), torch.cat(expected, 2))
     assert torch.equal(cache.keys[0], torch.cat([k for _, k, _ in segments], 2))
     assert torch.equal(cache.values[0], torch.cat([v for _, _, v in segments], 2))
-    assert cache.offsets == [segment_offsets(lengths, sum(lengths)) if len(lengths) > 1 else [0, lengths[0]]]
+    assert cache.segments == [len(lengths)] and cache.length == sum(lengths)
 
 
 @pytest.mark.parametrize(
@@ -138,17 +135,6 @@ def test_drawn_cases(backend, device, many):
     draw()
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.one_of(st.none(), st.integers(1, 6)), st.integers(0, 5))
-def test_visible_tokens_count_the_pairs_of_the_mask(lengths, window, sink):
-    total = 0
-    for step in range(1, len(lengths) + 1):
-        offsets = [sum(lengths[:i]) for i in range(step + 1)]
-        sink_stop, window_start = visible_tokens(offsets, window, sink)
-        assert 0 <= sink_stop <= window_start < offsets[-1] or (sink_stop == 0 and window_start == 0)
-        total += lengths[step - 1] * (sink_stop + offsets[-1] - window_start)
-    assert total == useful_pairs(lengths, sum(lengths), window, sink)
-
-
 @pytest.mark.parametrize(("backend", "device", "dtype"), WITH_DTYPE)
 def test_bit_equal_over_threads_and_runs(backend, device, dtype, thread_counts):
     segments = make_segments(2, 2, [32, 32], 72, dtype, device=device)
@@ -187,21 +173,16 @@ BAD = {
     "shape": (lambda q: (q, q[:, :, :4], q), {}, "k has shape"),
     "device": (lambda q: (q.to("meta"),) * 3, {}, "k is on meta; expected the cache's (cpu|cuda)"),
     "backend": (lambda q: (q, q, q), {"backend": "tpu"}, "backend 'tpu' .* unknown backend"),
-    "q_norm": (lambda q: (q, q, q), {"q_norm": "rms"}, "q_norm is 'rms'; expected None or an ard_kernels.HeadNorm"),
-    "norm's shape": (
+    "q_sink": (
         lambda q: (q, q, q),
-        {"k_norm": HeadNorm(weight=torch.ones(8))},
-        r"k_norm.weight has shape \(8,\); expected \(head_dim,\) = \(16,\)",
+        {"q_sink": torch.ones(1, 2, 16, 8)},
+        "q_sink is a float32 tensor .* expected it like q",
     ),
-    "norm's dtype": (
+    "commit": (lambda q: (q, q, q), {"commit": 1}, "commit is 1; expected True or False"),
+    "segments": (
         lambda q: (q, q, q),
-        {"q_norm": HeadNorm("layer", bias=torch.ones(16).half())},
-        r"q_norm.bias has dtype torch.float16; expected q's torch.float32 or torch.float32",
-    ),
-    "norm's device": (
-        lambda q: (q, q, q),
-        {"q_norm": HeadNorm(weight=torch.ones(16, device="meta"))},
-        "q_norm.weight is on meta; expected q's (cpu|cuda)",
+        {"segment_length": 5},
+        "q has 16 tokens; expected a multiple of segment_length=5",
     ),
 }
 
@@ -221,7 +202,7 @@ def test_flops_of_all_steps_equal_the_mask(mask, device):
     cache = HistoryCache(1, 2, 3, 24, 64, device=device)
     with FlopCounterMode(display=False) as counter:
         for q, k, v in make_segments(2, 3, [16] * 4, 24, device=device):
-            history_attention(q, k, v, cache, layer=0, window=mask[0], sink=mask[1], q_norm=HeadNorm())
+            history_attention(q, k, v, cache, layer=0, window=mask[0], sink=mask[1])
     assert counter.get_total_flops() == 4 * 2 * 3 * 24 * useful_pairs([16], 64, *mask)
 
 
@@ -229,30 +210,25 @@ def test_flops_of_all_steps_equal_the_mask(mask, device):
 def test_compiles_to_one_graph(backend, device, dtype):
     segments = make_segments(1, 2, [16] * 4, 64, dtype, device=device)
     caches = [HistoryCache(1, 1, 2, 64, 64, dtype, device) for _ in range(2)]
-    norm = HeadNorm("layer", torch.randn(64, device=device), torch.randn(64, device=device))
 
     def step(q, k, v, cache):
-        norms = {"q_norm": HeadNorm(eps=1e-3), "k_norm": norm}
-        return history_attention(q, k, v, cache, layer=0, window=2, backend=backend, **norms).sin()
+        return history_attention(q, k, v, cache, layer=0, window=2, backend=backend).sin()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for q, k, v in segments:
             torch.testing.assert_close(compiled(q, k, v, caches[0]), step(q, k, v, caches[1]))
-    assert torch.equal(caches[0].keys, caches[1].keys) and caches[0].offsets == caches[1].offsets
+    assert torch.equal(caches[0].keys, caches[1].keys) and caches[0].segments == caches[1].segments
 
 
-@pytest.mark.parametrize("norm", ["layer", None, pytest.param("rms", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sunk", [False, True])
 @pytest.mark.parametrize(("backend", "device", "dtype"), WITH_DTYPE)
-def test_opcheck(backend, device, dtype, norm):
+def test_opcheck(backend, device, dtype, sunk):
     q, k, v = make_segments(2, 3, [8], 64, dtype, device=device)[0]
     cache = HistoryCache(1, 2, 3, 64, 32, dtype, device)
     history_attention(q, k, v, cache, layer=0, backend="torch")
     memory = cache.keys, cache.values, cache.workspace, cache.positions
-    weight = torch.randn(64, device=device).to(dtype) if norm else None
-    bias = torch.randn(64, device=device) if norm == "layer" else None
-    norms = (norm, weight, None, 1e-6, norm, None, bias, 1e-6)
-    inputs = (q, k, v, *memory, 0, 2, 1, 0.25, *norms, backend)
+    inputs = (q, k, v, q.clone() if sunk else None, *memory, 0, 2, 1, 0.25, sunk, backend)
     torch.library.opcheck(torch.ops.ard.history_attention, inputs)
 
 
