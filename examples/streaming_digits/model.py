@@ -1,7 +1,7 @@
 """A small causal video diffusion transformer, built like Wan: one row of modulation per frame, 3-axis RoPE, cross attention.
 
-Flow matching: x_t = (1 - t) data + t noise, the network predicts v = noise - data. B clips, F frames of L tokens,
-C = H D channels. Every norm, rotation, modulation and attention is an op of ard_kernels.
+Flow matching: x_t = (1 - t) data + t noise, v = noise - data = (x_t - data) / t; the last layer predicts the data. B clips,
+F frames of L tokens, C = H D channels. Every norm, rotation, modulation and attention is an op of ard_kernels.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from ard_kernels import (
     segment_attention,
 )
 
-PATCH = 4
+PATCH = 8
 GRID = SIDE // PATCH
 L = GRID * GRID  # tokens of a frame
 HEADS, HEAD_DIM, DEPTH = 3, 32, 4
 C = HEADS * HEAD_DIM
 PAIRS = (4, 6, 6)  # of the D/2 rotated pairs: frame, row, column
-THETA = 100.0
+THETA = 10.0  # of the rotary embedding
+SMALLEST_T = 0.05  # what v is divided by at least
 
 
 def rope_tables(frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,7 +132,7 @@ class VideoDiT(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patches = nn.Linear(PATCH * PATCH, C)
-        self.place = nn.Parameter(torch.randn(L, C) * 0.02)  # walls are at absolute places, which RoPE does not tell
+        self.place = nn.Parameter(torch.randn(L, C) * 0.3)  # walls are at absolute places, which RoPE does not tell
         self.prompt = nn.Embedding(1 + CLASSES, C)  # row 0 is silence
         self.time = nn.Sequential(nn.Linear(64, C), nn.SiLU(), nn.Linear(C, C))
         self.rows = nn.Sequential(nn.SiLU(), nn.Linear(C, 6 * C))
@@ -145,7 +146,7 @@ class VideoDiT(nn.Module):
     def forward(
         self, video: torch.Tensor, t: torch.Tensor, classes: torch.Tensor, first: list[bool], past: Past
     ) -> torch.Tensor:
-        """v (B, F, 16, 16) of video (B, F, 16, 16) at times t (B, F) in [0, 1].
+        """v (B, F, 32, 32) of video (B, F, 32, 32) at times t (B, F) in [0, 1].
 
         classes: (B,) of the digits; only frames whose `first` is True hear them.
         """
@@ -161,4 +162,5 @@ class VideoDiT(nn.Module):
             x = block(x, rows, past, prompt, hears)
         shift, scale = (self.table + time[:, :, None]).chunk(2, dim=2)
         x = self.head(adaln_modulate(x, shift, scale, segment_length=L))
-        return x.view(B, frames, GRID, GRID, PATCH, PATCH).transpose(3, 4).reshape(B, frames, SIDE, SIDE)
+        data = x.view(B, frames, GRID, GRID, PATCH, PATCH).transpose(3, 4).reshape(B, frames, SIDE, SIDE)
+        return (video - data) / t[..., None, None].clamp(min=SMALLEST_T)

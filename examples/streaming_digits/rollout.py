@@ -14,7 +14,7 @@ from ard_kernels import HistoryCache
 
 @dataclass(frozen=True)
 class Rollout:
-    """video (streams, frames, 16, 16) in [-1, 1]; bytes of the cache after each frame; seconds of it all."""
+    """video (streams, frames, 32, 32) in [-1, 1]; bytes of the cache after each frame; seconds of it all."""
 
     video: torch.Tensor
     cache_bytes: list[int]
@@ -24,6 +24,7 @@ class Rollout:
 @torch.no_grad()
 def roll(
     network: VideoDiT,
+    start: torch.Tensor,
     classes: torch.Tensor,
     *,
     steps: int,
@@ -35,10 +36,11 @@ def roll(
 ) -> Rollout:
     """Frame by frame: `steps` noisy calls that keep nothing, then a clean one at t = 0 that the cache keeps.
 
-    classes: (streams,), heard by the first frame alone. longest: the longest distance to the sink seen in training, in
+    start: (streams, 32, 32), the first frames, which are given (image to video); classes: (streams,) of what they show,
+    heard by them alone. longest: the longest distance to the sink seen in training, in
     frames; from then on the sink stays at this distance.
     """
-    streams, start = len(classes), time.perf_counter()
+    streams, began = len(classes), time.perf_counter()
     cache = HistoryCache.rolling(DEPTH, streams, HEADS, HEAD_DIM, segment_length=L, window=window, sink=sink)
     video, cache_bytes = [], []
     for frame in range(frames):
@@ -49,11 +51,41 @@ def roll(
             past = Past(where[0], cache=cache, commit=commit, frame_for_sink=where[1])
             return network(x, torch.full((streams, 1), t), classes, [frame == 0], past)
 
-        x = torch.randn(streams, 1, SIDE, SIDE, generator=generator)
-        for step in range(steps):
-            x = x - velocity(x, 1 - step / steps, commit=False) / steps
-        x = x.clamp(-1, 1)
+        x = start[:, None]
+        if frame > 0:
+            x = torch.randn(streams, 1, SIDE, SIDE, generator=generator)
+            for step in range(steps):
+                x = x - velocity(x, 1 - step / steps, commit=False) / steps
+            x = x.clamp(-1, 1)
         velocity(x, 0.0, commit=True)
         video.append(x)
         cache_bytes.append(cache.nbytes)
-    return Rollout(torch.cat(video, 1), cache_bytes, time.perf_counter() - start)
+    return Rollout(torch.cat(video, 1), cache_bytes, time.perf_counter() - began)
+
+
+def spans(frames: int) -> dict[str, slice]:
+    """The first, middle and last tenth of a rollout, without the frame that is given, by the names the report prints."""
+    tenth = max(2, frames // 10)
+    middle = (frames - tenth) // 2
+    parts = [slice(1, tenth), slice(middle, middle + tenth), slice(frames - tenth, frames)]
+    return {f"frames {part.start + 1}-{part.stop}": part for part in parts}
+
+
+def judge(video: torch.Tensor, classes: torch.Tensor, reader: Reader) -> dict:
+    """Of streams that began with a digit of `classes` (streams,), per span: the share of frames that show this digit, their
+    mean squared error to the nearest real scan, and the share of moves longer than a real digit makes in a frame.
+    """
+    streams, frames = video.shape[:2]
+    read, corner, error = reader(video.flatten(0, 1))
+    right = (read.view(streams, frames) == classes[:, None]).float()
+    corner, error = corner.view(streams, frames, 2), error.view(streams, frames)
+    far = torch.zeros(streams, frames)
+    far[:, 1:] = ((corner[:, 1:] - corner[:, :-1]).abs().amax(-1) > STEP).float()
+    return {
+        name: {
+            "right": right[:, part].mean().item(),
+            "error": error[:, part].mean().item(),
+            "jumps": far[:, part].mean().item(),
+        }
+        for name, part in spans(frames).items()
+    }
