@@ -1,0 +1,75 @@
+"""examples/streaming_digits: its data, its scores, and the whole command with --quick."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "streaming_digits"
+
+
+@pytest.fixture
+def moving(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import moving
+
+    return moving
+
+
+def test_digits_move_and_bounce(moving):
+    """One scan in every frame, whole, a hop from where it was at most, and in time at both walls."""
+    scans = torch.linspace(-0.9, 1, 64).view(1, 1, 8, 8)
+    video, classes = moving.clips(scans, torch.tensor([7]), 12, 50, torch.Generator().manual_seed(0))
+    assert video.shape == (50, 12, 32, 32) and classes.tolist() == [7] * 50
+    reader = moving.Reader(scans, torch.tensor([7]))
+    _, corners, errors = reader(video.flatten(0, 1))
+    torch.testing.assert_close(errors, torch.zeros_like(errors), atol=1e-6, rtol=0)
+    assert (video > -1).sum((2, 3)).eq(64).all()
+    corners = corners.view(50, 12, 2)
+    hops = corners.diff(dim=1)
+    assert hops.abs().max() == moving.STEP and hops.eq(0).all(1).any() and not hops.eq(0).all()
+    assert corners.min() == 0 and corners.max() == moving.REACH
+    again, _ = moving.clips(scans, torch.tensor([7]), 12, 50, torch.Generator().manual_seed(0))
+    assert torch.equal(video, again)
+
+
+def test_scores_tell_right_from_wrong(moving):
+    from ard.data import digits
+    from rollout import judge
+
+    real = digits.load()
+    reader = moving.Reader(real.train_images, real.train_labels)
+    held_out = real.held_out_images, real.held_out_labels
+    video, classes = moving.clips(*held_out, 20, 8, torch.Generator().manual_seed(0))
+    for span in judge(video, classes, reader).values():
+        assert span["right"] > 0.9 and span["jumps"] == 0
+    video[:, 18:] = video[:, 18:].roll((2 * moving.STEP, 1), (2, 0))  # further than a digit hops, and of another stream
+    *_, last = judge(video, classes, reader).values()
+    assert last["right"] < 0.5 and last["jumps"] > 0
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    """Quick: losses fall, the cache's memory stays, the report and the animation are there."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(FOLDER), "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.md").read_text() in done.stdout
+    assert (tmp_path / "streams.gif").read_bytes().startswith(b"GIF8")
+    report = json.loads((tmp_path / "report.json").read_text())
+    (seed,) = report["seeds"]
+    teacher = seed["losses"]["teacher"]
+    assert len(teacher) == report["settings"]["teacher_updates"]
+    assert sum(teacher[-5:]) < 0.5 * sum(teacher[:5])
+    assert seed["real"] and len(seed["rows"]) == 6
+    for row in seed["rows"]:
+        early, late = row["cache_bytes"]
+        assert early == late > 0
+        for span in row["scores"].values():
+            assert 0 <= span["right"] <= 1 and 0 <= span["jumps"] <= 1 and 0 <= span["error"] < 1
