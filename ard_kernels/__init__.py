@@ -11,6 +11,7 @@ from ard_kernels.block_causal_attention import (
 )
 from ard_kernels.common.backends import BackendStatus, backends, use_backend
 from ard_kernels.history_attention import HistoryCache, HistoryRouting, history_attention
+from ard_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_packed
 from ard_kernels.segment_adaln import adaln_modulate, gate_residual, gate_residual_adaln
 from ard_kernels.version import __version__
 
@@ -29,6 +30,8 @@ __all__ = [
     "gate_residual_adaln",
     "history_attention",
     "merge_attention",
+    "qk_norm_rope",
+    "qk_norm_rope_packed",
     "segment_attention",
     "segment_attention_packed",
     "use_backend",

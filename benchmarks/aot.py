@@ -12,6 +12,7 @@ the target and launches nothing, so arguments, alignment and constants are speci
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ from ard_kernels.common.arguments import NORM_EPS
 from ard_kernels.history_attention import triton_impl as history
 from ard_kernels.history_attention.places import Place
 from ard_kernels.history_attention.splits import workspace_elements
+from ard_kernels.qk_norm_rope import op as norm_rope
+from ard_kernels.qk_norm_rope.spec import Rule, empty_statistics
 from ard_kernels.segment_adaln import op as adaln
 from benchmarks import build_tables
 from benchmarks.triton_objects import keep_reports, ptxas_report, tcgen05_flops, tensor_core_flops
@@ -51,7 +54,10 @@ WIDE_ACCESS = (
 )
 # What is compiled without --all: D = 72 and 128 in 16 bits, D = 72 in fp32, rows of 1152; the kernels are the same for
 # other widths, and on sm_86 their PTX is that of sm_80.
-FEW = r"attention_\w+/16bit/(72|128)/long|attention_\w+/32bit/72/long|adaln_\w+/\d+bit/1152/long"
+FEW = (
+    r"attention_\w+/16bit/(72|128)/long|attention_\w+/32bit/72/long|adaln_\w+/\d+bit/1152/long"
+    r"|rope_\w+/\d+bit/2048/long"
+)
 FEW_ARCHITECTURES = (80, 90, 100)
 TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Spills that were looked at and let pass, with the reason: (architecture, kernel, key) -> bytes.
@@ -75,8 +81,8 @@ SPILL_BUDGET = {
     (100, "backward_dq", "attention_backward_dq/16bit/96/long"): 44,
     (100, "backward_dq", "attention_backward_dq/32bit/192/long"): 28,
     (100, "backward_dkv", "attention_backward_dkv/16bit/64/short"): 32,
-    (100, "append_and_attend", "attention_history/16bit/256/short"): 64,
-    (100, "append_and_attend", "attention_history/16bit/256/long"): 64,
+    (100, "append_and_attend", "attention_history/16bit/256/short"): 72,
+    (100, "append_and_attend", "attention_history/16bit/256/long"): 72,
     (100, "backward", "adaln_backward/32bit/8192/long"): 40,
 }
 
@@ -176,6 +182,30 @@ def _adaln_run(kernel: str, bits: int, C: int, per_token: bool) -> Callable[[], 
     return lambda: adaln.backward(x, x, x, x, gate, scale, statistics, statistics, lengths, "triton")
 
 
+ROPE_VARIANTS = {  # over all heads, pairs (i, i + P), a table for each head, norm, head dim
+    "wan": (True, False, False, "rms", 128),
+    "ltx": (True, True, True, "rms", 64),
+    "head": (False, False, False, "rms", 72),
+    "layer": (False, True, False, "layer", 64),
+    "turn": (False, False, False, "none", 72),
+}
+
+
+def _rope_run(kernel: str, bits: int, channels: int, variant: str) -> Callable[[], object]:
+    """q of a packed projection, with all that its norm may have; H * D up to `channels`, the heads no power of two."""
+    over_all, half, per_head, norm, D = ROPE_VARIANTS[variant]
+    dtype, T, H = torch.bfloat16 if bits == 16 else torch.float32, 64, 2 ** int(math.log2(channels / D)) - 1
+    q = torch.empty(1, T, 3, H, D, dtype=dtype)[:, :, 0].transpose(1, 2)
+    parameter = None if norm == "none" else torch.empty(H * D if over_all else D)
+    table = torch.empty(1, T, H if per_head else 1, D // 2)
+    inputs = (parameter, None, parameter if norm == "layer" else None, None, table, table)
+    rule = norm, over_all, half, NORM_EPS, "triton"
+    if kernel == "rope_forward":
+        return lambda: norm_rope.forward(q, *inputs, *rule)
+    mean, rstd = empty_statistics(q, Rule(*rule[:4]))
+    return lambda: norm_rope.backward(q, q, *inputs, mean, rstd, *rule)
+
+
 def cases(key: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """(variant, run). Attention: full tiles only, boundary tiles too, and the same with heads of keys that two of
     queries share, where a kernel goes through both. adaLN: rows per segment, and per token.
@@ -185,6 +215,10 @@ def cases(key: str) -> Iterator[tuple[str, Callable[[], object]]]:
     if kernel.startswith("adaln"):
         for variant in ("segment", "token"):
             yield variant, _adaln_run(kernel, bits, int(width), variant == "token")
+        return
+    if kernel.startswith("rope"):
+        for variant in ROPE_VARIANTS:
+            yield variant, _rope_run(kernel, bits, int(width), variant)
         return
     full, ragged = (64, 40) if length == "short" else (256, 200)
     for variant, L, kv_heads in (("full", full, 2), ("masked", ragged, 2), ("grouped", ragged, 1)):
@@ -199,6 +233,8 @@ FUNCTIONS = {  # kernels of a key, by the name of the function
     "attention_history": {"append_and_attend", "add_splits"},
     "adaln_forward": {"forward"},
     "adaln_backward": {"backward", "add_chunks"},
+    "rope_forward": {"forward"},
+    "rope_backward": {"backward", "add_programs"},
 }
 
 
@@ -258,7 +294,7 @@ def problems(row: Row, serialised: bool, arch: int) -> list[str]:
         and not row.tensor_core_ops
     ):
         found.append(f"no {TENSOR_CORES[arch]}")
-    if not row.wide_accesses and row.kernel not in ("add_splits", "add_chunks"):
+    if not row.wide_accesses and row.kernel not in ("add_splits", "add_chunks", "add_programs"):
         found.append("no 16-byte accesses of global memory")
     if serialised:
         found.append("wgmma serialised")

@@ -6,6 +6,10 @@ Attention: from large tiles and deep pipelines to what fits in registers. A tile
 adaLN: one token at a time, in as few warps as hold a row in registers: fewer barriers per row. Chunks long enough that
 reading the rows (forward) and writing partial sums (backward) adds little to the tokens' bytes. STAGES 3 loads two
 tokens ahead.
+
+qk_norm_rope: a token's channels in as few warps as have the registers, 16 channels a thread forward and 8 backward, where
+sums for weight and bias stand beside them. Programs a multiprocessor: some waves of them forward, so that the last one
+costs little; backward one, as each writes a row of sums.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from ard_kernels.common import tuning
 
 ATTENTION = ("attention_forward", "attention_backward_dq", "attention_backward_dkv", "attention_history")
 ADALN = ("adaln_forward", "adaln_backward")
+ROPE = ("rope_forward", "rope_backward")
 # BLOCK_M, BLOCK_N, num_warps, num_stages
 _LONG = [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 3), (128, 32, 8, 2)]
 _SHORT = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2)]
@@ -31,6 +36,8 @@ def keys() -> list[str]:
             names.append(f"{kernel}/32bit/{width}/long")
     for kernel in ADALN:
         names += [f"{kernel}/{bits}bit/{width}/long" for bits in (16, 32) for width in tuning.WIDTHS["adaln"]]
+    for kernel in ROPE:
+        names += [f"{kernel}/{bits}bit/{width}/long" for bits in (16, 32) for width in tuning.WIDTHS["rope"]]
     return names
 
 
@@ -39,6 +46,9 @@ def candidates(key: str) -> Iterator[dict[str, int]]:
     kernel, bits, width, length = key.split("/")
     if kernel in ADALN:
         yield from _adaln(kernel, int(width))
+        return
+    if kernel in ROPE:
+        yield from _rope(kernel, int(width))
         return
     if bits == "32bit":
         blocks = _FP32
@@ -59,3 +69,13 @@ def _adaln(kernel: str, width: int) -> Iterator[dict[str, int]]:
     choices = [(tokens, 1, 1, w) for w in warps[:3]] + [(tokens, 1, 3, few), (tokens, 1, 3, more)]
     for values in [*choices, (tokens // 2, 1, 1, few), (tokens, 2, 1, more)]:
         yield dict(zip(("TOKENS", "ROWS", "STAGES", "num_warps"), values, strict=True))
+
+
+def _rope(kernel: str, width: int) -> Iterator[dict[str, int]]:
+    backward = kernel == "rope_backward"
+    few = max(1, width // (32 * (8 if backward else 16)))
+    warps = [w for w in (few, 2 * few, few // 2) if 1 <= w <= 32]
+    for stages, num_warps in [(1, w) for w in warps] + [(3, w) for w in warps[:2]]:
+        for threads in (768, 1536) if backward else (4096, 2048):
+            blocks = max(1, threads // (32 * num_warps))
+            yield dict(zip(("BLOCKS", "STAGES", "num_warps"), (blocks, stages, num_warps), strict=True))

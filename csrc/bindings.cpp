@@ -3,11 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "common/isa.h"
 #include "common/python.h"
 #include "gpu_bindings.h"
 #include "history_attention/params.h"
+#include "qk_norm_rope/python.h"
 #include "segment_adaln/params.h"
-#include "segment_adaln/row_kernels.h"
 
 namespace py = pybind11;
 
@@ -76,13 +77,10 @@ PYBIND11_MODULE(_C, m) {
         append_cpu({k, v, cache_k, cache_v, batch, heads, tokens, row_bytes, element_bytes, threads});
       },
       py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_isa", [] { return row_kernels().isa; });
-  m.def("cpu_isas", [] {
-    std::vector<std::string> names;
-    for (const RowKernels* kernels : supported_row_kernels()) names.push_back(kernels->isa);
-    return names;
-  });
-  m.def("use_cpu_isa", &use_row_kernels);
+  bind_qk_norm_rope_cpu(m);
+  m.def("cpu_isa", &isa);
+  m.def("cpu_isas", &supported_isas);
+  m.def("use_cpu_isa", &use_isa);
 #ifdef ARD_CUDA
   bind_gpu(m.def_submodule("gpu"));
 #endif

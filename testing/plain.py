@@ -48,6 +48,30 @@ def history_attention(segments, window=None, sink=0, scale=None) -> torch.Tensor
     return block_causal_attention(q, k, v, lengths, window, sink, scale)
 
 
+def qk_norm(x_BTHD, kind: str | None, over: str = "head", weight=None, bias=None, eps: float = EPS) -> torch.Tensor:
+    """x by PyTorch's norm over D, or over all heads of a token."""
+    if kind is None:
+        return x_BTHD
+    x = x_BTHD.flatten(2) if over == "all" else x_BTHD
+    weight, bias = (None if parameter is None else parameter.to(x.dtype) for parameter in (weight, bias))
+    if kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps).view(x_BTHD.shape)
+    return F.rms_norm(x, x.shape[-1:], weight, eps).view(x_BTHD.shape)
+
+
+def rotate(x_BTHD, cos, sin, pairs: str = "interleaved") -> torch.Tensor:
+    """x * cos + (its pairs turned by 90 degrees) * sin; tables (B or 1, T, H or 1, P)."""
+    P = cos.shape[-1]
+    x, rest, (cos, sin) = x_BTHD[..., : 2 * P], x_BTHD[..., 2 * P :], (cos.to(x_BTHD.dtype), sin.to(x_BTHD.dtype))
+    if pairs == "half":
+        a, b = x.chunk(2, -1)
+        turned, cos, sin = torch.cat([-b, a], -1), torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+    else:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        cos, sin = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+    return torch.cat([x * cos + turned * sin, rest], -1)
+
+
 def adaln(
     op: str,
     *inputs: torch.Tensor,

@@ -200,6 +200,7 @@ ops = {
     ard_kernels.block_causal_attention: (q, k, v),
     ard_kernels.block_causal_attention_packed: (torch.randn(1, 8, 3, 2, 8),),
     ard_kernels.adaln_modulate: (x, shift, scale),
+    ard_kernels.qk_norm_rope: (q, k),
     ard_kernels.gate_residual: (x, branch, gate),
     ard_kernels.gate_residual_adaln: (x, branch, gate, shift, scale),
 }

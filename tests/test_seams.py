@@ -9,6 +9,7 @@ import pytest
 import ard_kernels
 from ard_kernels.block_causal_attention import op as attention
 from ard_kernels.history_attention import op as history
+from ard_kernels.qk_norm_rope import op as norm_rope
 from ard_kernels.segment_adaln import op as adaln
 
 PACKAGE = Path(ard_kernels.__file__).parent
@@ -18,7 +19,7 @@ def parameters(function) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "self"]
 
 
-@pytest.mark.parametrize("op", [attention, history, adaln], ids=lambda op: op.__name__.split(".")[1])
+@pytest.mark.parametrize("op", [attention, history, norm_rope, adaln], ids=lambda op: op.__name__.split(".")[1])
 def test_kernels_take_what_the_protocol_says(op):
     expected = {name: parameters(f) for name, f in vars(op.Kernels).items() if name in ("forward", "backward")}
     assert expected and {"cuda", "triton"} <= op.KERNELS.keys()
@@ -49,6 +50,7 @@ def imports(path: Path) -> set[str]:
         ("common", ()),
         ("block_causal_attention", ("common",)),
         ("segment_adaln", ("common",)),
+        ("qk_norm_rope", ("common", "block_causal_attention")),
         ("history_attention", ("common", "block_causal_attention")),
     ],
 )

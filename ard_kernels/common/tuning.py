@@ -23,21 +23,23 @@ from ard_kernels.version import __version__
 SHIPPED = Path(__file__).parents[1] / "tuned"
 ARCHITECTURES = (80, 86, 90, 100)
 # Widths that tables have entries for: head dims, or channels of a row.
-WIDTHS = {"attention": (32, 64, 72, 96, 128, 192, 256), "adaln": (512, 1152, 2048, 4096, 8192)}
+WIDTHS = {"attention": (32, 64, 72, 96, 128, 192, 256), "adaln": (512, 1152, 2048, 4096, 8192),
+          "rope": (1024, 2048, 4096, 8192)}  # fmt: skip
 # Tensor cores take head dims in steps of 16: 72 and 80 are the same tiles, so one entry serves both.
-STEPS = {"attention": 16, "adaln": 1}
+STEPS = {"attention": 16, "adaln": 1, "rope": 1}
 
 Config = Mapping[str, int]  # block sizes, num_warps, num_stages
 # Small blocks, so that a test of 50 tokens has several tiles, full and masked ones.
 INTERPRETER: dict[str, Config] = {
     "attention": {"BLOCK_M": 32, "BLOCK_N": 16},
     "adaln": {"TOKENS": 16, "ROWS": 8, "STAGES": 1},
+    "rope": {"BLOCKS": 1, "STAGES": 1},
 }
 
 
 def _family(name: str) -> str:
     """Of a kernel or an op."""
-    return "attention" if "attention" in name else "adaln"
+    return next((family for family in ("attention", "rope") if family in name), "adaln")
 
 
 def _entry(family: str, width: int) -> int:

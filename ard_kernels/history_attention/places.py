@@ -13,7 +13,7 @@ image-to-video); it lies at its slot's end, and the run starts there.
 `positions` is int64 on the host. A tensor, so that a compiled step finds its place when it runs:
 
     [0] segment_length, [1] window, [2] sink    of a rolling cache; 0 in one that grows
-    [3] written             segments that a layer has written, the last of them perhaps not kept
+    [3] written             segments that a layer of it has written, the last of them perhaps not kept
     [4 : 4 + layers]        segments that each layer has taken
     [4 + layers :]          grows: the token at which segment i starts, i = 0 .. capacity; rolls: that of segment 0
 
@@ -121,11 +121,10 @@ def stand(
         ValueError: no room; an earlier step that left layers behind; another length than the step has in other layers,
             or than the cache's; another window and sink than the cache's; positions that this file has not written.
     """
-    check_undamaged(op, positions, layers, capacity)
-    counts = positions[HEADER : HEADER + layers].tolist()
+    counts = check_undamaged(op, positions, layers, capacity)
     taken, most = counts[layer], max(counts)
-    behind = [i for i, count in enumerate(counts) if count < taken]
-    if behind:
+    if min(counts) < taken:
+        behind = [i for i, count in enumerate(counts) if count < taken]
         raise ValueError(
             f"{op}: layer {layer} of the cache holds {taken} segments, but layer {behind[0]} holds "
             f"{counts[behind[0]]}: an earlier step did not reach it; expected every step to append to every layer "
@@ -134,9 +133,8 @@ def stand(
     found = Stand(positions, layers, taken)
     if found.rolls:
         _check_rolling(op, found, window, sink, lengths)
-    ahead = Stand(positions, layers, most)
     for segment, length in zip(range(taken, most), lengths, strict=False):
-        first, stop = ahead.tokens(segment)
+        first, stop = Stand(positions, layers, most).tokens(segment)
         if length != stop - first:
             raise ValueError(
                 f"{op}: k has {length} tokens in layer {layer}; expected {stop - first}, as in the layers that have "
@@ -152,22 +150,22 @@ def stand(
     return found
 
 
-def check_undamaged(op: str, positions: np.ndarray, layers: int, capacity: int) -> None:
-    """ValueError unless the positions are some that this file may have written."""
-    counts = positions[HEADER : HEADER + layers].tolist()
-    segment_length, window, sink, written = positions[:HEADER].tolist()
+def check_undamaged(op: str, positions: np.ndarray, layers: int, capacity: int) -> list[int]:
+    """The segments that each layer has taken; ValueError unless this file may have written the positions."""
+    segment_length, window, sink, written, *counts = positions[: HEADER + layers].tolist()
     most, first = max(counts, default=0), HEADER + layers
     if segment_length == 0:
         starts = positions[first : first + most + 1].tolist()
-        good = window == sink == 0 and most <= capacity and len(positions) == first + capacity + 1
+        good = window == sink == written == 0 and most <= capacity and len(positions) == first + capacity + 1
         good = good and starts[0] == 0 and starts[-1] <= capacity and all([a < b for a, b in pairwise(starts)])
     else:
         good = segment_length > 0 and window > 0 and sink >= 0 and (sink + window) * segment_length == capacity
-        good = good and len(positions) == first + 1 and 0 <= positions[first] < segment_length
-    if not good or min(counts, default=0) < 0 or written < most:
+        good = good and len(positions) == first + 1 and 0 <= int(positions[first]) < segment_length and written >= most
+    if not good or min(counts, default=0) < 0:
         raise ValueError(
             f"{op}: cache.positions is damaged; expected what the op has written (reset() empties the cache)"
         )
+    return counts
 
 
 def _check_rolling(op: str, at: Stand, window: int | None, sink: int, lengths: Sequence[int]) -> None:
@@ -186,15 +184,15 @@ def _check_rolling(op: str, at: Stand, window: int | None, sink: int, lengths: S
 
 def advance(positions: np.ndarray, layers: int, layer: int, at: Stand, segments: int, commit: bool) -> None:
     """Note that `layer` has written the next `segments` of `at`, and has taken them if they are kept."""
-    done = at.taken + segments
-    positions[WRITTEN] = max(int(positions[WRITTEN]), done)
+    done, first = at.taken + segments, HEADER + layers
+    if at.rolls:
+        positions[WRITTEN] = max(int(positions[WRITTEN]), done)
     if commit:
-        first = HEADER + layers
         positions[HEADER + layer] = done
         if at.rolls:
             positions[first] = at.starts[0]
-        else:
-            positions[first + at.taken + 1 : first + done + 1] = at.starts[at.taken + 1 : done + 1]
+        for segment in range(at.taken + 1, len(at.starts)):
+            positions[first + segment] = at.starts[segment]
 
 
 def rewind(positions: np.ndarray, layers: int, segments: int) -> None:

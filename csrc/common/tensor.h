@@ -9,6 +9,9 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 inline int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
+// Row buffers are padded apart: at 1024 floats they would otherwise sit 4 KiB apart and alias in the store buffer.
+inline int64_t buffer_stride(int64_t floats) { return (floats + 15) / 16 * 16 + 16; }
+
 // (B, rows, C) with a contiguous last dim. rows are tokens (activations) or segments (shift, scale, gate).
 struct View {
   void* data = nullptr;

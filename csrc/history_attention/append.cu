@@ -3,7 +3,7 @@
 // A thread moves one unit, 8 elements, of k and v alike: two 16-byte loads in flight, one set of indices. The units of
 // one head follow each other in the order of the cache, so that its writes are whole; reads from a packed projection
 // are rows of 2 * D bytes (for D = 72, 4.5 sectors of 32 bytes: the half that is left is the next head's).
-#include "eight.h"
+#include "../common/eight.h"
 #include "params.h"
 
 namespace ard {

@@ -4,7 +4,7 @@
 // loads of different splits do not wait for each other. Bytes: (4 * splits + 2) * rows * D.
 #include <cmath>
 
-#include "eight.h"
+#include "../common/eight.h"
 #include "params.h"
 
 namespace ard {

@@ -1,61 +1,20 @@
 // The adaLN family on the CPU: cuts the work into units, picks the ISA, runs units in parallel.
 // Every row is independent in the forward; in the backward the units of a segment leave partial row sums that a second
 // stage adds in order. Both cuts depend on shapes only, so results are bit-equal for any number of threads.
-#include <memory>
-#include <new>
-#include <stdexcept>
-
+#include "../common/isa.h"
+#include "../common/scratch.h"
 #include "row_kernels.h"
 
 namespace ard {
 
 namespace {
 
-const RowKernels* chosen = nullptr;
-
-}  // namespace
-
-std::vector<const RowKernels*> supported_row_kernels() {
-  std::vector<const RowKernels*> supported;
-#if defined(ARD_X86)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    supported.push_back(&row_kernels_avx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) supported.push_back(&row_kernels_avx2);
-#endif
-  supported.push_back(&row_kernels_baseline);
-  return supported;
-}
-
 const RowKernels& row_kernels() {
-  if (chosen == nullptr) chosen = supported_row_kernels().front();
-  return *chosen;
-}
-
-void use_row_kernels(const std::string& isa) {
-  for (const RowKernels* kernels : supported_row_kernels())
-    if (isa == kernels->isa) {
-      chosen = kernels;
-      return;
-    }
-  throw std::invalid_argument("use_cpu_isa: isa is '" + isa + "'; expected one of cpu_isas()");
-}
-
-namespace {
-
-// An output this large is gone from the caches before anyone reads it, so it is written past them, which saves reading
-// the lines first. Measured on Zen 5 with 32 MB of L3, 2 cores: see docs/performance.md.
-constexpr int64_t kStreamBytes = 8 << 20;
-// Below this many elements a second thread costs more than it saves.
-constexpr int64_t kParallelElements = 1 << 15;
-
-struct AlignedDelete {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-
-std::unique_ptr<float[], AlignedDelete> make_scratch(int64_t floats) {
-  return std::unique_ptr<float[], AlignedDelete>(
-      static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t(64))));
+#if defined(ARD_X86)
+  return for_isa<RowKernels>({&row_kernels_avx512, &row_kernels_avx2, &row_kernels_baseline});
+#else
+  return row_kernels_baseline;
+#endif
 }
 
 std::vector<Unit> cut(const Segments& segments) {

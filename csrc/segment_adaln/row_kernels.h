@@ -2,8 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
-#include <vector>
 
 #include "params.h"
 
@@ -20,9 +18,6 @@ constexpr int64_t kUnitTokens = 32;
 constexpr int kForwardBuffers = 7;
 constexpr int kBackwardBuffers = 12;
 
-// Row buffers are padded apart: at C = 1024 they would otherwise sit 4 KiB apart and alias in the store buffer.
-inline int64_t buffer_stride(int64_t channels) { return (channels + 15) / 16 * 16 + 16; }
-
 struct RowKernels {
   const char* isa;
   void (*forward)(const ForwardParams&, const Unit&, float* scratch);
@@ -30,11 +25,6 @@ struct RowKernels {
   // Sum of the `count` partials from slot `first` on, in order, into row (batch, segment) of output `which`.
   void (*reduce)(const BackwardParams&, const Unit& first, int64_t count, int which, float* scratch);
 };
-
-// The kernels this CPU can run, best first; the ones in use; and another choice, by name, for tests.
-std::vector<const RowKernels*> supported_row_kernels();
-const RowKernels& row_kernels();
-void use_row_kernels(const std::string& isa);
 
 extern const RowKernels row_kernels_baseline;
 extern const RowKernels row_kernels_avx2;

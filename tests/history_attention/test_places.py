@@ -118,7 +118,7 @@ def test_a_full_ring_repeats():
 
 
 def test_a_rewind_beyond_what_is_held():
-    positions = np.array([0, 0, 0, 2, 2, 1, 0, 4, 8, 0], np.int64)
+    positions = np.array([0, 0, 0, 0, 2, 1, 0, 4, 8, 0], np.int64)
     with pytest.raises(ValueError, match="segments is 3; expected at most the 2 taken"):
         places.rewind(positions, 2, 3)
     places.rewind(positions, 2, 1)  # the unfinished step

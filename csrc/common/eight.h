@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "../common/numbers.h"
+#include "numbers.h"
 
 namespace ard {
 
