@@ -17,7 +17,7 @@ EVERYTHING = SegmentMask([[True]])
 
 
 class SegmentProcessor:
-    """mask: who sees whom, in segments of `segment_length` tokens; None is the attention of the model as it was made."""
+    """mask: who sees whom, in segments of `segment_length` tokens; None: every query sees every key."""
 
     def __init__(self, mask: SegmentMask | None = None, segment_length: int | None = None):
         self.mask, self.segment_length = mask, segment_length
@@ -30,16 +30,18 @@ class SegmentProcessor:
             linear(tokens).unflatten(-1, (attn.heads, -1))
             for linear, tokens in ((attn.to_q, x), (attn.to_k, context), (attn.to_v, context))
         )
-        # diffusers repeats each angle for both elements of a pair: (1, T, 1, D); the op takes it once: (T, D/2).
-        cos, sin = (None, None) if rotary_emb is None else (table[0, :, 0, ::2] for table in rotary_emb)
-        weights = {"q_weight": attn.norm_q.weight, "k_weight": attn.norm_k.weight, "eps": attn.norm_q.eps}
-        q, k = qk_norm_rope(q, k, cos, sin, norm="rms", over="all", **weights, layout="bthd")
-        mask, lengths = self.mask or EVERYTHING, (self.segment_length or q.shape[1],) * 2
-        if self.mask is None:
-            lengths = q.shape[1], k.shape[1]
-        out = segment_attention(
-            q, k, v, mask, segment_length=lengths[0], key_segment_length=lengths[1], layout="bthd"
-        )
+        settings = {"norm": "rms", "over": "all", "eps": attn.norm_q.eps, "layout": "bthd"}
+        if rotary_emb is None:  # cross attention: k is of other tokens than q
+            q = qk_norm_rope(q, q_weight=attn.norm_q.weight, **settings)
+            k = qk_norm_rope(k, q_weight=attn.norm_k.weight, **settings)
+        else:
+            # diffusers repeats each angle for both elements of a pair: (1, T, 1, D); the op takes it once: (T, D/2).
+            cos, sin = (table[0, :, 0, ::2] for table in rotary_emb)
+            weights = {"q_weight": attn.norm_q.weight, "k_weight": attn.norm_k.weight}
+            q, k = qk_norm_rope(q, k, cos, sin, **weights, **settings)
+        lengths = (q.shape[1], k.shape[1]) if self.mask is None else (self.segment_length, self.segment_length)
+        mask = EVERYTHING if self.mask is None else self.mask
+        out = segment_attention(q, k, v, mask, segment_length=lengths[0], key_segment_length=lengths[1], layout="bthd")
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
 

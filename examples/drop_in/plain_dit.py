@@ -16,9 +16,7 @@ class DiTBlock(nn.Module):
         self.heads, self.segment_length, self.window, self.sink = heads, segment_length, window, sink
         self.rows = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
         self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, 4 * channels), nn.GELU("tanh"), nn.Linear(4 * channels, channels)
-        )
+        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU("tanh"), nn.Linear(4 * channels, channels))
 
     def attention(self, y: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(y).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, T, H, D), read in place

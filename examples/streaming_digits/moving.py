@@ -49,7 +49,9 @@ class Reader:
         for part in frames.split(chunk):
             ink = (part[:, None] + 1) / 2
             # |frame - scan at place|^2 = |frame|^2 + |scan|^2 - 2 frame . scan
-            distance = self.energy[:, None, None] - 2 * F.conv2d(ink, self.ink, stride=STEP)  # (chunk, scans, places, places)
+            distance = self.energy[:, None, None] - 2 * F.conv2d(
+                ink, self.ink, stride=STEP
+            )  # (chunk, scans, places, places)
             nearest, at = distance.flatten(1).min(1)
             places = REACH // STEP + 1
             classes.append(self.labels[at // places**2])

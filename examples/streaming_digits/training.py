@@ -122,9 +122,7 @@ def teacher_losses(
 
 
 @torch.no_grad()
-def make_trajectories(
-    teacher: VideoDiT, settings: Settings, draw: Callable, generator: torch.Generator
-) -> list[Batch]:
+def make_trajectories(teacher: VideoDiT, settings: Settings, draw: Callable, generator: torch.Generator) -> list[Batch]:
     """The teacher's own ODE of every frame, given the clean frames before it; kept where the student's steps begin and end."""
     forcing = {view: Forcing(settings, view) for view in TURNS}
     steps, every = settings.teacher_steps, settings.teacher_steps // settings.student_steps

@@ -54,9 +54,7 @@ def test_self_forcing_attention(window, sink):
     torch.nn.init.uniform_(attention.norm_q.weight, 0.5, 1.5)
     torch.nn.init.uniform_(attention.norm_k.weight, 0.5, 1.5)
     plain = PlainCausalAttention(attention, window, sink)
-    cache = HistoryCache.rolling(
-        1, 2, heads, D, segment_length=length, window=window, sink=sink, dtype=torch.float64
-    )
+    cache = HistoryCache.rolling(1, 2, heads, D, segment_length=length, window=window, sink=sink, dtype=torch.float64)
     with torch.no_grad():
         for chunk in range(12):
             tables = module.rope_tables(chunk, frames, height, width, pairs=(4, 4, 4))
