@@ -3,7 +3,8 @@
     model = WanTransformer3DModel.from_pretrained(...)
     use_segment_mask(model, SegmentMask.block_causal(frames, window=4, sink=1), tokens_per_frame)
 
-Self-attention then is causal over frames at the cost of the pairs that the mask keeps; cross attention sees all of the text.
+Self-attention then is causal over frames, at the cost of the pairs that the mask keeps; cross attention sees the whole
+text.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from ard_kernels import adaln_modulate, block_causal_attention, gate_residual, g
 
 
 class DiTBlock(nn.Module):
-    """x (B, S * L, C) and conditions (B, S, C), one per segment -> (B, S * L, C). A segment sees itself and those before it."""
+    """x (B, S * L, C), conditions (B, S, C), one per segment -> (B, S * L, C). A segment sees itself and the past."""
 
     def __init__(self, channels: int, heads: int, segment_length: int, window: int | None = None, sink: int = 0):
         super().__init__()

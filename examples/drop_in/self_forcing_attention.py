@@ -1,6 +1,6 @@
-"""The causal self-attention of a Self-Forcing style video model: q and k normalised over all channels, 3-axis RoPE, a rolling cache.
+"""Causal self-attention of a Self-Forcing style video model: q/k RMSNorm over all channels, 3-axis RoPE, rolling cache.
 
-A chunk of frames is denoised in some calls that keep nothing, then one call on the clean chunk keeps its keys and values.
+A chunk of frames is denoised in some calls that keep nothing; then a call on the clean chunk keeps its keys and values.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     per seed: teacher (flow matching, teacher forcing) -> its trajectories -> a few-step student -> endless rollouts
     then: report.md, report.json, streams.gif
 
-A rollout is given its first frame, a real scan that no training saw, and this frame alone hears its class. What comes later
+A rollout is given its first frame, a real scan that no training saw; this frame alone hears its class. What comes later
 knows the digit from the past: from the window, and from the sink, which is the first frame, for ever.
 """
 

@@ -1,13 +1,12 @@
-"""A small causal video diffusion transformer, built like Wan: one row of modulation per frame, 3-axis RoPE, cross attention.
+"""A small causal video diffusion transformer, built like Wan: modulation per frame, 3-axis RoPE, cross attention.
 
-Flow matching: x_t = (1 - t) data + t noise, v = noise - data = (x_t - data) / t; the last layer predicts the data. B clips,
-F frames of L tokens, C = H D channels. Every norm, rotation, modulation and attention is an op of ard_kernels.
+Flow matching: x_t = (1 - t) data + t noise, v = noise - data = (x_t - data) / t; the last layer predicts the data.
+B clips, F frames of L tokens, C = H D channels. Every norm, rotation, modulation and attention is an op of ard_kernels.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from moving import CLASSES, SIDE
 from torch import nn
 
@@ -52,8 +51,8 @@ def heads(x: torch.Tensor) -> torch.Tensor:
 class Past:
     """What a block's attention needs beside its tokens: how the frames lie in time and who sees whom.
 
-    In training `mask` is that of [clean | noisy]; in a rollout `cache` holds the past and `commit` says whether it takes
-    this frame too.
+    In training `mask` is that of [clean | noisy]; in a rollout `cache` holds the past, and `commit` says whether it
+    takes this frame too.
     """
 
     def __init__(

@@ -49,8 +49,8 @@ def write(folder: Path, settings: dict, seeds: list[dict], seconds: float) -> No
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     cpu = sum(seed["cpu_seconds"] for seed in seeds)
     text = f"""\
-Share of frames that show the digit of the first, given frame; moves longer than a real digit makes. {settings["seeds"]} seeds: mean
-and range; {settings["streams"]} streams of {settings["rollout"]} frames each.
+Share of frames that show the digit of the first, given frame; moves longer than a real digit makes.
+{settings["seeds"]} seeds: mean and range; {settings["streams"]} streams of {settings["rollout"]} frames each.
 
 {table(seeds)}
 

@@ -64,7 +64,7 @@ def roll(
 
 
 def spans(frames: int) -> dict[str, slice]:
-    """The first, middle and last tenth of a rollout, without the frame that is given, by the names the report prints."""
+    """The first, middle and last tenth of a rollout without its given frame, by the names that the report prints."""
     tenth = max(2, frames // 10)
     middle = (frames - tenth) // 2
     parts = [slice(1, tenth), slice(middle, middle + tenth), slice(frames - tenth, frames)]
@@ -72,8 +72,8 @@ def spans(frames: int) -> dict[str, slice]:
 
 
 def judge(video: torch.Tensor, classes: torch.Tensor, reader: Reader) -> dict:
-    """Of streams that began with a digit of `classes` (streams,), per span: the share of frames that show this digit, their
-    mean squared error to the nearest real scan, and the share of moves longer than a real digit makes in a frame.
+    """Of streams that began with a digit of `classes` (streams,), per span: the share of frames that show this digit,
+    their mean squared error to the nearest real scan, and the share of moves longer than a real digit makes.
     """
     streams, frames = video.shape[:2]
     read, corner, error = reader(video.flatten(0, 1))

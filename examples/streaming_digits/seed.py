@@ -6,12 +6,11 @@ import copy
 import time
 
 import torch
+from ard.data import digits
 from model import VideoDiT
 from moving import Reader, clips
 from rollout import judge, roll
 from training import Settings, fit, make_trajectories, student_losses, teacher_losses, views
-
-from ard.data import digits
 
 USES = ("weights", "teacher", "trajectories", "student", "first frames", "noise")
 

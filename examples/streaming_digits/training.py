@@ -38,7 +38,8 @@ class Settings:
 
 
 QUICK = Settings(
-    clips=4, teacher_updates=40, teacher_steps=4, batches_of_trajectories=4, student_updates=10, streams=4, rollout=16, seeds=1
+    clips=4, teacher_updates=40, teacher_steps=4, batches_of_trajectories=4, student_updates=10,
+    streams=4, rollout=16, seeds=1,
 )  # fmt: skip
 
 
@@ -71,7 +72,7 @@ class Forcing:
 
 @dataclass(frozen=True)
 class Batch:
-    """Teacher-forced frames: `clean` (B, F, 32, 32) of `classes` (B,), and states (steps + 1, B, F, 32, 32) of their ODEs."""
+    """Teacher-forced frames: `clean` (B, F, 32, 32), `classes` (B,), `states` (steps + 1, B, F, 32, 32) of their ODEs."""
 
     view: str
     clean: torch.Tensor
@@ -82,7 +83,7 @@ class Batch:
 def fit(
     network: VideoDiT, losses_of: Iterator[torch.Tensor], updates: int, rate: float, say: Callable[[str], None]
 ) -> list[float]:
-    """`updates` steps of AdamW on the losses that come; `network` then holds the mean of its last weights. Returns them."""
+    """`updates` steps of AdamW on the losses that come, which it returns; `network` ends as a mean of its weights."""
     parameters = list(network.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, fused=True)
     mean = copy.deepcopy(parameters)
@@ -123,7 +124,7 @@ def teacher_losses(
 
 @torch.no_grad()
 def make_trajectories(teacher: VideoDiT, settings: Settings, draw: Callable, generator: torch.Generator) -> list[Batch]:
-    """The teacher's own ODE of every frame, given the clean frames before it; kept where the student's steps begin and end."""
+    """The teacher's ODE of every frame given the clean ones before it, kept where the student's steps begin and end."""
     forcing = {view: Forcing(settings, view) for view in TURNS}
     steps, every = settings.teacher_steps, settings.teacher_steps // settings.student_steps
     batches = []
@@ -144,7 +145,7 @@ def make_trajectories(teacher: VideoDiT, settings: Settings, draw: Callable, gen
 def student_losses(
     network: VideoDiT, settings: Settings, batches: list[Batch], generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
-    """From a kept state to the next in one step: v is the teacher's mean velocity between them. A step of its own per frame."""
+    """From a kept state to the next in one step: v is the teacher's mean velocity between. Each frame draws its step."""
     forcing = {view: Forcing(settings, view) for view in TURNS}
     steps = settings.student_steps
     while True:
