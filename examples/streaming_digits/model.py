@@ -43,6 +43,12 @@ def rope_tables(frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return angle.cos(), angle.sin()
 
 
+def times(steps: int) -> torch.Tensor:
+    """1 = t_0 > t_1 > .. = 0 (steps + 1,): closer together at a large t, where it is decided where the digit goes."""
+    even = torch.linspace(1, 0, steps + 1)
+    return 3 * even / (1 + 2 * even)
+
+
 def heads(x: torch.Tensor) -> torch.Tensor:
     """(B, T, C) -> (B, T, H, D)"""
     return x.unflatten(-1, (HEADS, HEAD_DIM))
@@ -131,16 +137,17 @@ class VideoDiT(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patches = nn.Linear(PATCH * PATCH, C)
-        self.place = nn.Parameter(torch.randn(L, C) * 0.3)  # walls are at absolute places, which RoPE does not tell
+        self.place = nn.Parameter(torch.randn(L, C) * 0.5)  # walls are at absolute places, which RoPE does not tell
         self.prompt = nn.Embedding(1 + CLASSES, C)  # row 0 is silence
         self.time = nn.Sequential(nn.Linear(64, C), nn.SiLU(), nn.Linear(C, C))
         self.rows = nn.Sequential(nn.SiLU(), nn.Linear(C, 6 * C))
         self.blocks = nn.ModuleList(Block(layer) for layer in range(DEPTH))
         self.table = nn.Parameter(torch.randn(2, C) / C**0.5)
         self.head = nn.Linear(C, PATCH * PATCH)
-        for linear in (self.rows[1], self.head):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.rows[1].weight)
+        nn.init.zeros_(self.rows[1].bias)
+        nn.init.orthogonal_(self.patches.weight)  # with what follows, copying a patch is what the network begins with
+        self.head.weight.data.copy_(self.patches.weight.T)
 
     def forward(
         self, video: torch.Tensor, t: torch.Tensor, classes: torch.Tensor, first: list[bool], past: Past

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from model import DEPTH, HEAD_DIM, HEADS, L, Past, VideoDiT
+from model import DEPTH, HEAD_DIM, HEADS, L, Past, VideoDiT, times
 from moving import SIDE, STEP, Reader
 
 from ard_kernels import HistoryCache
@@ -42,22 +42,23 @@ def roll(
     """
     streams, began = len(classes), time.perf_counter()
     cache = HistoryCache.rolling(DEPTH, streams, HEADS, HEAD_DIM, segment_length=L, window=window, sink=sink)
+    grid = times(steps)
     video, cache_bytes = [], []
     for frame in range(frames):
         place = torch.tensor([frame])
         place_for_sink = place.clamp(max=longest) if sink else None
 
-        def velocity(x: torch.Tensor, t: float, commit: bool, frame=frame, where=(place, place_for_sink)):
+        def velocity(x: torch.Tensor, t: torch.Tensor, commit: bool, frame=frame, where=(place, place_for_sink)):
             past = Past(where[0], cache=cache, commit=commit, frame_for_sink=where[1])
-            return network(x, torch.full((streams, 1), t), classes, [frame == 0], past)
+            return network(x, t.expand(streams, 1), classes, [frame == 0], past)
 
         x = start[:, None]
         if frame > 0:
             x = torch.randn(streams, 1, SIDE, SIDE, generator=generator)
-            for step in range(steps):
-                x = x - velocity(x, 1 - step / steps, commit=False) / steps
+            for t, after in zip(grid[:-1], grid[1:], strict=True):
+                x = x - (t - after) * velocity(x, t, commit=False)
             x = x.clamp(-1, 1)
-        velocity(x, 0.0, commit=True)
+        velocity(x, grid[-1], commit=True)
         video.append(x)
         cache_bytes.append(cache.nbytes)
     return Rollout(torch.cat(video, 1), cache_bytes, time.perf_counter() - began)

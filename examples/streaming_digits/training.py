@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from model import Past, VideoDiT
+from model import Past, VideoDiT, times
 
 from ard_kernels import SegmentMask
 
@@ -72,7 +72,7 @@ class Forcing:
 
 @dataclass(frozen=True)
 class Batch:
-    """Teacher-forced frames: `clean` (B, F, 32, 32), `classes` (B,), `states` (steps + 1, B, F, 32, 32) of their ODEs."""
+    """Forced frames: `clean` (B, F, 32, 32), `classes` (B,), `states` (steps + 1, B, F, 32, 32) of their ODEs."""
 
     view: str
     clean: torch.Tensor
@@ -115,7 +115,7 @@ def teacher_losses(
     shape = (settings.clips, settings.frames)
     for update in range(settings.teacher_updates):
         clean, classes = draw(settings.clips, generator)
-        t = (torch.randn(shape, generator=generator) + 0.8).sigmoid()  # where the digit goes is decided at a large t
+        t = (torch.randn(shape, generator=generator) + 1.2).sigmoid()  # where the digit goes is decided at a large t
         noise = torch.randn(clean.shape, generator=generator)
         noisy = torch.lerp(clean, noise, t[..., None, None])
         v = forcing[TURNS[update % len(TURNS)]](network, clean, noisy, t, classes)
@@ -126,17 +126,17 @@ def teacher_losses(
 def make_trajectories(teacher: VideoDiT, settings: Settings, draw: Callable, generator: torch.Generator) -> list[Batch]:
     """The teacher's ODE of every frame given the clean ones before it, kept where the student's steps begin and end."""
     forcing = {view: Forcing(settings, view) for view in TURNS}
-    steps, every = settings.teacher_steps, settings.teacher_steps // settings.student_steps
+    grid, every = times(settings.teacher_steps), settings.teacher_steps // settings.student_steps
     batches = []
     for index in range(settings.batches_of_trajectories):
         view = TURNS[index % len(TURNS)]
         clean, classes = draw(settings.clips, generator)
         x = torch.randn(clean.shape, generator=generator)
         kept = [x]
-        for step in range(steps):
-            t = torch.full(x.shape[:2], 1 - step / steps)
-            x = x - forcing[view](teacher, clean, x, t, classes) / steps
-            if (step + 1) % every == 0:
+        for step in range(1, len(grid)):
+            t, after = grid[step - 1], grid[step]
+            x = x - (t - after) * forcing[view](teacher, clean, x, t.expand(x.shape[:2]), classes)
+            if step % every == 0:
                 kept.append(x)
         batches.append(Batch(view, clean, classes, torch.stack(kept)))
     return batches
@@ -145,14 +145,15 @@ def make_trajectories(teacher: VideoDiT, settings: Settings, draw: Callable, gen
 def student_losses(
     network: VideoDiT, settings: Settings, batches: list[Batch], generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
-    """From a kept state to the next in one step: v is the teacher's mean velocity between. Each frame draws its step."""
+    """From a kept state to the next in a step: v is the teacher's mean velocity between; each frame draws its step."""
     forcing = {view: Forcing(settings, view) for view in TURNS}
-    steps = settings.student_steps
+    grid = times(settings.student_steps)
     while True:
         for index in torch.randperm(len(batches), generator=generator).tolist():
             batch = batches[index]
-            step = torch.randint(steps, batch.clean.shape[:2], generator=generator)
+            step = torch.randint(settings.student_steps, batch.clean.shape[:2], generator=generator)
             clip, frame = torch.arange(step.shape[0])[:, None], torch.arange(step.shape[1])
             here, there = batch.states[step, clip, frame], batch.states[step + 1, clip, frame]
-            v = forcing[batch.view](network, batch.clean, here, 1 - step / steps, batch.classes)
-            yield (v - (here - there) * steps).square().mean()
+            t, after = grid[step], grid[step + 1]
+            v = forcing[batch.view](network, batch.clean, here, t, batch.classes)
+            yield (v - (here - there) / (t - after)[..., None, None]).square().mean()
