@@ -170,16 +170,25 @@ def _attention_run(kernel: str, bits: int, D: int, L: int, kv_heads: int) -> Cal
     return lambda: attention.backward(out, None, q, k, v, out, lse, q, k, v, segments, 0.1)
 
 
-def _adaln_run(kernel: str, bits: int, C: int, per_token: bool) -> Callable[[], object]:
-    """gate_residual_adaln, which has everything that the family's other ops have."""
-    dtype, T = torch.bfloat16 if bits == 16 else torch.float32, 512
-    x = torch.empty(1, T, C, dtype=dtype)
+ADALN_VARIANTS = ("segment", "token", "affine", "rms", "affine token")
+WIDEST_AFFINE = 6144  # of the models that have a weight; at 8192 some of these variants spill, 108 bytes at most
+
+
+def _adaln_run(kernel: str, bits: int, C: int, variant: str) -> Callable[[], object]:
+    """gate_residual_adaln, which has everything that the family's other ops have; all gradients."""
+    dtype, T, norm = torch.bfloat16 if bits == 16 else torch.float32, 512, "rms" if variant == "rms" else "layer"
+    x, per_token = torch.empty(1, T, C, dtype=dtype), "token" in variant
     gate, shift, scale = torch.empty(1, T if per_token else 2, 3 * C).chunk(3, -1)
+    weight = None if variant in ("segment", "token") else torch.empty(C)
+    bias = weight if "affine" in variant else None
     lengths = [1] if per_token else [T // 2]
     if kernel == "adaln_forward":
-        return lambda: adaln.forward(x, x, gate, shift, scale, lengths, NORM_EPS, dtype, "triton")
-    statistics = torch.empty(1, T)
-    return lambda: adaln.backward(x, x, x, x, gate, scale, statistics, statistics, lengths, "triton")
+        settings = lengths, norm, NORM_EPS, dtype, "triton"
+        return lambda: adaln.adaln_op(x, x, gate, shift, scale, weight, bias, *settings)
+    rstd = torch.empty(1, T)
+    saved = x, x, gate, scale, weight, bias, rstd if norm == "layer" else None, rstd
+    wanted = [True, True, True, weight is not None, bias is not None]
+    return lambda: adaln.backward_op(x, x, *saved, lengths, torch.float32, wanted, "triton")
 
 
 ROPE_VARIANTS = {  # over all heads, pairs (i, i + P), a table for each head, norm, head dim
@@ -208,13 +217,15 @@ def _rope_run(kernel: str, bits: int, channels: int, variant: str) -> Callable[[
 
 def cases(key: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """(variant, run). Attention: full tiles only, boundary tiles too, and the same with heads of keys that two of
-    queries share, where a kernel goes through both. adaLN: rows per segment, and per token.
+    queries share, where a kernel goes through both. adaLN: rows per segment, and per token, both without weight and
+    bias and with them, and an RMSNorm. qk_norm_rope: ROPE_VARIANTS.
     """
     kernel, bits, width, length = key.split("/")
     bits = int(bits.removesuffix("bit"))
     if kernel.startswith("adaln"):
-        for variant in ("segment", "token"):
-            yield variant, _adaln_run(kernel, bits, int(width), variant == "token")
+        for variant in ADALN_VARIANTS:
+            C = int(width) if variant in ("segment", "token") else min(int(width), WIDEST_AFFINE)
+            yield variant, _adaln_run(kernel, bits, C, variant)
         return
     if kernel.startswith("rope"):
         for variant in ROPE_VARIANTS:
@@ -232,7 +243,7 @@ FUNCTIONS = {  # kernels of a key, by the name of the function
     "attention_backward_dkv": {"backward_dkv"},
     "attention_history": {"append_and_attend", "add_splits"},
     "adaln_forward": {"forward"},
-    "adaln_backward": {"backward", "add_chunks"},
+    "adaln_backward": {"backward", "add_chunks", "add_parameters"},
     "rope_forward": {"forward"},
     "rope_backward": {"backward", "add_programs"},
 }
@@ -294,7 +305,7 @@ def problems(row: Row, serialised: bool, arch: int) -> list[str]:
         and not row.tensor_core_ops
     ):
         found.append(f"no {TENSOR_CORES[arch]}")
-    if not row.wide_accesses and row.kernel not in ("add_splits", "add_chunks", "add_programs"):
+    if not row.wide_accesses and row.kernel not in ("add_splits", "add_chunks", "add_parameters", "add_programs"):
         found.append("no 16-byte accesses of global memory")
     if serialised:
         found.append("wgmma serialised")
@@ -315,7 +326,7 @@ def compile_key(arch: int, key: str, constants: dict[str, int]) -> tuple[int, li
             row, serialised = inspect(name, kernel, options, key, variant, arch)
             rows.append(row)
             found += [f"sm{arch} {name} {key} {variant}: {p}" for p in problems(row, serialised, arch)]
-    return arch, rows, found
+    return arch, list(dict.fromkeys(rows)), found  # a kernel may be launched twice, for weight and for bias
 
 
 def main() -> None:

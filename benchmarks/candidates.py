@@ -7,9 +7,9 @@ adaLN: one token at a time, in as few warps as hold a row in registers: fewer ba
 reading the rows (forward) and writing partial sums (backward) adds little to the tokens' bytes. STAGES 3 loads two
 tokens ahead.
 
-qk_norm_rope: a token's channels in as few warps as have the registers, 16 channels a thread forward and 8 backward, where
-sums for weight and bias stand beside them. Programs a multiprocessor: some waves of them forward, so that the last one
-costs little; backward one, as each writes a row of sums.
+qk_norm_rope: a token's channels in as few warps as have the registers, 16 channels a thread forward and 8 backward,
+where sums for weight and bias stand beside them. Programs a multiprocessor: some waves of them forward, so that the
+last one costs little; backward one, as each writes a row of sums.
 """
 
 from __future__ import annotations

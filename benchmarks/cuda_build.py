@@ -42,6 +42,7 @@ REQUIRED = (
     (rf"segment_adaln/(?!.*{UNALIGNED})", ("80", "90a"), ("ldg128/ldgsts", "stg128")),
     (rf"segment_adaln/.*{UNALIGNED}", ("80", "90a"), ("stg128",)),
     (r"history_attention/", ("80", "90a"), ("ldg128", "stg128")),
+    (r"qk_norm_rope/(?!.*add_blocks)", ("80", "90a"), ("ldg128", "stg128")),
 )
 
 

@@ -19,7 +19,9 @@ from benchmarks.ops import Job, jobs, our_backends
 from benchmarks.results import Row, compared, goal
 from benchmarks.timing import DEVICE, TINY, Timing, ceilings, interleaved, make_timer, rotating, sets_needed
 from testing import cases
-from testing.cases import ADALN, Case
+from testing.cases import ADALN, NORM_ROPE, Case
+
+MEMORY_BOUND = (*ADALN, NORM_ROPE)
 
 # Tensors (B, T, C) that the reference copies: the two of a single one partly stay in a 32 MB cache.
 COPIED = 6
@@ -110,7 +112,8 @@ def make_sets(job: Job, device: torch.device):
     sets = [inputs] + [cases.make_inputs(case, device) for _ in range(count - 1)]
     if job.direction == "forward":
         return [[x.detach() for x in each] for each in sets], None
-    shape = (case.B, case.tokens, case.C) if case.op in ADALN else (case.B, case.H, case.tokens, case.D)
+    B, T, H, D = case.B, case.tokens, case.H, case.D
+    shape = (B, T, case.C) if case.op in ADALN else (B, T, H, D) if case.op == NORM_ROPE else (B, H, T, D)
     return sets, [torch.randn(shape, device=device).to(case.dtype) for _ in range(job.op.outputs)]
 
 
@@ -118,8 +121,8 @@ def references(case: Case, device: torch.device) -> dict[str, Callable[[], objec
     """Ceilings among the candidates: on a shared CPU the memory rate moves by a factor of two within minutes."""
     if device.type == "cuda":
         return {}
-    if case.op in ADALN:
-        source, target = (torch.randn(COPIED, case.B, case.tokens, case.C).to(case.dtype) for _ in range(2))
+    if case.op in MEMORY_BOUND:
+        source, target = (torch.randn(COPIED, case.B, case.tokens, case.width).to(case.dtype) for _ in range(2))
         return {"copy": lambda: target.copy_(source)}
     a, b = (torch.randn(MATMUL, MATMUL).to(case.dtype) for _ in range(2))
     return {"matmul": lambda: a @ b}
@@ -128,7 +131,7 @@ def references(case: Case, device: torch.device) -> dict[str, Callable[[], objec
 def reference_rate(case: Case, timings: dict[str, Timing]) -> float | None:
     """What the reference reached: GB/s read + written, or TFLOP/s."""
     if "copy" in timings:
-        return 2 * COPIED * case.B * case.tokens * case.C * case.dtype.itemsize / timings["copy"].median / 1e6
+        return 2 * COPIED * case.B * case.tokens * case.width * case.dtype.itemsize / timings["copy"].median / 1e6
     return 2 * MATMUL**3 / timings["matmul"].median / 1e9 if "matmul" in timings else None
 
 

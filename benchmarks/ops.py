@@ -15,12 +15,13 @@ from ard_kernels import history_attention
 from ard_kernels.block_causal_attention.spec import visibility
 from ard_kernels.common.backends import refusal, resolve
 from benchmarks.block_causal_attention.peers import attention_peers
-from benchmarks.exact import Exact, exact_adaln, exact_attention
+from benchmarks.exact import Exact, exact_adaln, exact_attention, exact_norm_rope
 from benchmarks.history_attention.peers import history_peers, segments
+from benchmarks.qk_norm_rope.peers import norm_rope_peers
 from benchmarks.segment_adaln.peers import adaln_peers
 from benchmarks.timing import TINY
 from testing import cases
-from testing.cases import ADALN, BACKENDS, MASKS, PACKED, SEGMENT, Case
+from testing.cases import ADALN, BACKENDS, MASKS, NORM_ROPE, PACKED, SEAMS, SEGMENT, Case
 
 Makers = dict[str, Callable[[], Callable]]  # what makes a candidate, by its name
 PASSES = {"forward": (0,), "backward": (1,), "forward+backward": (0, 1)}
@@ -29,6 +30,10 @@ ADALN_WORK = {
     "adaln_modulate": ((2, 3), (8, 15)),
     "gate_residual_adaln": ((4, 6), (10, 19)),
     "gate_residual": ((3, 3), (2, 4)),
+    # Seams; without a gate the gradients of x and branch are one tensor.
+    "norm3": ((4, 6), (10, 19)),
+    "no gate": ((4, 4), (9, 16)),
+    "frames": ((4, 6), (10, 19)),
 }
 
 
@@ -48,9 +53,21 @@ def history_work(case: Case, direction: str) -> tuple[int, int]:
 
 
 def adaln_work(case: Case, direction: str) -> tuple[int, int]:
-    tensors, flops = (sum(counts[i] for i in PASSES[direction]) for counts in ADALN_WORK[case.op])
+    tensors, flops = (sum(counts[i] for i in PASSES[direction]) for counts in ADALN_WORK[case.seam or case.op])
     elements = case.B * case.tokens * case.C
     return flops * elements, tensors * elements * case.dtype.itemsize
+
+
+def norm_rope_work(case: Case, direction: str) -> tuple[int, int]:
+    """Of q and k: x and y forward; dy, x and dx backward."""
+    tensors, flops = (sum(counts[i] for i in PASSES[direction]) for counts in ((2, 3), (9, 18)))
+    elements = 2 * case.B * case.tokens * case.width
+    return flops * elements, tensors * elements * case.dtype.itemsize
+
+
+def run_norm_rope(case: Case, device: torch.device, backend: str) -> Callable:
+    tables = cases.rotary_tables(case, device)
+    return lambda *inputs: cases.run_norm_rope(case, inputs, tables, backend)
 
 
 def packed_peers(case: Case, device: torch.device, compiled: bool) -> Makers:
@@ -98,6 +115,7 @@ OPS = {
     PACKED: Op("TFLOP/s", run_op, packed_peers, attention_work, exact_attention),
     SEGMENT: Op("TFLOP/s", run_op, attention_peers, attention_work, exact_attention),
     "history_attention": Op("TFLOP/s", run_history, history_peers, history_work, exact_attention),
+    NORM_ROPE: Op("GB/s", run_norm_rope, norm_rope_peers, norm_rope_work, exact_norm_rope, outputs=2),
     "adaln_modulate": Op("GB/s", run_op, adaln_peers, adaln_work, exact_adaln),
     "gate_residual_adaln": Op("GB/s", run_op, adaln_peers, adaln_work, exact_adaln, outputs=2),
     "gate_residual": Op("GB/s", run_op, adaln_peers, adaln_work, exact_adaln),
@@ -162,8 +180,27 @@ def adaln_job(op, B, L, C, row_dtype, direction, target=None, fraction_target=No
     return Job(case, direction, target, fraction_target=fraction_target)
 
 
+def seam_job(seam, L, C, direction, target, fraction_target=None, dtype=torch.bfloat16, S=3) -> Job:
+    """A chunk of S frames of L tokens of a causal video model."""
+    case = Case("gate_residual_adaln", 1, (L,) * S, C=C, dtype=dtype, seam=seam)
+    return Job(case, direction, target, fraction_target=fraction_target)
+
+
 def history_job(B, D=72, L=256, S=4, H=16, dtype=torch.bfloat16) -> Job:
     return Job(Case("history_attention", B, (L,) * S, H=H, D=D, dtype=dtype), "forward", 1.0)
+
+
+# Wan 2.1's q and k over all heads, of a frame at 480p; LightningDiT's and Flux's per head: B, T, H, D, over.
+NORM_ROPE_SHAPES = (
+    (1, 1560, 12, 128, "all"),
+    (4, 256, 16, 72, "head"),
+    (4, 1024, 16, 72, "head"),
+    (4, 1024, 16, 128, "head"),
+)
+
+
+def norm_rope_job(B, T, H, D, over, direction, target, dtype=torch.bfloat16) -> Job:
+    return Job(Case(NORM_ROPE, B, (T,), H=H, D=D, over=over, dtype=dtype), direction, target)
 
 
 class Stream(NamedTuple):
@@ -209,6 +246,8 @@ def tiny_jobs() -> list[Job]:
     found = [attention_job(1, 16, 64, "M4", way, 1.3, S=2, H=1) for way in ways]
     found += [adaln_job(op, 1, 16, 24, torch.float32, way, S=2) for op in ADALN[:2] for way in ways]
     found += [attention_job(1, 16, 64, "M3", "backward", 1.3, S=2, H=1, op=PACKED)]
+    found += [seam_job(seam, 16, 24, "backward", 1.0, S=2) for seam in SEAMS]
+    found += [norm_rope_job(1, 4, 2, 16, "all", way, 1.0) for way in ways]
     found += [segment_job((16,) * 4, "teacher-forcing", way, 1.0, H=2, kv_heads=1, D=64) for way in ways]
     return [*found, history_job(1, 64, L=16, S=2, H=1)]
 
@@ -230,7 +269,10 @@ def gpu_jobs() -> list[Job]:
     found += [attention_job(B, L, D, "M4", way, 1.0) for B, L in long for D in (64, 128) for way in ways]
     dtypes = (torch.float32, torch.bfloat16)
     found += [adaln_job("gate_residual", 32, 256, 1152, dtype, way) for dtype in dtypes for way in ways]
+    found += [norm_rope_job(8 * B, *shape, way, 1.2) for B, *shape in NORM_ROPE_SHAPES for way in ways]
     found += stream_jobs({"forward": (1.1, 500.0), "backward": (1.1, 350.0)}, False, torch.bfloat16)
+    goals = {"forward": (1.2, 0.90), "backward": (1.5, 0.75)}
+    found += [seam_job(seam, 1560, C, way, *goals[way]) for C in (1536, 5120) for seam in SEAMS for way in ways]
     # Shape classes of their own, for the automatic choice.
     found += [history_job(B, D) for D in (64, 128) for B in (1, 32)]
     found += [attention_job(32, 256, 96, "M4", way, 1.0) for way in ways]
@@ -240,7 +282,7 @@ def gpu_jobs() -> list[Job]:
 
 
 def cpu_jobs() -> list[Job]:
-    """fp32: attention at every size as fast as the best peer, 1.1x with the backward; adaLN 1.5x and 2.5x."""
+    """fp32: attention at every size as fast as the best peer, 1.1x with the backward; memory-bound ops 1.3x to 2.5x."""
     fp32, both = {"dtype": torch.float32}, ("forward", "forward+backward")
     goals = {"forward": 1.0, "forward+backward": 1.1}
     shapes = [(256, 72, 16), (256, 64, 16), (64, 72, 16), (16, 72, 16), (4, 72, 16)]  # L, D, H
@@ -251,6 +293,9 @@ def cpu_jobs() -> list[Job]:
     found += stream_jobs({way: (1.0, None) for way in both}, True, torch.float32)
     goals = {"forward": 1.5, "forward+backward": 2.5}
     found += [adaln_job(op, 4, 256, 1152, torch.float32, way, goals[way], **fp32) for op in ADALN for way in both]
+    found += [seam_job(seam, 1560, 1536, "forward+backward", 1.4, **fp32) for seam in SEAMS]
+    goals = {"forward": 1.3, "forward+backward": 1.5}  # of the compiled chain; twice the eager one it is many times over
+    found += [norm_rope_job(*shape, way, goals[way], **fp32) for shape in NORM_ROPE_SHAPES for way in both]
     return found + [history_job(1, L=L, **fp32) for L in (256, 64, 16)]
 
 

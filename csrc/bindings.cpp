@@ -16,42 +16,27 @@ namespace ard {
 namespace {
 
 void segment_adaln_forward(const Segments& segments, const View& x, const View& branch, const View& gate,
-                           const View& shift, const View& scale, const View& h, const View& y, uintptr_t mean,
-                           uintptr_t rstd, float eps) {
-  ForwardParams p;
-  p.x = x;
-  p.branch = branch;
-  p.gate = gate;
-  p.shift = shift;
-  p.scale = scale;
-  p.h = h;
-  p.y = y;
-  p.mean = pointer<float>(mean);
-  p.rstd = pointer<float>(rstd);
-  p.eps = eps;
+                           const View& shift, const View& scale, const View& weight, const View& bias, const View& h,
+                           const View& y, uintptr_t mean, uintptr_t rstd, float eps) {
+  CpuForwardParams p;
+  p.x = x, p.branch = branch, p.gate = gate, p.shift = shift, p.scale = scale, p.weight = weight, p.bias = bias;
+  p.h = h, p.y = y, p.mean = pointer<float>(mean), p.rstd = pointer<float>(rstd), p.eps = eps;
   py::gil_scoped_release release;
   forward_cpu(p, segments);
 }
 
+// `workspace` is called with the number of floats that are needed, and gives their address.
 void segment_adaln_backward(const Segments& segments, const View& grad_h, const View& grad_y, const View& h,
-                            const View& branch, const View& gate, const View& scale, const View& dx,
-                            const View& dbranch, const View& dgate, const View& dshift, const View& dscale,
-                            uintptr_t mean, uintptr_t rstd, uintptr_t workspace) {
-  BackwardParams p;
-  p.grad_h = grad_h;
-  p.grad_y = grad_y;
-  p.h = h;
-  p.branch = branch;
-  p.gate = gate;
-  p.scale = scale;
-  p.dx = dx;
-  p.dbranch = dbranch;
-  p.dgate = dgate;
-  p.dshift = dshift;
-  p.dscale = dscale;
-  p.mean = pointer<float>(mean);
-  p.rstd = pointer<float>(rstd);
-  p.workspace = pointer<float>(workspace);
+                            const View& branch, const View& gate, const View& scale, const View& weight,
+                            const View& bias, uintptr_t mean, uintptr_t rstd, const View& dx, const View& dbranch,
+                            const View& dgate, const View& dshift, const View& dscale, const View& dweight,
+                            const View& dbias, const py::function& workspace) {
+  CpuBackwardParams p;
+  p.grad_h = grad_h, p.grad_y = grad_y, p.h = h, p.branch = branch, p.gate = gate, p.scale = scale;
+  p.weight = weight, p.bias = bias, p.mean = pointer<float>(mean), p.rstd = pointer<float>(rstd);
+  p.dx = dx, p.dbranch = dbranch, p.dgate = dgate, p.dshift = dshift, p.dscale = dscale;
+  p.dweight = dweight, p.dbias = dbias;
+  p.workspace = pointer<float>(workspace(workspace_floats(segments, p)).cast<uintptr_t>());
   py::gil_scoped_release release;
   backward_cpu(p, segments);
 }
@@ -67,9 +52,6 @@ PYBIND11_MODULE(_C, m) {
                       int threads) { return Segments{batch, tokens, channels, length, std::move(offsets), threads}; }));
   m.def("segment_adaln_forward", &segment_adaln_forward);
   m.def("segment_adaln_backward", &segment_adaln_backward);
-  m.def("segment_adaln_workspace", [](const Segments& segments, bool gated, bool normed) {
-    return workspace_floats(segments, (gated ? 1 : 0) + (normed ? 2 : 0));
-  });
   m.def(
       "history_append",
       [](const HeadsView& k, const HeadsView& v, const HeadsView& cache_k, const HeadsView& cache_v, int64_t batch,

@@ -11,6 +11,7 @@ import torch
 import ard_kernels
 from ard_kernels import SegmentMask
 from ard_kernels.block_causal_attention.spec import Segments
+from ard_kernels.segment_adaln import reference as adaln_reference
 from testing import plain
 from testing.plain import EPS as EPS
 from testing.plain import TAKES
@@ -23,7 +24,15 @@ SEGMENT_MASKS: dict[str, Callable[[int], SegmentMask]] = {
     "teacher-forcing": lambda segments: SegmentMask.teacher_forcing(segments // 2),  # the clean and the noisy ones
 }
 ADALN = tuple(TAKES)
+# Seams of a video model with a row per frame, (B, S, 1, C), after Wan: what gate_residual_adaln takes beside x and
+# branch.
+SEAMS = {
+    "norm3": ("gate", "weight", "bias"),  # before cross attention: a LayerNorm with parameters, without modulation
+    "no gate": ("shift", "scale"),  # after cross attention
+    "frames": ("gate", "shift", "scale"),  # the next block's first norm
+}
 SEGMENT = "segment_attention"
+NORM_ROPE = "qk_norm_rope"
 PACKED = "block_causal_attention_packed"  # one qkv projection in, one gradient out
 ATTENTION = ("block_causal_attention", PACKED, "history_attention")
 OPS = (*ATTENTION, *ADALN)
@@ -35,7 +44,8 @@ class Case:
     """One shape of one op. Attention uses H and D, the adaLN family C; rows (shift, scale, gate) have `row_dtype`.
 
     `mask` names one of MASKS, of segment_attention one of SEGMENT_MASKS; `kv_heads` of segment_attention, None for H;
-    `scale` of block_causal_attention, None for the default.
+    `scale` of block_causal_attention, None for the default; `seam`: gate_residual_adaln as one of SEAMS. qk_norm_rope:
+    RMSNorm with weights `over` a head or all, then interleaved pairs turned.
     """
 
     op: str
@@ -51,6 +61,8 @@ class Case:
     per_token: bool = False
     scale: float | None = None
     kv_heads: int | None = None
+    seam: str | None = None
+    over: str = "head"
 
     @property
     def tokens(self) -> int:
@@ -58,6 +70,8 @@ class Case:
 
     @property
     def width(self) -> int:
+        if self.op == NORM_ROPE:
+            return self.H * self.D
         return self.C if self.op in ADALN else self.D
 
     @property
@@ -68,6 +82,11 @@ class Case:
     @property
     def key_heads(self) -> int:
         return self.kv_heads or self.H
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Of the adaLN family: names of the inputs."""
+        return TAKES[self.op] if self.seam is None else ("x", "branch", *SEAMS[self.seam])
 
     @cached_property
     def segment_mask(self) -> SegmentMask:
@@ -93,7 +112,10 @@ class Case:
         tokens = f"S{len(self.lengths)} L{self.lengths[0]}" if equal else f"lengths {list(self.lengths)}"
         if self.op in ADALN:
             rows = "per token" if self.per_token else "rows"
-            return f"{self.op} B{self.B} {tokens} C{self.C} {name(self.dtype)}, {rows} {name(self.row_dtype)}"
+            seam = f" {self.seam}" if self.seam else ""
+            return f"{self.op}{seam} B{self.B} {tokens} C{self.C} {name(self.dtype)}, {rows} {name(self.row_dtype)}"
+        if self.op == NORM_ROPE:
+            return f"{self.op} B{self.B} H{self.H} T{self.tokens} D{self.D} {name(self.dtype)} over {self.over}"
         layout = "one qkv" if self.op == PACKED else "packed" if self.packed else "contiguous"
         rest = f" scale {self.scale}" * (self.scale is not None)
         heads = f"H{self.H}" + f":{self.kv_heads}" * (self.kv_heads is not None)
@@ -124,13 +146,36 @@ def attention_inputs(case: Case, device: torch.device) -> list[torch.Tensor]:
 
 
 def adaln_inputs(case: Case, device: torch.device) -> list[torch.Tensor]:
-    """Of x, branch (B, T, C) and gate, shift, scale, chunks of one (B, S or T, 6C), those the op takes; leaves."""
+    """Of x, branch (B, T, C), gate, shift, scale, chunks of one (B, S or T, 6C), of a seam of one (B, S, 6, C), and
+    weight, bias (C,) those the case takes; leaves."""
     x, branch = (torch.randn(case.B, case.tokens, case.C, device=device).to(case.dtype) for _ in range(2))
     count = case.tokens if case.per_token else len(case.lengths)
     rows = torch.randn(case.B, count, 6 * case.C, device=device).to(case.row_dtype)
-    gate, shift, scale = rows.chunk(6, -1)[1:4]
-    named = {"x": x, "branch": branch, "gate": gate, "shift": shift, "scale": scale}
-    return [named[argument].detach().requires_grad_() for argument in TAKES[case.op]]
+    gate, shift, scale = (rows.unflatten(2, (6, -1)) if case.seam else rows).chunk(6, 2)[1:4]
+    weight, bias = torch.randn(2, case.C, device=device).unbind()
+    named = {"x": x, "branch": branch, "gate": gate, "shift": shift, "scale": scale, "weight": weight, "bias": bias}
+    return [named[argument].detach().requires_grad_() for argument in case.takes]
+
+
+def norm_rope_inputs(case: Case, device: torch.device) -> list[torch.Tensor]:
+    """q, k (B, T, H, D), views of one packed projection, and their weights; leaves."""
+    qkv = torch.randn(case.B, case.tokens, 3, case.H, case.D, device=device).to(case.dtype)
+    width = case.H * case.D if case.over == "all" else case.D
+    weights = [1 + torch.randn(width, device=device) / 4 for _ in range(2)]
+    return [x.detach().requires_grad_() for x in (*qkv.unbind(2)[:2], *weights)]
+
+
+def rotary_tables(case: Case, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, sin (T, D / 2)."""
+    frequency = 10000.0 ** -(torch.arange(0, case.D, 2, device=device) / case.D)
+    angles = torch.arange(case.tokens, device=device)[:, None] * frequency
+    return angles.cos(), angles.sin()
+
+
+def run_norm_rope(case: Case, inputs, tables, backend: str | None) -> tuple[torch.Tensor, ...]:
+    q, k, q_weight, k_weight = inputs
+    how = {"over": case.over, "q_weight": q_weight, "k_weight": k_weight, "layout": "bthd", "backend": backend}
+    return ard_kernels.qk_norm_rope(q, k, *tables, **how)
 
 
 def heads_first(case: Case, tensors) -> list[torch.Tensor]:
@@ -139,6 +184,8 @@ def heads_first(case: Case, tensors) -> list[torch.Tensor]:
 
 
 def make_inputs(case: Case, device: torch.device) -> list[torch.Tensor]:
+    if case.op == NORM_ROPE:
+        return norm_rope_inputs(case, device)
     return (adaln_inputs if case.op in ADALN else attention_inputs)(case, device)
 
 
@@ -151,7 +198,10 @@ def run_ours(case: Case, inputs, backend: str | None) -> tuple[torch.Tensor, ...
         settings["mask"] = case.segment_mask
     elif case.op in ATTENTION:
         settings |= dict(zip(("window", "sink"), MASKS[case.mask], strict=True)) | {"scale": case.scale}
-    outputs = getattr(ard_kernels, case.op)(*inputs, **settings)
+    if case.op in ADALN:
+        outputs = getattr(ard_kernels, case.op)(**dict(zip(case.takes, inputs, strict=True)), **settings)
+    else:
+        outputs = getattr(ard_kernels, case.op)(*inputs, **settings)
     if case.op == PACKED:
         outputs = outputs.transpose(1, 2)
     return outputs if isinstance(outputs, tuple) else (outputs,)
@@ -184,7 +234,19 @@ def plain_attention(case: Case, q, k, v) -> torch.Tensor:
 
 
 def plain_adaln(case: Case, *inputs) -> tuple[torch.Tensor, ...]:
-    return plain.adaln(case.op, *inputs, lengths=[1] if case.per_token else case.lengths)
+    named = dict(zip(case.takes, inputs, strict=True))
+    parameters = {name: named.get(name) for name in ("weight", "bias")}
+    rows = [named.get(name) for name in TAKES[case.op]]
+    return plain.adaln(case.op, *rows, lengths=[1] if case.per_token else case.lengths, **parameters)
+
+
+def exact_adaln(case: Case, *inputs) -> tuple[torch.Tensor, ...]:
+    """`plain_adaln` in fp64."""
+    named = dict(zip(case.takes, inputs, strict=True))
+    parameters = {name: named[name] for name in ("weight", "bias") if name in named}
+    rows, lengths = [named.get(name) for name in TAKES[case.op]], [1] if case.per_token else list(case.lengths)
+    outputs = getattr(adaln_reference, case.op)(*rows, lengths, **parameters)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def tiny_case(op: str, D: int = 64) -> Case:

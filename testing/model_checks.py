@@ -10,7 +10,6 @@ import torch
 
 from ard_kernels.block_causal_attention.reference import block_causal_attention as attention_reference
 from ard_kernels.common.backends import refusal
-from ard_kernels.segment_adaln import reference as adaln_reference
 from testing import cases
 from testing.cases import ADALN, MASKS, Case
 from testing.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_close
@@ -127,8 +126,7 @@ def expect_adaln(case: Case, device: torch.device) -> Expected:
     outputs = cases.plain_adaln(case, *inputs)
     grad_outputs = [torch.randn_like(y) for y in outputs]
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    exact = getattr(adaln_reference, case.op)(*wide, [1] if case.per_token else list(case.lengths))
-    exact = exact if isinstance(exact, tuple) else (exact,)
+    exact = cases.exact_adaln(case, *wide)
     results = []
     for ys, tensors in ((outputs, inputs), (exact, wide)):
         grads = torch.autograd.grad(ys, tensors, [g.to(y.dtype) for g, y in zip(grad_outputs, ys, strict=True)])

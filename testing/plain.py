@@ -74,34 +74,44 @@ def rotate(x_BTHD, cos, sin, pairs: str = "interleaved") -> torch.Tensor:
 
 def adaln(
     op: str,
-    *inputs: torch.Tensor,
+    *inputs: torch.Tensor | None,
     lengths: Sequence[int] = (),
     eps: float = EPS,
     spread: Callable | None = None,
-    norm: Callable | None = None,
+    norm: Callable | str = "layer",
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     y_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """The adaLN family: h = x + gate * branch, y = LayerNorm(h) * (1 + scale) + shift; those of h, y that `op` returns.
+    """The adaLN family: h = x + gate * branch, y = N(h) * (1 + scale) + shift; those of h, y that `op` returns.
 
     Args:
-        inputs: those of TAKES[op].
+        inputs: those of TAKES[op]; rows may be None.
         lengths: of the segments; [1] for rows per token.
-        spread: (B, S, C) rows to (B, T, C), each token's; default by `lengths`.
-        norm: over the last dim; default PyTorch's LayerNorm with `eps`.
+        spread: (B, S, C) or (B, S, 1, C) rows to (B, T, C), each token's; default by `lengths`.
+        norm: over the last dim; or PyTorch's LayerNorm, "layer", or RMSNorm, "rms", with `eps`.
+        weight, bias: (C,), of the norm.
         y_dtype: of y; default that of x.
     """
-    named = dict(zip(TAKES[op], inputs, strict=True))
-    x = h = named["x"]
-    norm = norm or partial(F.layer_norm, normalized_shape=x.shape[-1:], eps=eps)
+    x, branch, gate, shift, scale = (
+        dict(zip(TAKES[op], inputs, strict=True)).get(name) for name in ("x", "branch", "gate", "shift", "scale")
+    )
+    if isinstance(norm, str):
+        norm = partial(F.layer_norm if norm == "layer" else F.rms_norm, normalized_shape=x.shape[-1:], eps=eps)
     if spread is None:
         row_T = row_of_token(lengths, x.shape[1], x.device)
 
         def spread(rows):
-            return rows[:, row_T]
+            return rows.flatten(1, -2)[:, row_T]
 
-    if "branch" in named:
-        h = (x + spread(named["gate"]) * named["branch"]).to(x.dtype)
-    if "shift" not in named:
+    h = x
+    if branch is not None:
+        h = (x + (branch if gate is None else spread(gate) * branch)).to(x.dtype)
+    if op == "gate_residual":
         return (h,)
-    y = (norm(h) * (1 + spread(named["scale"])) + spread(named["shift"])).to(y_dtype or x.dtype)
-    return (h, y) if "branch" in named else (y,)
+    y = norm(h)
+    for parameter, combine in ((weight, torch.mul), (bias, torch.add)):
+        y = y if parameter is None else combine(y, parameter)
+    y = y if scale is None else y * (1 + spread(scale))
+    y = (y if shift is None else y + spread(shift)).to(y_dtype or x.dtype)
+    return (y,) if branch is None else (h, y)

@@ -132,14 +132,19 @@ def raw_attention_backward(grad=Q, out=Q, lse=None, grad_lse=None):
 
 
 def raw_adaln(lengths, row=ROW):
-    return torch.ops.ard.adaln_modulate(X, row, row, lengths, 1e-6, torch.float32, "cpu")
+    rows = None, row, row, None, None
+    return torch.ops.ard.segment_adaln(X, None, *rows, lengths, "layer", 1e-6, torch.float32, "cpu")
 
 
 def raw_adaln_backward(mean=None, grad=X):
     statistic = torch.zeros(1, 8)
-    return torch.ops.ard.adaln_modulate_backward(
-        grad, X, ROW, statistic if mean is None else mean, statistic, [4], "cpu"
-    )
+    tensors = None, grad, X, None, None, ROW, None, None, statistic if mean is None else mean, statistic
+    return torch.ops.ard.segment_adaln_backward(*tensors, [4], ROW.dtype, [False, True, True, False, False], "cpu")
+
+
+def raw_gate(branch=X, gate=ROW):
+    rows = gate, None, None, None, None
+    return torch.ops.ard.segment_adaln(X, branch, *rows, [4], None, 1e-6, torch.float32, "cpu")
 
 
 RAW = {
@@ -172,8 +177,8 @@ RAW = {
     "adaln, strides": (lambda: raw_adaln([4], ROW.mT.contiguous().mT), "shift has strides"),
     "adaln backward, mean": (lambda: raw_adaln_backward(mean=torch.zeros(1, 4)), "mean is a float32 tensor"),
     "adaln backward, grad": (lambda: raw_adaln_backward(grad=X[:, :4]), "grad_y has shape"),
-    "gate, branch": (lambda: torch.ops.ard.gate_residual(X, X[:, :4], ROW, [4], "cpu"), "branch has shape"),
-    "gate, row": (lambda: torch.ops.ard.gate_residual(X, X, ROW[..., :8], [4], "cpu"), "gate has shape"),
+    "gate, branch": (lambda: raw_gate(branch=X[:, :4]), "branch has shape"),
+    "gate, row": (lambda: raw_gate(gate=ROW[..., :8]), "gate has shape"),
 }
 
 

@@ -234,7 +234,7 @@ def test_a_users_kernel_is_seen_with_ARD_DISPATCH():
     program = """
 import torch, ard_kernels
 library = torch.library.Library("ard", "IMPL")
-library.impl("gate_residual", lambda x, *rest: torch.full_like(x, 7.0), "CPU")
+library.impl("segment_adaln", lambda x, *rest: (torch.full_like(x, 7.0), None, None, None), "CPU")
 x, gate = torch.zeros(1, 4, 8), torch.zeros(1, 1, 8)
 print(ard_kernels.gate_residual(x, x, gate, segment_length=4).unique().tolist())
 """
@@ -249,8 +249,11 @@ print(ard_kernels.gate_residual(x, x, gate, segment_length=4).unique().tolist())
 def test_zero_tensors_of_autograd(direct):
     x, row = torch._efficientzerotensor(1, 8, 16), torch.randn(1, 2, 16)
     modulate = ard_kernels.adaln_modulate
-    raw = torch.ops.ard.adaln_modulate
-    got = modulate(x, row, row, segment_length=L) if direct else raw(x, row, row, [L], 1e-6, torch.float32, "cpu")[0]
+    if direct:
+        got = modulate(x, row, row, segment_length=L)
+    else:
+        inputs = x, None, None, row, row, None, None
+        got = torch.ops.ard.segment_adaln(*inputs, [L], "layer", 1e-6, torch.float32, "cpu")[1]
     assert torch.equal(got, modulate(torch.zeros(1, 8, 16), row, row, segment_length=L))
 
 

@@ -70,8 +70,11 @@ def pointer(x: Tensor | None) -> int:
 
 
 def view(x_BRC: Tensor | None) -> tuple[int, ...] | None:
-    """What the extension takes as a (B, rows, C) tensor with a contiguous last dim; None stays None."""
-    return None if x_BRC is None else (x_BRC.data_ptr(), *x_BRC.stride()[:2], _DTYPE_CODES[x_BRC.dtype])
+    """What the extension takes as a (B, rows, C) tensor with a contiguous last dim; (C,) stands for each row."""
+    if x_BRC is None:
+        return None
+    strides = x_BRC.stride()[:2] if x_BRC.dim() == 3 else (0, 0)
+    return x_BRC.data_ptr(), *strides, _DTYPE_CODES[x_BRC.dtype]
 
 
 def heads_view(x_BHTD: Tensor) -> tuple[int, ...]:

@@ -56,6 +56,11 @@ def forward_mode() -> bool:
     return not is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func is running."""
+    return _transforms is not None and _transforms() is not None
+
+
 def define_op(
     schema: str,
     kernel: Callable,
@@ -198,7 +203,7 @@ def _autograd_kernel(
 
     def kernel(*inputs: Any) -> Any:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        in_transform = _transforms is not None and _transforms() is not None
+        in_transform = transformed()
         may_be_dual = in_transform or getattr(forward_ad, "_current_level", 0) >= 0
         if may_be_dual and any(forward_ad.unpack_dual(x, level=0).tangent is not None for x in tensors):
             return _with_tangents(name, composite, inputs)

@@ -13,6 +13,7 @@ from ard_kernels.block_causal_attention.spec import check_qkv, check_window, row
 from ard_kernels.common.arguments import check_int, check_scale, described, is_int
 from ard_kernels.common.autocast import cast_to_autocast
 from ard_kernels.common.backends import resolve
+from ard_kernels.common.library import transformed
 from ard_kernels.common.segments import check_segment_length
 from ard_kernels.history_attention.cache import HistoryCache
 from ard_kernels.history_attention.copied import attend_outside_of_graphs, attend_to_copy
@@ -44,8 +45,10 @@ def history_attention(
 
     Args:
         q: (B, H, L, D) of one new segment, or (B, L, H, D) with layout "bthd"; dtype and device of the cache.
-        k, v: like q, with the cache's H_kv heads, of which H is a multiple (grouped queries). Not memory of the cache.
-        cache: written in place at `layer`. A step takes one call with `commit` per layer, in any order.
+            Neither it nor what follows may be memory of the cache.
+        k, v: like q, with the cache's H_kv heads, of which H is a multiple (grouped queries).
+        cache: written in place at `layer`. A step takes one call with `commit` per layer. If every step goes through
+            the layers in the same order, one that broke off is noticed at the next step's first call.
         layer: row of the cache, 0 .. cache.layers - 1.
         commit: False attends to the past and to its own segment and keeps nothing: the denoising calls of a segment,
             before the one on its clean tokens that stays.
@@ -71,12 +74,15 @@ def history_attention(
         ValueError: an argument outside this contract, no room left, or a cache whose layers have not all taken the
             step before; the cache then keeps its contents.
         RuntimeError: in a backward pass. Activation checkpointing around this call would append its segment twice.
-        NotImplementedError: in torch.export, whose program would hold the cache's contents as constants.
+        NotImplementedError: in torch.export, whose program would hold the cache's contents as constants; under
+            torch.func and with forward-mode tangents; several segments or a gradient with fake tensors.
     """
     op = "history_attention"
     # The flag and not torch.compiler.is_exporting(), which is True in all that torch 2.11 compiles.
     if getattr(torch.compiler, "_is_exporting_flag", False):
         raise NotImplementedError(f"{op}: torch.export would freeze the cache into the program; expected torch.compile")
+    if not is_compiling() and transformed():
+        raise NotImplementedError(f"ard_kernels: {op} does not run under torch.func; expected torch.autograd")
     check_qkv(op, q, k, v, layout)
     check_sink_query(op, q_sink, q)
     scale = check_scale(op, scale, q.shape[-1])
@@ -145,14 +151,16 @@ class HistoryRouting:
     ) -> torch.Tensor:
         """The attention of `layer` as its place in the model asks.
 
-        Without a cache q, k, v hold all segments (teacher-forced training). With one they hold a single new segment
-        (sampling): history layers append it (with `commit`) and attend to the past, the others attend within it and
-        keep nothing.
+        Without a cache q, k, v hold all segments (teacher-forced training). With one they hold one new segment, or
+        some (sampling): history layers append (with `commit`) and attend to the past, the others keep nothing.
+
+        Raises:
+            ValueError: as the ops; a rolling cache of another window or sink.
         """
         shared: dict[str, Any] = {"layout": layout, "scale": scale, "backend": backend}
         if cache is not None and self.reads_history(layer):
-            mask: dict[str, Any] = {"window": self.window, "sink": self.sink}
-            return history_attention(q, k, v, cache, layer=layer, commit=commit, **mask, **shared)
+            shared |= {"segment_length": segment_length, **self._mask_over(cache)}
+            return history_attention(q, k, v, cache, layer=layer, commit=commit, **shared)
         return block_causal_attention(q, k, v, segment_length=segment_length, **self.mask(layer), **shared)
 
     def attention_packed(
@@ -170,9 +178,18 @@ class HistoryRouting:
         shared: dict[str, Any] = {"scale": scale, "backend": backend}
         if cache is not None and self.reads_history(layer):
             q, k, v = qkv.unbind(2)
-            mask: dict[str, Any] = {"window": self.window, "sink": self.sink}
-            return history_attention(q, k, v, cache, layer=layer, commit=commit, layout="bthd", **mask, **shared)
+            shared |= {"segment_length": segment_length, **self._mask_over(cache)}
+            return history_attention(q, k, v, cache, layer=layer, commit=commit, layout="bthd", **shared)
         return block_causal_attention_packed(qkv, segment_length=segment_length, **self.mask(layer), **shared)
+
+    def _mask_over(self, cache: HistoryCache) -> dict[str, Any]:
+        """The mask; where the cache rolls, its own: a window of None would mean that to `history_attention`."""
+        own = self.window, self.sink
+        if cache.window is not None and own != (cache.window, cache.sink):
+            raise ValueError(
+                f"HistoryRouting: window and sink are {own}; expected the rolling cache's {(cache.window, cache.sink)}"
+            )
+        return {"window": self.window, "sink": self.sink}
 
     def reads_history(self, layer: int) -> bool:
         """Whether `layer` attends to earlier segments. ValueError for a layer the model does not have."""

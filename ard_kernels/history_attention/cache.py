@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ard_kernels.block_causal_attention.spec import check_dtype_and_head_dim, check_window
-from ard_kernels.common.arguments import check_int, check_tensor, described
+from ard_kernels.common.arguments import check_int, check_tensor, described, is_int
 from ard_kernels.history_attention import places
 from ard_kernels.history_attention.splits import workspace_elements
 
@@ -116,7 +117,7 @@ class HistoryCache:
         self.positions[places.WRITTEN :] = 0
 
     def rewind(self, segments: int = 1) -> None:
-        """Forget the last `segments` segments. A step that not all layers have taken counts as one.
+        """Forget the last `segments` segments, also those that not all layers have taken.
 
         A rolling cache overwrites its oldest segment, so once it is full it goes back by one, right after the call that
         kept the segment.
@@ -134,9 +135,12 @@ class HistoryCache:
             ValueError: not `batch` integers from 0 to batch - 1.
         """
         op = "HistoryCache.select"
-        index = torch.as_tensor(index_B, device="cpu") if not isinstance(index_B, torch.Tensor) else index_B
-        check_tensor(op, "index_B", index)
-        if index.shape != (self.batch,) or index.is_floating_point() or index.dtype == torch.bool:
+        given: Any = index_B
+        if isinstance(index_B, Sequence) and all(map(is_int, index_B)):
+            given = torch.tensor(index_B, dtype=torch.int64, device="cpu")
+        check_tensor(op, "index_B", given)
+        index: torch.Tensor = given
+        if index.shape != (self.batch,) or index.dtype not in (torch.int64, torch.int32) or index.is_meta:
             raise ValueError(f"{op}: index_B is {described(index)}; expected {self.batch} integers, one per sample")
         if self.batch and not 0 <= int(index.min()) <= int(index.max()) < self.batch:
             raise ValueError(f"{op}: index_B is {index.tolist()}; expected samples from 0 to {self.batch - 1}")
@@ -162,6 +166,10 @@ class HistoryCache:
             raise ValueError(f"{op}: state is {got}; expected what state_dict() gives: keys, values, positions")
         for name, x in state.items():
             check_tensor(op, name, x)
+            if x.is_meta or not (name == "positions" or x.is_floating_point()):
+                raise ValueError(
+                    f"{op}: {name} is {described(x)} on {x.device}; expected numbers as state_dict() gives"
+                )
         positions = state["positions"].to("cpu", copy=True)
         roll = self.positions[: places.WRITTEN]
         if positions.shape != self.positions.shape or positions.dtype != torch.int64 or positions[:3].ne(roll).any():
@@ -178,14 +186,14 @@ class HistoryCache:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> HistoryCache:
         """A cache on `device`, of `dtype`, that holds the same; this one where it is so already."""
-        device = self.device if device is None else torch.empty(0, device=device).device
+        place = self.device if device is None else torch.empty(0, device=device).device
         dtype = self.dtype if dtype is None else dtype
-        if (device, dtype) == (self.device, self.dtype):
+        if (place, dtype) == (self.device, self.dtype):
             return self
         moved = HistoryCache.__new__(HistoryCache)
         roll = None if self.window is None else tuple(self.positions[: places.WRITTEN].tolist())
         sizes = self.layers, self.batch, self.heads, self.head_dim, self.capacity
-        moved._allocate(*sizes, dtype, device, roll)
+        moved._allocate(*sizes, dtype, place, roll)
         moved.load_state_dict(self.state_dict())
         return moved
 

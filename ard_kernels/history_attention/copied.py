@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ard_kernels.block_causal_attention import SegmentMask, merge_attention, segment_attention
 from ard_kernels.block_causal_attention.mask import first_window_segment
-from ard_kernels.common.library import private
+from ard_kernels.common.library import forward_mode, private
 from ard_kernels.history_attention import places, torch_impl
 from ard_kernels.history_attention.cache import HistoryCache
 from ard_kernels.history_attention.op import OP, attention_of
-from ard_kernels.history_attention.spec import refuse_recomputation
+from ard_kernels.history_attention.spec import check_apart, refuse_recomputation
 
 
 def attend_to_copy(
@@ -29,10 +30,17 @@ def attend_to_copy(
 ) -> Tensor:  # fmt: skip
     """out (B, H, T, D) of new segments of `lengths` tokens; the cache is written when nothing can fail any more."""
     refuse_recomputation(OP)
+    inputs = (q, k, v) if q_sink is None else (q, k, v, q_sink)
+    if type(cache.positions) is not Tensor:
+        raise NotImplementedError(f"{OP}: what is seen depends on the cache's positions; expected no fake tensors")
+    if forward_mode() and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(f"ard_kernels: {OP} has no forward-mode derivative")
+    check_apart(OP, inputs, cache.keys, cache.values)
     counts, (layers, _, _, capacity, _) = cache.positions.numpy(), cache.keys.shape
     at = places.stand(OP, counts, layers, capacity, layer, lengths, window, sink)
     first, stop = at.taken, at.taken + len(lengths)
-    past = [j for j in range(first) if j < sink or j >= first_window_segment(first, window)]
+    in_window = first_window_segment(first, window)
+    past = [*range(min(sink, in_window)), *range(in_window, first)]
     held = [at.tokens(j) for j in past]
     keys, values = (
         torch.cat([*(rows[layer, :, :, a:b] for a, b in held), own], 2)
@@ -54,11 +62,12 @@ def attend_to_copy(
         rest = [[b and not a for a, b in zip(*pair, strict=True)] for pair in zip(of_sink, seen, strict=True)]
         out = merge_attention(*zip(attend(q_sink, of_sink), attend(q, rest), strict=True))[0]
     if commit:
+        places.overwrite(counts, at, len(lengths))
         with torch.no_grad():
             for i, (a, b) in zip(rows, pairwise(accumulate(lengths, initial=0)), strict=True):
                 start = at.tokens(i)[0]
                 torch_impl.append(k[:, :, a:b], v[:, :, a:b], cache.keys[layer], cache.values[layer], start)
-        places.advance(counts, layers, layer, at, len(lengths), commit)
+        places.advance(counts, layers, layer, at, len(lengths))
     return out
 
 

@@ -75,6 +75,8 @@ def _history(
     at = places.stand(OP, counts, layers, capacity, layer, [k.shape[2]], window, sink)
     place = at.place(at.taken, window, sink)
     inputs = q, k, v, keys[layer], values[layer]
+    spec.check_apart(OP, inputs[:3] if q_sink is None else (*inputs[:3], q_sink), keys, values)
+    places.overwrite(counts, at, 1)
     if not q.numel():
         out = empty_output(q)
     elif q_sink is not None and place.sink[0] < place.sink[1]:
@@ -86,7 +88,8 @@ def _history(
         out = torch_impl.forward(*inputs, place, scale, APPENDS[backend])
     if not keys.is_inference():  # kernels write behind autograd's back: what has saved the keys shall notice
         torch.autograd.graph.increment_version((keys, values))
-    places.advance(counts, layers, layer, at, 1, commit)
+    if commit:
+        places.advance(counts, layers, layer, at, 1)
     return out
 
 
@@ -113,7 +116,9 @@ def _history_fake(
     if type(positions) is torch.Tensor and q.is_meta:  # meta tensors have shapes only; the positions are there
         layers, capacity = keys.shape[0], keys.shape[3]
         at = places.stand(OP, positions.numpy(), layers, capacity, layer, [k.shape[2]], window, sink)
-        places.advance(positions.numpy(), layers, layer, at, 1, commit)
+        places.overwrite(positions.numpy(), at, 1)
+        if commit:
+            places.advance(positions.numpy(), layers, layer, at, 1)
     return empty_output(q)
 
 

@@ -13,7 +13,7 @@ image-to-video); it lies at its slot's end, and the run starts there.
 `positions` is int64 on the host. A tensor, so that a compiled step finds its place when it runs:
 
     [0] segment_length, [1] window, [2] sink    of a rolling cache; 0 in one that grows
-    [3] written             segments that a layer of it has written, the last of them perhaps not kept
+    [3] written             segments that a layer of it has begun to write, the last of them perhaps not kept
     [4 : 4 + layers]        segments that each layer has taken
     [4 + layers :]          grows: the token at which segment i starts, i = 0 .. capacity; rolls: that of segment 0
 
@@ -128,7 +128,7 @@ def stand(
         raise ValueError(
             f"{op}: layer {layer} of the cache holds {taken} segments, but layer {behind[0]} holds "
             f"{counts[behind[0]]}: an earlier step did not reach it; expected every step to append to every layer "
-            "(rewind() forgets the unfinished step, reset() empties the cache)"
+            f"(rewind({most - min(counts)}) forgets the unfinished step, reset() empties the cache)"
         )
     found = Stand(positions, layers, taken)
     if found.rolls:
@@ -153,7 +153,7 @@ def stand(
 def check_undamaged(op: str, positions: np.ndarray, layers: int, capacity: int) -> list[int]:
     """The segments that each layer has taken; ValueError unless this file may have written the positions."""
     segment_length, window, sink, written, *counts = positions[: HEADER + layers].tolist()
-    most, first = max(counts, default=0), HEADER + layers
+    most, first = max([0, *counts]), HEADER + layers
     if segment_length == 0:
         starts = positions[first : first + most + 1].tolist()
         good = window == sink == written == 0 and most <= capacity and len(positions) == first + capacity + 1
@@ -161,7 +161,7 @@ def check_undamaged(op: str, positions: np.ndarray, layers: int, capacity: int) 
     else:
         good = segment_length > 0 and window > 0 and sink >= 0 and (sink + window) * segment_length == capacity
         good = good and len(positions) == first + 1 and 0 <= int(positions[first]) < segment_length and written >= most
-    if not good or min(counts, default=0) < 0:
+    if not good or min([0, *counts]) < 0:
         raise ValueError(
             f"{op}: cache.positions is damaged; expected what the op has written (reset() empties the cache)"
         )
@@ -182,17 +182,20 @@ def _check_rolling(op: str, at: Stand, window: int | None, sink: int, lengths: S
             )
 
 
-def advance(positions: np.ndarray, layers: int, layer: int, at: Stand, segments: int, commit: bool) -> None:
-    """Note that `layer` has written the next `segments` of `at`, and has taken them if they are kept."""
-    done, first = at.taken + segments, HEADER + layers
+def overwrite(positions: np.ndarray, at: Stand, segments: int) -> None:
+    """Note that the next `segments` of `at` are about to be written: what was there is lost, even if the call fails."""
     if at.rolls:
-        positions[WRITTEN] = max(int(positions[WRITTEN]), done)
-    if commit:
-        positions[HEADER + layer] = done
-        if at.rolls:
-            positions[first] = at.starts[0]
-        for segment in range(at.taken + 1, len(at.starts)):
-            positions[first + segment] = at.starts[segment]
+        positions[WRITTEN] = max(int(positions[WRITTEN]), at.taken + segments)
+
+
+def advance(positions: np.ndarray, layers: int, layer: int, at: Stand, segments: int) -> None:
+    """Note that `layer` has taken the next `segments` of `at`."""
+    positions[HEADER + layer] = at.taken + segments
+    first = HEADER + layers
+    if at.rolls:
+        positions[first] = at.starts[0]
+    for segment in range(at.taken + 1, len(at.starts)):
+        positions[first + segment] = at.starts[segment]
 
 
 def rewind(positions: np.ndarray, layers: int, segments: int) -> None:
@@ -202,7 +205,7 @@ def rewind(positions: np.ndarray, layers: int, segments: int) -> None:
         ValueError: fewer are held; what the next segment would see again has been overwritten.
     """
     counts = positions[HEADER : HEADER + layers].tolist()
-    taken, written = max(counts, default=0), int(positions[WRITTEN])
+    taken, written = max([0, *counts]), int(positions[WRITTEN])
     if segments > taken:
         raise ValueError(f"HistoryCache.rewind: segments is {segments}; expected at most the {taken} taken")
     new = taken - segments
@@ -214,11 +217,13 @@ def rewind(positions: np.ndarray, layers: int, segments: int) -> None:
             "overwritten; expected a rewind of one segment right after the call that kept it, or a wider window"
         )
     positions[HEADER : HEADER + layers] = [min(count, new) for count in counts]
+    # Of what the next segment sees nothing has been overwritten; what earlier ones saw besides is gone for good.
+    positions[WRITTEN] = min(written, new + 1)
 
 
 def held(positions: np.ndarray, layers: int) -> Run:
     """The tokens of the memory that hold what the layer furthest along has taken."""
-    taken = max(positions[HEADER : HEADER + layers].tolist(), default=0)
+    taken = max([0, *positions[HEADER : HEADER + layers].tolist()])
     at = Stand(positions, layers, taken)
     if taken == 0 or not at.rolls:
         return 0, at.starts[-1] if not at.rolls else 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ard_kernels.common.arguments import check_tensor, described, is_int
@@ -16,8 +18,9 @@ def refuse_recomputation(op: str) -> None:
     """RuntimeError inside a backward pass: checkpointing runs the forward again, and that would append once more."""
     if _backward_pass is not None and _backward_pass() != -1:
         raise RuntimeError(
-            f"{op}: called in a backward pass, where activation checkpointing runs a function again: the segment would "
-            "be appended twice, and see itself as its past; expected the call outside of torch.utils.checkpoint"
+            f"{op}: called in a backward pass, where activation checkpointing runs a function again: the cache has "
+            "moved on by then, and the segment would see itself as its past; expected the call outside of "
+            "torch.utils.checkpoint"
         )
 
 
@@ -78,3 +81,14 @@ def check_sink_query(op: str, q_sink: torch.Tensor | None, q: torch.Tensor) -> N
     if q_sink.shape != q.shape or q_sink.dtype != q.dtype or q_sink.device != q.device:
         got, expected = f"{described(q_sink)} on {q_sink.device}", f"{described(q)} on {q.device}"
         raise ValueError(f"{op}: q_sink is {got}; expected it like q, {expected}")
+
+
+def check_apart(op: str, inputs: Sequence[torch.Tensor], keys: torch.Tensor, values: torch.Tensor) -> None:
+    """ValueError if an input lies in the cache's memory, which is written before everything of it is read."""
+    if keys.is_meta:
+        return
+    for memory in (keys, values):
+        start = memory.data_ptr()
+        stop = start + memory.nbytes
+        if any([start <= x.data_ptr() < stop for x in inputs]):
+            raise ValueError(f"{op}: an input is memory of the cache; expected q, k, v (and q_sink) of their own")

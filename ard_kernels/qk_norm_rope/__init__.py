@@ -34,8 +34,9 @@ def qk_norm_rope(
     """q and k normalised, then turned by their positions; what attention models do before scores.
 
     Args:
-        q: (B, H, T, D), or (B, T, H, D) with layout "bthd"; fp32, bf16 or fp16 (fp64 on the torch backend), D a multiple
-            of 8 up to 256, at most 32 * (256 // D) heads. Any strides with a contiguous last dim are read in place.
+        q: (B, H, T, D), or (B, T, H, D) with layout "bthd"; fp32, bf16 or fp16 (fp64 on the torch backend), D a
+            multiple of 8 up to 256, at most 32 * (256 // D) heads. Any strides with a contiguous last dim are read in
+            place.
         k: like q, its number of heads H_kv its own; None: q alone.
         cos, sin: rotary tables, both or none; fp32 or q's dtype, constants. (T, P) per token, (B, T, P) per sample and
             token, (B, T, H, P) per head too (B, H: 1 broadcasts). P <= D / 2 pairs turn, the elements past 2 P stay.

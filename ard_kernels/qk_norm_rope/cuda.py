@@ -1,4 +1,4 @@
-"""qk_norm_rope in CUDA C++ (csrc/qk_norm_rope/forward.cu, backward.cu): passes pointers, chooses the number of blocks."""
+"""qk_norm_rope in CUDA C++ (csrc/qk_norm_rope/*.cu): passes pointers, chooses the number of blocks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ard_kernels.common.gpu_support import multiprocessors, on_device
 from ard_kernels.qk_norm_rope.native import parameter, rule_fields, table_fields, view
 from ard_kernels.qk_norm_rope.spec import Rule
 
-# Of a multiprocessor. Forward some waves of blocks, so that the last one costs little; backward what its registers hold,
-# as each block writes a row of sums.
+# Of a multiprocessor. Forward some waves of blocks, so that the last one costs little; backward what its registers
+# hold, as each block writes a row of sums.
 THREADS = {"forward": 4096, "backward": 512}
 
 

@@ -1,6 +1,6 @@
 """Norm and rotary embedding of q and k, said once: formulas, shapes, validation.
 
-A *section* x (B, T, H, D) is q, or k, or one of them in a packed qkv; H is its own number of heads. Per token t, head h:
+A *section* x (B, T, H, D) is q, or k, or one of them in a packed qkv; H is its own number of heads. Per token, head:
 
     n = (x - m) * rstd      rstd = 1 / sqrt(mean((x - m)^2) + eps), m = mean(x) ("layer") or 0 ("rms")
     z = n * weight + bias   both means over D ("head") or over all H * D channels of the token ("all"); no norm: z = x

@@ -29,7 +29,7 @@ def _turn(z: Tensor, cos: Tensor, sin: Tensor, half: bool) -> Tensor:
     P = cos.shape[-1]
     a, b = z[..., : 2 * P].unflatten(-1, (2, P) if half else (P, 2)).unbind(-2 if half else -1)
     turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -2 if half else -1).flatten(-2)
-    return turned if 2 * P == z.shape[-1] else torch.cat([turned, z[..., 2 * P :]], -1)
+    return turned if z.shape[-1] == 2 * P else torch.cat([turned, z[..., 2 * P :]], -1)
 
 
 def section(

@@ -288,10 +288,16 @@ def _layout(x: Tensor | None) -> Layout | None:
     return None if x is None else (x.shape, x.stride())
 
 
+def _strides_of(layout: Layout) -> tuple[int, ...]:
+    """Those of a table but the last, 0 of what broadcasts."""
+    return tuple(step if size > 1 else 0 for size, step in zip(layout[0][:-1], layout[1][:-1], strict=True))
+
+
 @lru_cache(maxsize=1024)
 def _prepare(
     name: str, sections: tuple[Layout, ...], tables: tuple[Layout | None, ...], dtypes: tuple[torch.dtype | None, ...],
-    device: torch.device, few: int, rule: Rule, flags: tuple[tuple[str, bool], ...], config: tuple[tuple[str, int], ...],
+    device: torch.device, few: int, rule: Rule, flags: tuple[tuple[str, bool], ...],
+    config: tuple[tuple[str, int], ...],
 ) -> tuple[Launch, int]:  # fmt: skip
     """The launch of kernel `name` for sections of these layouts, and its number of programs. few: multiprocessors."""
     (B, T, H, D), constants = sections[0][0], dict(config)
@@ -300,8 +306,8 @@ def _prepare(
     rows, P, per_head = 1, 0, False
     own: list[tuple[int, ...]] = [(0, 0, 0), (0, 0, 0)]
     if tables[0] is not None and tables[1] is not None:
-        (_, rows, table_heads, P), per_head = tables[0][0], tables[0][0][2] > 1
-        own = strides_of(tables[0]), strides_of(tables[1])
+        (_, rows, _, P), per_head = tables[0][0], tables[0][0][2] > 1
+        own = [_strides_of(table) for table in (tables[0], tables[1])]
     constants |= dict(flags) | {
         "H": H, "D": D, "HEADS": triton.next_power_of_2(H), "P": P, "UNIT": unit, "HALF": rule.half,
         "PAIRS": split_width(P, least=4, most=3) if P else (),
@@ -311,11 +317,6 @@ def _prepare(
     }  # fmt: skip
     eps = (rule.eps,) if name == "rope_forward" else ()
     return Launch(KERNELS[name], (programs,), (*each, *own, T, B * T, programs, rows, *eps), constants), programs
-
-
-def strides_of(layout: Layout) -> tuple[int, ...]:
-    """Those of a table but the last, 0 of what broadcasts."""
-    return tuple(step if size > 1 else 0 for size, step in zip(layout[0][:-1], layout[1][:-1], strict=True))
 
 
 def _prepared(
@@ -345,7 +346,9 @@ def forward(
 
 
 @lru_cache(maxsize=1024)
-def _prepare_sum(width: int, dtype: torch.dtype, device: torch.device, programs: int, first: int, stride: int) -> Launch:
+def _prepare_sum(
+    width: int, dtype: torch.dtype, device: torch.device, programs: int, first: int, stride: int
+) -> Launch:
     """The launch that adds the programs' shares of one parameter up."""
     constants = {"WIDTH": width, "BLOCK": 32, "ROWS": 32, "num_warps": 4}
     return Launch(_add_programs, (triton.cdiv(width, 32),), (programs, first, stride), constants)

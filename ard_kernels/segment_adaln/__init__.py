@@ -1,4 +1,4 @@
-"""adaLN-Zero with one row of (shift, scale, gate) per segment: modulated LayerNorm and the gated residual before it."""
+"""Seams between the sub-blocks of a diffusion transformer: gated residual, norm, modulation by a row per segment."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ from ard_kernels.common.arguments import NORM_EPS
 from ard_kernels.common.autocast import autocast_dtype
 from ard_kernels.common.backends import resolve
 from ard_kernels.segment_adaln import spec
-from ard_kernels.segment_adaln.op import gate_op, gated_op, modulate_op
+from ard_kernels.segment_adaln.op import adaln_op
+from ard_kernels.segment_adaln.torch_impl import Outputs
 
 __all__ = ["adaln_modulate", "gate_residual", "gate_residual_adaln"]
 
 
-def _dense_last(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-
-
 def adaln_modulate(
     x: torch.Tensor,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
     *,
     segment_length: int | Sequence[int],
+    norm: str = "layer",
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     eps: float = NORM_EPS,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """y = LN(x) * (1 + scale) + shift, LayerNorm over C without affine parameters.
+    """y = N(x) * (1 + scale) + shift, N a LayerNorm or RMSNorm over C.
 
     Args:
         x: (B, T, C) fp32, bf16 or fp16 (fp64 on the torch backend); any strides with a contiguous last dim.
-        shift, scale: (B, S, C) one row per segment, or (B, T, C) one per token; one dtype, which may differ from x's
-            (float64 with float64 x only).
-            Strided chunks of one (B, S, 6C) projection are read in place.
+        shift, scale: (B, S, C) one row per segment, also as (B, S, 1, C), or (B, T, C) one per token; None: 0. Of one
+            shape and dtype, which may differ from x's (float64 with float64 x only). Strided chunks of one projection
+            (B, S, 6C), or (B, S, 6, C), are read in place; gradients have the shape given.
         segment_length: tokens per segment L (T = S * L), or the S lengths of ragged segments.
-        eps: added to the variance.
+        norm: "layer", (x - mean) / sqrt(var + eps) * weight + bias; or "rms", x / sqrt(mean(x^2) + eps) * weight.
+        weight, bias: (C,), of any dtype that rows may have; None: 1, 0. An RMSNorm has no bias.
+        eps: added to the variance, or to the mean of squares.
         backend: None chooses; see `ard_kernels.backends()`.
 
     Returns:
@@ -44,70 +46,91 @@ def adaln_modulate(
         arithmetic are fp32.
 
     Raises:
-        ValueError: a shape, dtype, device, segment or backend outside this contract.
+        ValueError: a shape, dtype, device, segment, norm or backend outside this contract.
 
-    Source: adaLN-Zero of DiT (arXiv 2212.09748, Fig. 3), conditioned per trajectory step in ARD (arXiv 2504.11295).
+    Source: adaLN-Zero of DiT (arXiv 2212.09748, Fig. 3), conditioned per trajectory step in ARD (arXiv 2504.11295);
+        rows per frame: Wan (arXiv 2503.20314); RMSNorm: arXiv 1910.07467.
     """
-    op = "adaln_modulate"
-    spec.check_activation(op, "x", x)
-    lengths = spec.check_rows(op, x, {"shift": shift, "scale": scale}, segment_length)
-    eps = spec.check_eps(op, eps)
-    chosen = resolve(op, backend, x.device, x.dtype, x.shape[-1])
-    x, shift, scale = _dense_last(x, shift, scale)
-    return modulate_op(x, shift, scale, lengths, eps, autocast_dtype(x.device) or x.dtype, chosen)[0]
+    rows = (None, shift, scale)
+    return _call("adaln_modulate", x, None, rows, segment_length, norm, weight, bias, eps, backend)[1]
 
 
 def gate_residual_adaln(
     x: torch.Tensor,
     branch: torch.Tensor,
-    gate: torch.Tensor,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
     *,
     segment_length: int | Sequence[int],
+    norm: str = "layer",
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     eps: float = NORM_EPS,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """h = x + gate * branch and y = LN(h) * (1 + scale) + shift in one pass: the seam between two DiT sub-blocks.
+    """h = x + gate * branch and y = N(h) * (1 + scale) + shift in one pass: the seam between two sub-blocks.
 
     Args:
         x, branch: (B, T, C); branch (the attention's or MLP's output) may have another dtype than x, the residual.
-        gate, shift, scale: as the rows of `adaln_modulate`, all of one shape and dtype.
-        segment_length, eps, backend: as in `adaln_modulate`.
+        gate, shift, scale: as the rows of `adaln_modulate`, those given of one shape and dtype; gate None: 1.
+        segment_length, norm, weight, bias, eps, backend: as in `adaln_modulate`.
 
     Returns:
-        (h, y): h in x's dtype, y as in `adaln_modulate`. LN reads h as stored (rounded to its dtype).
+        (h, y): h in x's dtype, y as in `adaln_modulate`. N reads h as stored (rounded to its dtype).
 
     Raises:
-        ValueError: a shape, dtype, device, segment or backend outside this contract.
+        ValueError: a shape, dtype, device, segment, norm or backend outside this contract.
     """
-    op = "gate_residual_adaln"
-    spec.check_activation(op, "x", x)
-    spec.check_activation(op, "branch", branch, like=x)
-    lengths = spec.check_rows(op, x, {"gate": gate, "shift": shift, "scale": scale}, segment_length)
-    eps = spec.check_eps(op, eps)
-    chosen = resolve(op, backend, x.device, x.dtype, x.shape[-1])
-    x, branch, gate, shift, scale = _dense_last(x, branch, gate, shift, scale)
-    y_dtype = autocast_dtype(x.device) or x.dtype
-    return gated_op(x, branch, gate, shift, scale, lengths, eps, y_dtype, chosen)[:2]
+    rows = (gate, shift, scale)
+    return _call("gate_residual_adaln", x, branch, rows, segment_length, norm, weight, bias, eps, backend)[:2]
 
 
 def gate_residual(
     x: torch.Tensor,
     branch: torch.Tensor,
-    gate: torch.Tensor,
+    gate: torch.Tensor | None = None,
     *,
     segment_length: int | Sequence[int],
     backend: str | None = None,
 ) -> torch.Tensor:
-    """h = x + gate * branch, with one gate row per segment (B, S, C) or per token (B, T, C).
+    """h = x + gate * branch, with one gate row per segment (B, S, C) or (B, S, 1, C), or per token (B, T, C).
 
     Arguments, errors and dtypes as in `gate_residual_adaln`; h (B, T, C) has x's dtype.
     """
-    op = "gate_residual"
+    rows = (gate, None, None)
+    return _call("gate_residual", x, branch, rows, segment_length, None, None, None, NORM_EPS, backend)[0]
+
+
+def _call(
+    op: str,
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    rows: tuple[torch.Tensor | None, ...],
+    segment_length: int | Sequence[int],
+    norm: str | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    backend: str | None,
+) -> Outputs:
+    """Check what `op` was called with, and call; h, y, mean, rstd."""
     spec.check_activation(op, "x", x)
-    spec.check_activation(op, "branch", branch, like=x)
-    lengths = spec.check_rows(op, x, {"gate": gate}, segment_length)
+    if op != "adaln_modulate":
+        spec.check_activation(op, "branch", branch, like=x)
+    lengths = spec.check_rows(op, x, dict(zip(("gate", "shift", "scale"), rows, strict=True)), segment_length)
+    if op != "gate_residual":
+        spec.check_norm(op, x, norm, weight, bias)
+        eps = spec.check_eps(op, eps)
     chosen = resolve(op, backend, x.device, x.dtype, x.shape[-1])
-    x, branch, gate = _dense_last(x, branch, gate)
-    return gate_op(x, branch, gate, lengths, chosen)
+    inputs = [_dense_last(tensor) for tensor in (x, branch, *map(_three_dims, rows), weight, bias)]
+    return adaln_op(*inputs, lengths, norm, eps, autocast_dtype(x.device) or x.dtype, chosen)
+
+
+def _dense_last(x: torch.Tensor | None) -> torch.Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _three_dims(row: torch.Tensor | None) -> torch.Tensor | None:
+    """(B, S, 1, C) as (B, S, C)."""
+    return row if row is None or row.dim() == 3 else row.select(2, 0)

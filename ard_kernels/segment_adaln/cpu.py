@@ -24,25 +24,30 @@ def _segments(x_BTC: Tensor, lengths: Sequence[int]) -> Any:
 
 def forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    h: Tensor | None, y: Tensor | None, mean: Tensor | None, rstd: Tensor | None, lengths: Sequence[int], eps: float,
+    weight: Tensor | None, bias: Tensor | None, h: Tensor | None, y: Tensor | None, mean: Tensor | None,
+    rstd: Tensor | None, lengths: Sequence[int], eps: float,
 ) -> None:  # fmt: skip
     """See backend.py."""
-    views = map(extension.view, (x, branch, gate, shift, scale, h, y))
+    views = map(extension.view, (x, branch, gate, shift, scale, weight, bias, h, y))
     statistics = extension.pointer(mean), extension.pointer(rstd)
     extension.module.segment_adaln_forward(_segments(x, lengths), *views, *statistics, eps)
 
 
 def backward(
     grad_h: Tensor | None, grad_y: Tensor | None, h: Tensor | None, branch: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, mean: Tensor | None, rstd: Tensor | None, dx: Tensor | None, dbranch: Tensor | None,
-    dgate: Tensor | None, dshift: Tensor | None, dscale: Tensor | None, lengths: Sequence[int],
+    scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
+    dx: Tensor | None, dbranch: Tensor | None, dgate: Tensor | None, dshift: Tensor | None, dscale: Tensor | None,
+    dweight: Tensor | None, dbias: Tensor | None, lengths: Sequence[int],
 ) -> None:  # fmt: skip
     """See backend.py."""
     like = h if h is not None else grad_h
-    segments = _segments(like, lengths)
-    floats = extension.module.segment_adaln_workspace(segments, gate is not None, scale is not None)
-    workspace = like.new_empty(floats, dtype=torch.float32)
-    inputs, grads = (grad_h, grad_y, h, branch, gate, scale), (dx, dbranch, dgate, dshift, dscale)
+    memory = []
+
+    def workspace(floats: int) -> int:
+        memory.append(like.new_empty(floats, dtype=torch.float32))
+        return memory[0].data_ptr()
+
+    inputs = map(extension.view, (grad_h, grad_y, h, branch, gate, scale, weight, bias))
     statistics = extension.pointer(mean), extension.pointer(rstd)
-    views = map(extension.view, (*inputs, *grads))
-    extension.module.segment_adaln_backward(segments, *views, *statistics, workspace.data_ptr())
+    grads = map(extension.view, (dx, dbranch, dgate, dshift, dscale, dweight, dbias))
+    extension.module.segment_adaln_backward(_segments(like, lengths), *inputs, *statistics, *grads, workspace)

@@ -1,5 +1,5 @@
 # mypy: no-strict-optional
-# (Inputs that an op lacks are None, in groups that their types do not know.)
+# (Inputs that a call lacks are None, in groups that their types do not know.)
 """The adaLN family in CUDA C++ (csrc/segment_adaln/forward.cu, backward.cu): tables and launches.
 
 Blocks take chunks as in triton_impl.py. Inputs may have any strides with a contiguous last dim: where rows do not start
@@ -69,24 +69,25 @@ def _plan(
     return chunks(lengths, tokens, most, device)
 
 
-def _work(kernel: str, like: Tensor, rows: Tensor, lengths: Sequence[int]) -> tuple[Chunks, tuple]:
-    """The tables, and what the extension takes of them. `like` (B, T, C) is any token tensor."""
+def _work(kernel: str, like: Tensor, lengths: Sequence[int]) -> tuple:
+    """What the extension takes of the tables. `like` (B, T, C) is any token tensor."""
     B, T, C = like.shape
-    per_token, device = rows.shape[1] == T, like.device
+    per_token, device = list(lengths) == [1], like.device
     segments = (T,) if per_token else tuple(lengths)
     tables = keep_if_captured(_plan(segments, T, B, C, kernel, device, multiprocessors(device)))
-    counts = (B, len(tables.chunks), len(tables.spans), per_token)
-    return tables, (tables.chunks.data_ptr(), tables.spans.data_ptr(), *counts)
+    counts = B, len(tables.chunks), len(tables.spans), per_token
+    return tables.chunks.data_ptr(), tables.spans.data_ptr(), *counts
 
 
 @on_device
 def forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    h: Tensor | None, y: Tensor | None, mean: Tensor | None, rstd: Tensor | None, lengths: Sequence[int], eps: float,
+    weight: Tensor | None, bias: Tensor | None, h: Tensor | None, y: Tensor | None, mean: Tensor | None,
+    rstd: Tensor | None, lengths: Sequence[int], eps: float,
 ) -> None:  # fmt: skip
     """See backend.py."""
-    _, work = _work("forward", x, gate if gate is not None else shift, lengths)
-    views = map(extension.view, (x, branch, gate, shift, scale, h, y))
+    work = _work("forward", x, lengths)
+    views = map(extension.view, (x, branch, gate, shift, scale, weight, bias, h, y))
     extension.gpu(x.device).adaln_forward(
         *views, extension.pointer(mean), extension.pointer(rstd), eps, *x.shape[1:], work, shared_limit(x.device),
         extension.stream(x.device),
@@ -96,19 +97,25 @@ def forward(
 @on_device
 def backward(
     grad_h: Tensor | None, grad_y: Tensor | None, h: Tensor | None, branch: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, mean: Tensor | None, rstd: Tensor | None, dx: Tensor | None, dbranch: Tensor | None,
-    dgate: Tensor | None, dshift: Tensor | None, dscale: Tensor | None, lengths: Sequence[int],
+    scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
+    dx: Tensor | None, dbranch: Tensor | None, dgate: Tensor | None, dshift: Tensor | None, dscale: Tensor | None,
+    dweight: Tensor | None, dbias: Tensor | None, lengths: Sequence[int],
 ) -> None:  # fmt: skip
     """See backend.py."""
     like = h if h is not None else grad_h
-    tables, work = _work("backward", like, gate if gate is not None else scale, lengths)
-    B, T, C = like.shape
-    per_token = work[-1]
-    sums = 0 if per_token else (gate is not None) + 2 * (scale is not None)
-    workspace = like.new_empty(B * len(tables.chunks) * sums * C, dtype=torch.float32)
-    inputs = map(extension.view, (grad_h, grad_y, h, branch, gate, scale))
-    grads = map(extension.view, (dx, dbranch, dgate, dshift, dscale))
+    work = _work("backward", like, lengths)
+    B, chunk_count, segments, per_token = work[2:]
+    of_parameters = dweight is not None or dbias is not None
+    if per_token:
+        sums = 2 * of_parameters
+    else:  # the kernels have sums of all that is there, or of nothing
+        wanted = of_parameters or dgate is not None or dshift is not None or dscale is not None
+        sums = wanted * ((gate is not None) + 2 * (grad_y is not None))
+    shares = 0 if per_token else 2 * of_parameters
+    workspace = like.new_empty(B * (chunk_count * sums + segments * shares) * like.shape[2], dtype=torch.float32)
+    inputs = map(extension.view, (grad_h, grad_y, h, branch, gate, scale, weight, bias))
+    grads = map(extension.view, (dx, dbranch, dgate, dshift, dscale, dweight, dbias))
     extension.gpu(like.device).adaln_backward(
-        *inputs, extension.pointer(mean), extension.pointer(rstd), *grads, workspace.data_ptr(), T, C, work,
-        shared_limit(like.device), extension.stream(like.device),
+        *inputs, extension.pointer(mean), extension.pointer(rstd), *grads, workspace.data_ptr(), sums, *like.shape[1:],
+        work, shared_limit(like.device), extension.stream(like.device),
     )  # fmt: skip

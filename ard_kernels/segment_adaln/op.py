@@ -1,8 +1,9 @@
 # mypy: no-strict-optional
 # (Inputs that an op lacks are None, in groups that their types do not know.)
-"""The ops of the adaLN family: schemas, dispatch on the resolved backend, fakes, gradients.
+"""The op of the adaLN family: schema, dispatch on the resolved backend, fake, gradient.
 
-`forward` and `backward` serve all three ops, as those of a backend do; the inputs an op lacks are None.
+One op and its backward serve the three public functions, as those of a backend do; what a call lacks is None, inputs
+and results alike.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ard_kernels.common import triton_support
 from ard_kernels.common.backends import check_backend, register_backend, serves_everything
 from ard_kernels.common.dtypes import DTYPES, accumulation_dtype
 from ard_kernels.common.library import define_op
+from ard_kernels.common.segments import segment_count
 from ard_kernels.segment_adaln import cpu, cuda, spec, torch_impl
 from ard_kernels.segment_adaln.backend import Kernels
 from ard_kernels.segment_adaln.torch_impl import Gradients, Outputs
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 else:
     triton_impl = triton_support.LazyModule("ard_kernels.segment_adaln.triton_impl")
 
+OP = "segment_adaln"
 # They write into outputs and gradients allocated here; the torch backend's are what its PyTorch ops make.
 KERNELS: dict[str, Kernels] = {"cuda": cuda, "triton": triton_impl, "cpu": cpu}
 
@@ -41,45 +44,119 @@ def _empty_like(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | 
     return None if x is None else torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _outputs(x: Tensor, branch: Tensor | None, shift: Tensor | None, y_dtype: torch.dtype | None) -> Outputs:
+def _outputs(x: Tensor, branch: Tensor | None, norm: str | None, y_dtype: torch.dtype) -> Outputs:
     """Memory for h, y, mean, rstd."""
     h = _empty_like(branch, x.dtype)
-    if shift is None:
+    if norm is None:
         return h, None, None, None
-    mean = x.new_empty(*x.shape[:2], dtype=accumulation_dtype(x.dtype))
-    return h, _empty_like(x, y_dtype), mean, torch.empty_like(mean)
+    rstd = x.new_empty(*x.shape[:2], dtype=accumulation_dtype(x.dtype))
+    return h, _empty_like(x, y_dtype), torch.empty_like(rstd) if norm == "layer" else None, rstd
 
 
-def _gradients(h: Tensor | None, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None) -> Gradients:
-    """Memory for dx, dbranch, dgate, dshift, dscale."""
-    return _empty_like(h), _empty_like(branch), _empty_like(gate), _empty_like(scale), _empty_like(scale)
+def _gradients(
+    h: Tensor | None, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, lengths: Sequence[int], row_dtype: torch.dtype | None, wanted: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    """Memory for dx, dbranch, dgate, dshift, dscale, dweight, dbias."""
+    dgate, dscale, dweight, dbias = (
+        _empty_like(x if want else None)
+        for x, want in zip((gate, scale, weight, bias), (wanted[0], *wanted[2:]), strict=True)
+    )
+    dshift = None
+    if wanted[1]:
+        shape_BSC = h.shape[0], segment_count(lengths, h.shape[1]), h.shape[2]
+        dshift = h.new_empty(shape_BSC, dtype=row_dtype) if scale is None else _empty_like(scale)
+    return _empty_like(h), _empty_like(branch), dgate, dshift, dscale, dweight, dbias
 
 
-def forward(
+def _check(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    lengths: Sequence[int], eps: float, y_dtype: torch.dtype | None, backend: str,
+    weight: Tensor | None, bias: Tensor | None, lengths: Sequence[int], norm: str | None, eps: float,
+    y_dtype: torch.dtype, backend: str,
+) -> None:  # fmt: skip
+    """What `torch.ops.ard` is called with; a public function has checked its own."""
+    rows = {"gate": gate, "shift": shift, "scale": scale}
+    spec.check_raw(OP, {"x": x, "branch": branch}, rows, norm, weight, bias, lengths)
+    if y_dtype not in DTYPES or y_dtype == torch.float64 != x.dtype:
+        raise ValueError(f"{OP}: y_dtype is {y_dtype}; expected float32, bfloat16, float16, or float64 as x")
+    _check_groups({"branch": branch}, {"gate": gate})
+    _check_groups({"norm": norm}, {"shift": shift, "scale": scale, "weight": weight, "bias": bias})
+    check_backend(public_name(branch, norm), backend, x.device, x.dtype, x.shape[-1])
+
+
+def _check_groups(needed: dict[str, Any], given: dict[str, Any]) -> None:
+    """ValueError where something is given and what it needs is not."""
+    for name, value in needed.items():
+        for other, with_it in given.items():
+            if value is None and with_it is not None:
+                raise ValueError(f"{OP}: {name} is None; expected one beside {other}")
+
+
+def public_name(branch: Tensor | None, norm: str | None) -> str:
+    """The public function that calls the op with these."""
+    return "gate_residual" if norm is None else "adaln_modulate" if branch is None else "gate_residual_adaln"
+
+
+def _forward(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, lengths: Sequence[int], norm: str | None, eps: float,
+    y_dtype: torch.dtype, backend: str,
 ) -> Outputs:  # fmt: skip
-    """h, y, mean, rstd; None without the inputs that they need."""
+    """h, y, mean, rstd; None without a branch, a norm, a LayerNorm."""
     if backend == "torch":
-        return torch_impl.forward(x, branch, gate, shift, scale, lengths, eps, y_dtype)
-    made = _outputs(x, branch, shift, y_dtype)
+        return torch_impl.forward(x, branch, gate, shift, scale, weight, bias, lengths, norm, eps, y_dtype)
+    made = _outputs(x, branch, norm, y_dtype)
     if x.numel():
-        KERNELS[backend].forward(x, branch, gate, shift, scale, *made, lengths, eps)
+        KERNELS[backend].forward(x, branch, gate, shift, scale, weight, bias, *made, lengths, eps)
     return made
 
 
-def backward(
+def _fake(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, lengths: Sequence[int], norm: str | None, eps: float,
+    y_dtype: torch.dtype, backend: str,
+) -> Outputs:  # fmt: skip
+    return _outputs(x, branch, norm, y_dtype)
+
+
+def _composite(*inputs: Any) -> Outputs:
+    return torch_impl.composite(*inputs[:-1])
+
+
+def _check_backward(
     grad_h: Tensor | None, grad_y: Tensor | None, h: Tensor | None, branch: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, mean: Tensor | None, rstd: Tensor | None, lengths: Sequence[int], backend: str,
+    scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
+    lengths: Sequence[int], row_dtype: torch.dtype | None, wanted: Sequence[bool], backend: str,
+) -> None:  # fmt: skip
+    norm = None if h is None else "rms" if mean is None else "layer"
+    tokens = {"h": h, "branch": branch, "grad_h": _dense(grad_h), "grad_y": _dense(grad_y)}
+    like = spec.check_raw(OP, tokens, {"gate": gate, "scale": scale}, norm, weight, bias, lengths)
+    if norm is None:
+        _check_groups({"grad_h": grad_h}, {"branch": branch})
+    else:
+        spec.check_statistics(OP, like, **({"rstd": rstd} if mean is None else {"mean": mean, "rstd": rstd}))
+    _check_groups({"grad_y": grad_y}, {"h": h})
+    _check_groups({"h": h}, {"grad_y": grad_y, "scale": scale, "weight": weight, "bias": bias, "mean": mean})
+    _check_groups({"branch": branch}, {"gate": gate})
+    _check_groups({"gate": gate}, {"branch": branch})
+    present = gate, row_dtype if h is not None else None, scale, weight, bias
+    if len(wanted) != 5 or any(want and x is None for want, x in zip(wanted, present, strict=True)):
+        raise ValueError(f"{OP}: wanted is {list(wanted)}; expected true for what is there: gate, shift, ..., bias")
+    check_backend(public_name(branch, norm), backend, like.device, like.dtype, like.shape[-1])
+
+
+def _backward(
+    grad_h: Tensor | None, grad_y: Tensor | None, h: Tensor | None, branch: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
+    lengths: Sequence[int], row_dtype: torch.dtype | None, wanted: Sequence[bool], backend: str,
 ) -> Gradients:  # fmt: skip
-    """dx, dbranch, dgate, dshift, dscale; None without the inputs that they are for."""
-    grad_h, grad_y = _dense(grad_h), _dense(grad_y)
-    saved = h, branch, gate, scale
+    """dx, dbranch, dgate, dshift, dscale, dweight, dbias; see `Kernels.backward`."""
+    inputs = _dense(grad_h), _dense(grad_y), h, branch, gate, scale, weight, bias, mean, rstd
     if backend == "torch":
-        return torch_impl.backward(grad_h, grad_y, *saved, mean, rstd, lengths)
-    made = _gradients(*saved)
+        return torch_impl.backward(*inputs, lengths, row_dtype, wanted)
+    made = _gradients(h, branch, gate, scale, weight, bias, lengths, row_dtype, wanted)
     if (h if h is not None else grad_h).numel():
-        KERNELS[backend].backward(grad_h, grad_y, *saved, mean, rstd, *made, lengths)
+        KERNELS[backend].backward(*inputs, *made, lengths)
         return made
     for grad in made:  # sums over no tokens
         if grad is not None:
@@ -91,274 +168,59 @@ def _dense(grad: Tensor | None) -> Tensor | None:
     return grad if grad is None or grad.stride(-1) == 1 else grad.contiguous()
 
 
-def _check(
-    op: str, tokens: dict[str, Tensor | None], rows: dict[str, Tensor | None], lengths: Sequence[int], backend: str,
-    y_dtype: torch.dtype | None = None,
-) -> None:  # fmt: skip
-    """What `torch.ops.ard` is called with; a public function has checked its own."""
-    spec.check_raw(op, tokens, rows, lengths)
-    first = next(x for x in tokens.values() if x is not None)
-    if y_dtype is not None and (y_dtype not in DTYPES or y_dtype == torch.float64 != first.dtype):
-        raise ValueError(f"{op}: y_dtype is {y_dtype}; expected float32, bfloat16, float16, or float64 as x")
-    check_backend(op, backend, first.device, first.dtype, first.shape[-1])
+def _backward_fake(
+    grad_h: Tensor | None, grad_y: Tensor | None, h: Tensor | None, branch: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
+    lengths: Sequence[int], row_dtype: torch.dtype | None, wanted: Sequence[bool], backend: str,
+) -> Gradients:  # fmt: skip
+    return _gradients(h, branch, gate, scale, weight, bias, lengths, row_dtype, wanted)
 
 
-# adaln_modulate
-
-
-def _check_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float, y_dtype: torch.dtype, backend: str
-) -> None:
-    _check("adaln_modulate", {"x": x}, {"shift": shift, "scale": scale}, lengths, backend, y_dtype)
-
-
-def _check_modulate_backward(
-    grad_y: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, lengths: Sequence[int], backend: str
-) -> None:
-    _check("adaln_modulate", {"x": x, "grad_y": _dense(grad_y)}, {"scale": scale}, lengths, backend)
-    spec.check_statistics("adaln_modulate", x, mean=mean, rstd=rstd)
-
-
-def _modulate_composite(
-    x: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float, y_dtype: torch.dtype, backend: str
-) -> tuple[Tensor | None, ...]:
-    return torch_impl.composite(x, None, None, shift, scale, lengths, eps, y_dtype)[1:]
-
-
-def _modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float, y_dtype: torch.dtype, backend: str
-) -> tuple[Tensor | None, ...]:
-    return forward(x, None, None, shift, scale, lengths, eps, y_dtype, backend)[1:]
-
-
-def _modulate_fake(
-    x: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float, y_dtype: torch.dtype, backend: str
-) -> tuple[Tensor | None, ...]:
-    return _outputs(x, None, shift, y_dtype)[1:]
-
-
-def _modulate_backward(
-    grad_y: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, lengths: Sequence[int], backend: str
-) -> tuple[Tensor | None, ...]:
-    dx, _, _, dshift, dscale = backward(None, grad_y, x, None, None, scale, mean, rstd, lengths, backend)
-    return dx, dshift, dscale
-
-
-def _modulate_backward_fake(
-    grad_y: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, lengths: Sequence[int], backend: str
-) -> tuple[Tensor | None, ...]:
-    dx, _, _, dshift, dscale = _gradients(x, None, None, scale)
-    return dx, dshift, dscale
-
-
-def _modulate_setup(ctx: Any, inputs: tuple, output: Any) -> None:
-    x, _, scale, ctx.lengths, _, _, ctx.backend = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, scale, mean, rstd)
-
-
-def _modulate_autograd(
-    ctx: Any, grad_y: Tensor | None, _grad_mean: None, _grad_rstd: None
-) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * 7
-    return *modulate_backward_op(grad_y, *ctx.saved_tensors, ctx.lengths, ctx.backend), None, None, None, None
-
-
-modulate_backward_op = define_op(
-    "adaln_modulate_backward(Tensor grad_y, Tensor x, Tensor scale, Tensor mean, Tensor rstd, SymInt[] lengths, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
-    _modulate_backward,
-    _modulate_backward_fake,
-    check=_check_modulate_backward,
-)
-modulate_op = define_op(
-    "adaln_modulate(Tensor x, Tensor shift, Tensor scale, SymInt[] lengths, float eps, ScalarType y_dtype, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
-    _modulate,
-    _modulate_fake,
-    check=_check_modulate,
-    backward=_modulate_autograd,
-    setup_context=_modulate_setup,
-    composite=_modulate_composite,
-)
-
-# gate_residual_adaln
-
-
-def _check_gated(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    lengths: Sequence[int],
-    eps: float,
-    y_dtype: torch.dtype,
-    backend: str,
-) -> None:
-    rows = {"gate": gate, "shift": shift, "scale": scale}
-    _check("gate_residual_adaln", {"x": x, "branch": branch}, rows, lengths, backend, y_dtype)
-
-
-def _check_gated_backward(
-    grad_h: Tensor | None,
-    grad_y: Tensor,
-    h: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    lengths: Sequence[int],
-    backend: str,
-) -> None:
-    tokens = {"h": h, "branch": branch, "grad_h": _dense(grad_h), "grad_y": _dense(grad_y)}
-    _check("gate_residual_adaln", tokens, {"gate": gate, "scale": scale}, lengths, backend)
-    spec.check_statistics("gate_residual_adaln", h, mean=mean, rstd=rstd)
-
-
-def _gated_composite(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    lengths: Sequence[int],
-    eps: float,
-    y_dtype: torch.dtype,
-    backend: str,
-) -> Outputs:
-    return torch_impl.composite(x, branch, gate, shift, scale, lengths, eps, y_dtype)
-
-
-def _gated_fake(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    lengths: Sequence[int],
-    eps: float,
-    y_dtype: torch.dtype,
-    backend: str,
-) -> Outputs:
-    return _outputs(x, branch, shift, y_dtype)
-
-
-def _gated_backward_fake(
-    grad_h: Tensor | None,
-    grad_y: Tensor,
-    h: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    lengths: Sequence[int],
-    backend: str,
-) -> Gradients:
-    return _gradients(h, branch, gate, scale)
-
-
-def _gated_setup(ctx: Any, inputs: tuple, output: Any) -> None:
-    _, branch, gate, _, scale, ctx.lengths, _, _, ctx.backend = inputs
+def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
+    x, branch, gate, shift, scale, weight, bias, ctx.lengths, norm, _, _, ctx.backend = inputs
     h, _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
+    ctx.mark_non_differentiable(*(statistic for statistic in (mean, rstd) if statistic is not None))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(h, branch, gate, scale, mean, rstd)
+    ctx.branch_dtype = None if branch is None else branch.dtype
+    ctx.row_dtype = None if shift is None else shift.dtype
+    normed = None if norm is None else x if h is None else h
+    ctx.save_for_backward(normed, branch if gate is not None else None, gate, scale, weight, bias, mean, rstd)
 
 
-def _gated_autograd(
-    ctx: Any, grad_h: Tensor | None, grad_y: Tensor | None, _grad_mean: None, _grad_rstd: None
+def _autograd(
+    ctx: Any, grad_h: Tensor | None, grad_y: Tensor | None, _mean: None, _rstd: None
 ) -> tuple[Tensor | None, ...]:
-    h, branch, gate, scale, mean, rstd = ctx.saved_tensors
-    rest = (None,) * 4
-    if grad_y is not None:
-        grads = gated_backward_op(grad_h, grad_y, h, branch, gate, scale, mean, rstd, ctx.lengths, ctx.backend)
-        return *grads, *rest
-    if grad_h is not None:
-        return grad_h, *gate_backward_op(grad_h, branch, gate, ctx.lengths, ctx.backend), None, None, *rest
-    return (None,) * 9
+    h, branch, gate, *of_norm = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[2:7])
+    if grad_y is None:  # nothing comes through the norm
+        h, of_norm, wanted = None, [None] * 5, [wanted[0], *[False] * 4]
+    dx = dbranch = None
+    rows: Sequence[Tensor | None] = [None] * 5
+    if grad_y is not None or (grad_h is not None and gate is not None):
+        settings = ctx.lengths, ctx.row_dtype, wanted, ctx.backend
+        dx, dbranch, *rows = backward_op(grad_h, grad_y, h, branch, gate, *of_norm, *settings)
+    if grad_y is None:
+        dx = grad_h
+    if ctx.branch_dtype is not None and gate is None and dx is not None:
+        dbranch = dx.to(ctx.branch_dtype)
+    return dx, dbranch, *rows, *[None] * 5
 
 
-gated_backward_op = define_op(
-    "gate_residual_adaln_backward(Tensor? grad_h, Tensor grad_y, Tensor h, Tensor branch, Tensor gate, Tensor scale, "
-    "Tensor mean, Tensor rstd, SymInt[] lengths, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    backward,
-    _gated_backward_fake,
-    check=_check_gated_backward,
+backward_op = define_op(
+    f"{OP}_backward(Tensor? grad_h, Tensor? grad_y, Tensor? h, Tensor? branch, Tensor? gate, Tensor? scale, "
+    "Tensor? weight, Tensor? bias, Tensor? mean, Tensor? rstd, SymInt[] lengths, ScalarType? row_dtype, bool[] wanted, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    check=_check_backward,
 )
-gated_op = define_op(
-    "gate_residual_adaln(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, SymInt[] lengths, "
-    "float eps, ScalarType y_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    forward,
-    _gated_fake,
-    check=_check_gated,
-    backward=_gated_autograd,
-    setup_context=_gated_setup,
-    composite=_gated_composite,
-)
-
-# gate_residual
-
-
-def _check_gate(x: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str) -> None:
-    _check("gate_residual", {"x": x, "branch": branch}, {"gate": gate}, lengths, backend)
-
-
-def _check_gate_backward(grad_h: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str) -> None:
-    _check("gate_residual", {"branch": branch, "grad_h": _dense(grad_h)}, {"gate": gate}, lengths, backend)
-
-
-def _gate_composite(x: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str) -> Tensor | None:
-    return torch_impl.composite(x, branch, gate, None, None, lengths, 1.0, None)[0]
-
-
-def _gate(x: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str) -> Tensor | None:
-    return forward(x, branch, gate, None, None, lengths, 1.0, None, backend)[0]
-
-
-def _gate_fake(x: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str) -> Tensor | None:
-    return _outputs(x, branch, None, None)[0]
-
-
-def _gate_backward(
-    grad_h: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str
-) -> tuple[Tensor | None, ...]:
-    return backward(grad_h, None, None, branch, gate, None, None, None, lengths, backend)[1:3]
-
-
-def _gate_backward_fake(
-    grad_h: Tensor, branch: Tensor, gate: Tensor, lengths: Sequence[int], backend: str
-) -> tuple[Tensor | None, ...]:
-    return _gradients(None, branch, gate, None)[1:3]
-
-
-def _gate_setup(ctx: Any, inputs: tuple, output: Any) -> None:
-    _, branch, gate, ctx.lengths, ctx.backend = inputs
-    ctx.save_for_backward(branch, gate)
-
-
-def _gate_autograd(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
-    return grad_h, *gate_backward_op(grad_h, *ctx.saved_tensors, ctx.lengths, ctx.backend), None, None
-
-
-gate_backward_op = define_op(
-    "gate_residual_backward(Tensor grad_h, Tensor branch, Tensor gate, SymInt[] lengths, str backend) "
-    "-> (Tensor, Tensor)",
-    _gate_backward,
-    _gate_backward_fake,
-    check=_check_gate_backward,
-)
-gate_op = define_op(
-    "gate_residual(Tensor x, Tensor branch, Tensor gate, SymInt[] lengths, str backend) -> Tensor",
-    _gate,
-    _gate_fake,
-    check=_check_gate,
-    backward=_gate_autograd,
-    setup_context=_gate_setup,
-    composite=_gate_composite,
+adaln_op = define_op(
+    f"{OP}(Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
+    "SymInt[] lengths, str? norm, float eps, ScalarType y_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+    check=_check,
+    backward=_autograd,
+    setup_context=_setup,
+    composite=_composite,
 )

@@ -1,11 +1,17 @@
 """The adaLN family, said once: formulas, row addressing, validation.
 
-    adaln_modulate        y = LN(x) * (1 + scale) + shift
-    gate_residual_adaln   h = x + gate * branch,  y = LN(h) * (1 + scale) + shift
-    gate_residual         h = x + gate * branch
+    h = x + gate * branch          gate_residual, gate_residual_adaln; h = x for adaln_modulate
+    y = N(h) * (1 + scale) + shift adaln_modulate, gate_residual_adaln
+    N(h) = n * weight + bias,      n = (h - mean) / sqrt(var + eps) for "layer", h / sqrt(mean(h^2) + eps) for "rms"
 
 x (B, T, C). Rows (shift, scale, gate) are (B, S, C), one per segment, or (B, T, C), one per token: the latter is the
-same thing with segments of one token, and every backend treats it so.
+same thing with segments of one token. weight and bias are (C,). Absent ones are None: gate 1, shift 0, scale 0, weight
+1, bias 0.
+
+In the backward everything that is not a tensor of tokens follows from two sums over the tokens of a segment:
+
+    shifts = sum dy          dshift = shifts                             dbias = sum_S (1 + scale) * shifts
+    scales = sum dy * n      dscale = weight * scales + bias * shifts    dweight = sum_S (1 + scale) * scales
 """
 
 from __future__ import annotations
@@ -13,51 +19,70 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ard_kernels.common.arguments import check_number, check_tensor, described
 from ard_kernels.common.dtypes import DTYPES, EXPECTED, accumulation_dtype
 from ard_kernels.common.segments import check_lengths, check_segment_length, segment_offsets
 
+NORMS = ("layer", "rms")
 
-def check_activation(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> None:
+
+def check_activation(op: str, name: str, x: Tensor, like: Tensor | None = None) -> None:
     """ValueError unless x is (B, T, C) of a supported dtype and, given `like`, has its shape and device."""
     check_tensor(op, name, x)
     if x.dim() != 3:
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected 3 dims (B, T, C)")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{op}: {name} has dtype {x.dtype}; expected {EXPECTED}")
     if like is not None and x.shape != like.shape:
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected x's {tuple(like.shape)}")
-    if like is not None and x.device != like.device:
+    _check_dtype(op, name, x, x if like is None else like)
+
+
+def _check_dtype(op: str, name: str, x: Tensor, like: Tensor) -> None:
+    """ValueError unless x has a supported dtype and may stand beside `like`, the op's x."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{op}: {name} has dtype {x.dtype}; expected {EXPECTED}")
+    if x.device != like.device:
         raise ValueError(f"{op}: {name} is on {x.device}; expected x's {like.device}")
-    if like is not None and x.dtype == torch.float64 != like.dtype:
+    if x.dtype == torch.float64 != like.dtype:
         raise ValueError(f"{op}: {name} has dtype {x.dtype}; expected it with float64 x only, and x is {like.dtype}")
 
 
-def check_rows(
-    op: str, x: torch.Tensor, rows: dict[str, torch.Tensor], segment_length: int | Sequence[int]
-) -> list[int]:
+def check_rows(op: str, x: Tensor, rows: dict[str, Tensor | None], segment_length: int | Sequence[int]) -> list[int]:
     """Validate the rows against x (B, T, C); the op's `lengths`, which is [1] for rows per token."""
     B, T, C = x.shape
     lengths = check_segment_length(op, segment_length, "x", T)
     segments = T // lengths[0] if len(lengths) == 1 else len(lengths)
-    first_name, first = next(iter(rows.items()))
-    for name, row in rows.items():
+    given = {name: row for name, row in rows.items() if row is not None}
+    for name, row in given.items():
         check_tensor(op, name, row)
-        if tuple(row.shape) != (B, segments, C) and tuple(row.shape) != (B, T, C):
+        shape, (first_name, first) = tuple(row.shape), next(iter(given.items()))
+        if shape not in ((B, segments, C), (B, segments, 1, C), (B, T, C)):
             raise ValueError(
-                f"{op}: {name} has shape {tuple(row.shape)}; expected {(B, segments, C)} (per segment) "
-                f"or {(B, T, C)} (per token)"
+                f"{op}: {name} has shape {shape}; expected {(B, segments, C)} (per segment, also as "
+                f"{(B, segments, 1, C)}) or {(B, T, C)} (per token)"
             )
         if row.shape != first.shape:
-            raise ValueError(f"{op}: {name} has shape {tuple(row.shape)}; expected {first_name}'s {tuple(first.shape)}")
-        if row.dtype != first.dtype or row.dtype not in DTYPES:
+            raise ValueError(f"{op}: {name} has shape {shape}; expected {first_name}'s {tuple(first.shape)}")
+        if row.dtype != first.dtype:
             raise ValueError(f"{op}: {name} has dtype {row.dtype}; expected a float dtype equal to {first_name}'s")
-        if row.dtype == torch.float64 != x.dtype:
-            raise ValueError(f"{op}: {name} has dtype {row.dtype}; expected it with float64 x only, and x is {x.dtype}")
-        if row.device != x.device:
-            raise ValueError(f"{op}: {name} is on {row.device}; expected x's {x.device}")
-    return lengths if first.shape[1] == segments else [1]
+        _check_dtype(op, name, row, x)
+    return [1] if given and first.shape[1] != segments else lengths
+
+
+def check_norm(op: str, x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None) -> None:
+    """ValueError unless norm is known and weight and bias are (C,) and fit it."""
+    if norm not in NORMS:
+        raise ValueError(f"{op}: norm is {described(norm)}; expected 'layer' or 'rms'")
+    if bias is not None and norm == "rms":
+        raise ValueError(f"{op}: bias is given with norm='rms'; expected None, an RMSNorm has no bias")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        check_tensor(op, name, parameter)
+        if tuple(parameter.shape) != (x.shape[-1],):
+            raise ValueError(f"{op}: {name} has shape {tuple(parameter.shape)}; expected {(x.shape[-1],)}")
+        _check_dtype(op, name, parameter, x)
 
 
 def check_eps(op: str, eps: float) -> float:
@@ -69,30 +94,45 @@ def check_eps(op: str, eps: float) -> float:
 
 
 def check_raw(
-    op: str, tokens: dict[str, torch.Tensor | None], rows: dict[str, torch.Tensor | None], lengths: Sequence[int]
-) -> None:
+    op: str, tokens: dict[str, Tensor | None], rows: dict[str, Tensor | None], norm: str | None, weight: Tensor | None,
+    bias: Tensor | None, lengths: Sequence[int],
+) -> Tensor:  # fmt: skip
     """ValueError unless what `torch.ops.ard` was called with is what a public function would pass on.
 
-    tokens: (B, T, C) tensors, the first present; rows: those per segment of `lengths`; None: absent.
+    tokens: (B, T, C) tensors, the first of them returned; rows: those per segment of `lengths`; None: absent.
     """
     given = {name: x for name, x in tokens.items() if x is not None}
+    if not given:
+        raise ValueError(f"{op}: {' and '.join(tokens)} are None; expected a tensor")
     first = next(iter(given.values()))
     for name, x in given.items():
         check_activation(op, name, x, like=first)
     check_lengths(op, lengths, first.shape[1])
-    present = {name: row for name, row in rows.items() if row is not None}
-    if check_rows(op, first, present, lengths[0] if len(lengths) == 1 else lengths) != list(lengths):
+    if check_rows(op, first, rows, lengths[0] if len(lengths) == 1 else lengths) != list(lengths):
         raise ValueError(f"{op}: lengths is {list(lengths)}; expected [1] for rows per token")
-    for name, x in (given | present).items():
+    if norm is not None:
+        check_norm(op, first, norm, weight, bias)
+    for name, x in (given | rows | {"weight": weight, "bias": bias}).items():
+        if x is None:
+            continue
+        if x.dim() > 3:
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected 3 dims")
         if x.stride(-1) != 1 and x.numel():
             raise ValueError(f"{op}: {name} has strides {x.stride()}; expected a contiguous last dim")
+    return first
 
 
-def check_statistics(op: str, x_BTC: torch.Tensor, **statistics: torch.Tensor) -> None:
+def check_statistics(op: str, x_BTC: Tensor, **statistics: Tensor | None) -> None:
     """ValueError unless the statistics are (B, T), contiguous, of the accumulation dtype."""
     dtype = accumulation_dtype(x_BTC.dtype)
     for name, x in statistics.items():
-        if x.shape != x_BTC.shape[:2] or x.dtype != dtype or x.device != x_BTC.device or not x.is_contiguous():
+        if (
+            x is None
+            or x.shape != x_BTC.shape[:2]
+            or x.dtype != dtype
+            or x.device != x_BTC.device
+            or not x.is_contiguous()
+        ):
             raise ValueError(f"{op}: {name} is {described(x)}; expected contiguous {dtype} {tuple(x_BTC.shape[:2])}")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ from ard_kernels.common.segments import segment_offsets
 from ard_kernels.segment_adaln.spec import row_of_token
 
 Outputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # h, y, mean, rstd
-# dx, dbranch, dgate, dshift, dscale
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+# dx, dbranch, dgate, dshift, dscale, dweight, dbias
+Gradients = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
 
 
 def _tile(x_BTC: Tensor, lengths: Sequence[int], acc: torch.dtype) -> Tensor:
@@ -35,76 +38,128 @@ def _rows(rows_BSC: Tensor, lengths: Sequence[int], tokens: int, acc: torch.dtyp
     return rows_BSC.to(acc).unsqueeze(2)
 
 
-def _row_sum(terms_BSLC: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _row_sum(terms_BSLC: Tensor, lengths: Sequence[int]) -> Tensor:
     """(B, S, C): sum over the tokens of each segment."""
     if len(lengths) == 1:
-        return terms_BSLC.sum(2).to(dtype)
+        return terms_BSLC.sum(2)
     terms_BTC, offsets = terms_BSLC.flatten(1, 2), segment_offsets(lengths, terms_BSLC.shape[1])
-    return torch.stack([terms_BTC[:, a:b].sum(1) for a, b in pairwise(offsets)], 1).to(dtype)
+    return torch.stack([terms_BTC[:, a:b].sum(1) for a, b in pairwise(offsets)], 1)
 
 
-def _layer_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(normalised, mean, rstd) over the last dim."""
-    return torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+def _normalise(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(n, mean, rstd) over the last dim; an RMSNorm has no mean."""
+    if norm == "layer":
+        return torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * rstd, None, rstd
 
 
-def _composed_layer_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`_layer_norm` for derivatives of any order: gradients of native_layer_norm's tangent are wrong (torch 2.13)."""
+def _composed_normalise(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`_normalise` for derivatives of any order: gradients of native_layer_norm's tangent are wrong (torch 2.13)."""
+    if norm == "rms":
+        return _normalise(x, norm, eps)
     mean = x.mean(-1, keepdim=True)
-    rstd = torch.rsqrt((x - mean).square().mean(-1, keepdim=True) + eps)
-    return (x - mean) * rstd, mean, rstd
+    n, _, rstd = _normalise(x - mean, "rms", eps)
+    return n, mean, rstd
 
 
-def composite(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    lengths: Sequence[int], eps: float, y_dtype: torch.dtype | None,
-) -> Outputs:  # fmt: skip
+def composite(*inputs: Any) -> Outputs:
     """`forward` that can be differentiated in any mode and order, but for mean and rstd."""
-    h, y, mean, rstd = forward(x, branch, gate, shift, scale, lengths, eps, y_dtype, _composed_layer_norm)
+    h, y, mean, rstd = forward(*inputs, normalise=_composed_normalise)
     return h, y, None if mean is None else mean.detach(), None if rstd is None else rstd.detach()
 
 
 def forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    lengths: Sequence[int], eps: float, y_dtype: torch.dtype | None, layer_norm: Callable = _layer_norm,
+    weight: Tensor | None, bias: Tensor | None, lengths: Sequence[int], norm: str | None, eps: float,
+    y_dtype: torch.dtype, normalise: Callable = _normalise,
 ) -> Outputs:  # fmt: skip
-    """(h, y, mean (B, T), rstd (B, T)); branch and gate, or shift and scale, may be None, then so is their output."""
+    """(h, y, mean (B, T), rstd (B, T)); None without a branch, a norm, a mean."""
     B, T, C = x.shape
     acc = accumulation_dtype(x.dtype)
     h = y = mean = rstd = None
     if branch is not None:
-        h = torch.addcmul(_tile(x, lengths, acc), _rows(gate, lengths, T, acc), _tile(branch, lengths, acc))
+        wide, branch = _tile(x, lengths, acc), _tile(branch, lengths, acc)
+        h = wide + branch if gate is None else torch.addcmul(wide, _rows(gate, lengths, T, acc), branch)
         x = h = h.to(x.dtype).reshape(B, T, C)
-    if shift is not None:
-        normalised, mean, rstd = layer_norm(_tile(x, lengths, acc), eps)
-        y = torch.addcmul(_rows(shift, lengths, T, acc), normalised, 1 + _rows(scale, lengths, T, acc))
-        y, mean, rstd = y.to(y_dtype).reshape(B, T, C), mean.reshape(B, T), rstd.reshape(B, T)
+    if norm is not None:
+        y, mean, rstd = normalise(_tile(x, lengths, acc), norm, eps)
+        y = _affine(y, weight, bias)
+        factor, shift = _factor(scale, lengths, T, acc), None if shift is None else _rows(shift, lengths, T, acc)
+        if factor is not None and shift is not None:
+            y = torch.addcmul(shift, y, factor)
+        elif factor is not None:
+            y = y * factor
+        elif shift is not None:
+            y = y + shift
+        y, rstd = y.to(y_dtype).reshape(B, T, C), rstd.reshape(B, T)
+        mean = None if mean is None else mean.reshape(B, T)
     return h, y, mean, rstd
+
+
+def _factor(scale: Tensor | None, lengths: Sequence[int], tokens: int, acc: torch.dtype) -> Tensor | None:
+    """1 + scale, as `_rows`."""
+    return None if scale is None else 1 + _rows(scale, lengths, tokens, acc)
+
+
+def _affine(n: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """n * weight + bias in n's dtype."""
+    if weight is not None:
+        n = n * weight.to(n.dtype)
+    return n if bias is None else n + bias.to(n.dtype)
 
 
 def backward(
     grad_h: Tensor | None, grad_y: Tensor | None, h: Tensor | None, branch: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, mean: Tensor | None, rstd: Tensor | None, lengths: Sequence[int],
+    scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
+    lengths: Sequence[int], row_dtype: torch.dtype | None, wanted: Sequence[bool],
 ) -> Gradients:  # fmt: skip
-    """(dx, dbranch, dgate, dshift, dscale), None where the forward had no such input (no norm: dx is grad_h, not made).
+    """The gradients as `Kernels.backward` gives them. With g = dy * (1 + scale) * weight:
 
-    With n = LN(h), g = dy * (1 + scale):  dx = rstd * (g - mean(g) - n * mean(g * n)) + dh,  dshift = sum dy,
-    dscale = sum dy * n,  dbranch = gate * dx,  dgate = sum dx * branch.
+    dx = rstd * (g - mean(g) - n * mean(g * n)) + dh (an RMSNorm: without mean(g)),  dbranch = gate * dx,
+    dgate = sum dx * branch; the others as in spec.py.
     """
     like = h if h is not None else grad_h
     B, T, C = like.shape
     acc = accumulation_dtype(like.dtype)
     dx = None if grad_h is None else _tile(grad_h, lengths, acc)
-    dbranch = dgate = dshift = dscale = None
+    dbranch = dgate = dshift = dscale = dweight = dbias = None
     if grad_y is not None:
-        dy = _tile(grad_y, lengths, acc)
-        mean, rstd = (_tile(statistic[..., None], lengths, acc) for statistic in (mean, rstd))
-        n = (_tile(h, lengths, acc) - mean) * rstd
-        g = dy * (1 + _rows(scale, lengths, T, acc))
-        dn = rstd * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
+        dy, n, rstd = _tile(grad_y, lengths, acc), _tile(h, lengths, acc), _tile(rstd[..., None], lengths, acc)
+        n = (n if mean is None else n - _tile(mean[..., None], lengths, acc)) * rstd
+        factor = _factor(scale, lengths, T, acc)
+        g = _affine(dy if factor is None else dy * factor, weight, None)
+        centred = g if mean is None else g - g.mean(-1, keepdim=True)
+        dn = rstd * (centred - n * (g * n).mean(-1, keepdim=True))
         dx = dn if dx is None else dx + dn
-        dshift, dscale = _row_sum(dy, lengths, scale.dtype), _row_sum(dy * n, lengths, scale.dtype)
+        dshift, dscale, dweight, dbias = _row_gradients(dy, n, scale, weight, bias, lengths, row_dtype, wanted[1:])
     if branch is not None:
         dbranch = (dx * _rows(gate, lengths, T, acc)).to(branch.dtype).reshape(B, T, C)
-        dgate = _row_sum(dx * _tile(branch, lengths, acc), lengths, gate.dtype)
-    return None if h is None else dx.to(h.dtype).reshape(B, T, C), dbranch, dgate, dshift, dscale
+        if wanted[0]:
+            dgate = _row_sum(dx * _tile(branch, lengths, acc), lengths).to(gate.dtype)
+    dx = None if h is None else dx.to(h.dtype).reshape(B, T, C)
+    return dx, dbranch, dgate, dshift, dscale, dweight, dbias
+
+
+def _row_gradients(
+    dy: Tensor, n: Tensor, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, lengths: Sequence[int],
+    row_dtype: torch.dtype | None, wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dshift, dscale, dweight, dbias, those that are wanted, from the sums of spec.py."""
+    shift_wanted, scale_wanted, weight_wanted, bias_wanted = wanted
+    dshift = dscale = dweight = dbias = None
+    if shift_wanted or bias_wanted or (scale_wanted and bias is not None):
+        shifts = _row_sum(dy, lengths)
+    if scale_wanted or weight_wanted:
+        scales = _row_sum(dy * n, lengths)
+    factor = 1.0 if scale is None else 1 + scale.to(dy.dtype)
+    if shift_wanted:
+        dshift = shifts.to(row_dtype)
+    if scale_wanted:
+        dscale = _affine(scales, weight, None)
+        dscale = (dscale if bias is None else dscale + bias.to(dy.dtype) * shifts).to(row_dtype)
+    if weight_wanted:
+        dweight = (scales * factor).sum((0, 1)).to(weight.dtype)
+    if bias_wanted:
+        dbias = (shifts * factor).sum((0, 1)).to(bias.dtype)
+    return dshift, dscale, dweight, dbias

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, disable-error-code=assignment, no-strict-optional
-# (Inputs that an op lacks are None, in groups that their types do not know.)
+# (Inputs that a call lacks are None, in groups that their types do not know.)
 """The adaLN family in Triton: one pass over the tokens forward, one backward and a small sum of row gradients.
 
 A program takes a chunk of tokens of one segment of one sample: the segment's gate, shift and scale are read once and
@@ -7,9 +7,11 @@ stay in registers while the tokens pass by, ROWS at a time. Backward, the row gr
 registers, written once as fp32 partials, and added in chunk order by a second kernel: no atomics, so bit-equal results.
 Rows per token are read, and their gradients written, with the token.
 
-    n = (h - mean) * rstd      y = n * (1 + scale) + shift      h = x + gate * branch (or x)
-    g = dy * (1 + scale)       dx = rstd * (g - mean(g) - n * mean(g * n)) + dh
-    dshift = sum dy            dscale = sum dy * n              dgate = sum dx * branch, dbranch = gate * dx
+What a call lacks is None, which Triton knows at compile time. Of a segment the kernels need no more than two rows:
+
+    factor = (1 + scale) * weight    moved = (1 + scale) * bias + shift    n = (h - mean) * rstd (an RMSNorm: mean = 0)
+    y = n * factor + moved           g = dy * factor    dx = rstd * (g - mean(g) - n * mean(g * n)) + dh (no mean(g))
+    shifts = sum dy    scales = sum dy * n    dgate = sum dx * branch    dbranch = gate * dx       the rest: spec.py
 """
 
 from __future__ import annotations
@@ -87,11 +89,50 @@ def _centre(blocks, mean, C: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _modulate(n, rstd, shift, scale):
-    """n * rstd * (1 + scale) + shift."""
+def _plus_one(blocks):
+    sums = ()
+    for i in tl.static_range(len(blocks)):
+        sums = sums + (1.0 + blocks[i],)
+    return sums
+
+
+@triton.jit
+def _parameter(pointer, C: tl.constexpr, PARTS: tl.constexpr):
+    """weight or bias as one fp32 row."""
+    return widen_rows(load_rows(pointer + tl.zeros([1], tl.int32), tl.full([1], True, tl.int1), C, PARTS))
+
+
+@triton.jit
+def _factor(scale, weight, stride, batch, at, here, C: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr):
+    """(1 + scale) * weight of rows `at`."""
+    factor = _plus_one(zero_rows(1, PARTS))
+    if scale is not None:
+        factor = _plus_one(_load(scale, stride, batch, at, here, C, PARTS, UNIT))
+    if weight is not None:
+        factor = multiply_rows(factor, _parameter(weight, C, PARTS))
+    return factor
+
+
+@triton.jit
+def _moved(
+    shift, scale, bias, shift_stride, scale_stride, batch, at, here,
+    C: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """(1 + scale) * bias + shift of rows `at`."""
+    moved = zero_rows(1, PARTS)
+    if shift is not None:
+        moved = _load(shift, shift_stride, batch, at, here, C, PARTS, UNIT)
+    if bias is not None:
+        moved = add_rows(moved, _factor(scale, bias, scale_stride, batch, at, here, C, PARTS, UNIT))
+    return moved
+
+
+@triton.jit
+def _modulate(n, rstd, factor, moved):
+    """n * rstd * factor + moved."""
     blocks = ()
     for i in tl.static_range(len(n)):
-        blocks = blocks + (n[i] * rstd[:, None] * (1.0 + scale[i]) + shift[i],)
+        blocks = blocks + (n[i] * rstd[:, None] * factor[i] + moved[i],)
     return blocks
 
 
@@ -104,50 +145,52 @@ def _chunk(table, chunk_count):
 
 @triton.jit(do_not_specialize=SIZES)
 def _forward(
-    x, branch, gate, shift, scale, h, y, mean, rstd, table, x_stride, branch_stride, gate_stride, shift_stride,
-    scale_stride, h_stride, y_stride, T, chunk_count, eps,
-    C: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr,
-    PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    x, branch, gate, shift, scale, weight, bias, h, y, mean, rstd, table, x_stride, branch_stride, gate_stride,
+    shift_stride, scale_stride, h_stride, y_stride, T, chunk_count, eps,
+    C: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """h, y, mean and rstd of one chunk, those that the op has."""
+    """h, y, mean and rstd of one chunk, those that there are."""
     batch, segment, start, stop = _chunk(table, chunk_count)
     one = segment + tl.arange(0, 1)
-    if HAS_GATE and not PER_TOKEN:
+    if gate is not None and not PER_TOKEN:
         gate_row = _load(gate, gate_stride, batch, one, one >= 0, C, PARTS, UNIT)
-    if HAS_NORM and not PER_TOKEN:
-        shift_row = _load(shift, shift_stride, batch, one, one >= 0, C, PARTS, UNIT)
-        scale_row = _load(scale, scale_stride, batch, one, one >= 0, C, PARTS, UNIT)
+    if y is not None and not PER_TOKEN:
+        moved = _moved(shift, scale, bias, shift_stride, scale_stride, batch, one, one >= 0, C, PARTS, UNIT)
+        factor = _factor(scale, weight, scale_stride, batch, one, one >= 0, C, PARTS, UNIT)
     for first in tl.range(start, stop, ROWS, num_stages=STAGES):
         tokens = first + tl.arange(0, ROWS)
         here = tokens < stop
         rows = _load(x, x_stride, batch, tokens, here, C, PARTS, UNIT)
-        if HAS_GATE:
-            gate_here = _load(gate, gate_stride, batch, tokens, here, C, PARTS, UNIT) if PER_TOKEN else gate_row
+        if branch is not None:
+            if gate is not None:
+                gate_here = _load(gate, gate_stride, batch, tokens, here, C, PARTS, UNIT) if PER_TOKEN else gate_row
             branch_rows = _load(branch, branch_stride, batch, tokens, here, C, PARTS, UNIT)
-            rows = _round(add_rows(rows, multiply_rows(gate_here, branch_rows)), h)
+            if gate is not None:
+                branch_rows = multiply_rows(gate_here, branch_rows)
+            rows = _round(add_rows(rows, branch_rows), h)
             _store(h, h_stride, batch, tokens, rows, here, C, PARTS, UNIT)
-        if HAS_NORM:
+        if y is not None:
             if PER_TOKEN:
-                shift_here = _load(shift, shift_stride, batch, tokens, here, C, PARTS, UNIT)
-                scale_here = _load(scale, scale_stride, batch, tokens, here, C, PARTS, UNIT)
-            else:
-                shift_here, scale_here = shift_row, scale_row
-            means = row_sums(rows) / C
-            centred = _centre(rows, means, C, PARTS)
-            rstds = tl.rsqrt(row_sums(multiply_rows(centred, centred)) / C + eps)
-            _store(y, y_stride, batch, tokens, _modulate(centred, rstds, shift_here, scale_here), here, C, PARTS, UNIT)
+                moved = _moved(shift, scale, bias, shift_stride, scale_stride, batch, tokens, here, C, PARTS, UNIT)
+                factor = _factor(scale, weight, scale_stride, batch, tokens, here, C, PARTS, UNIT)
+            if mean is not None:
+                means = row_sums(rows) / C
+                rows = _centre(rows, means, C, PARTS)
+            rstds = tl.rsqrt(row_sums(multiply_rows(rows, rows)) / C + eps)
+            _store(y, y_stride, batch, tokens, _modulate(rows, rstds, factor, moved), here, C, PARTS, UNIT)
             statistics = batch.to(tl.int64) * T + tokens
-            tl.store(mean + statistics, means, mask=here)
+            if mean is not None:
+                tl.store(mean + statistics, means, mask=here)
             tl.store(rstd + statistics, rstds, mask=here)
 
 
 @triton.jit
-def _norm_gradient(dy, n, scale, rstd, C: tl.constexpr):
-    """dx of y = n * (1 + scale) + shift through the statistics."""
-    g = ()
-    for i in tl.static_range(len(dy)):
-        g = g + (dy[i] * (1.0 + scale[i]),)
-    mean_g, mean_gn = row_sums(g) / C, row_sums(multiply_rows(g, n)) / C
+def _norm_gradient(dy, n, factor, rstd, C: tl.constexpr, RMS: tl.constexpr):
+    """dx of y = n * factor through the statistics."""
+    g = multiply_rows(dy, factor)
+    mean_g = tl.zeros_like(rstd) if RMS else row_sums(g) / C
+    mean_gn = row_sums(multiply_rows(g, n)) / C
     dx = ()
     for i in tl.static_range(len(dy)):
         dx = dx + (rstd[:, None] * (g[i] - mean_g[:, None] - n[i] * mean_gn[:, None]),)
@@ -156,85 +199,127 @@ def _norm_gradient(dy, n, scale, rstd, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward(
-    grad_h, grad_y, h, branch, gate, scale, mean, rstd, dx, dbranch, dgate, dshift, dscale, workspace, table,
-    grad_h_stride, grad_y_stride, h_stride, branch_stride, gate_stride, scale_stride, dx_stride, dbranch_stride,
+    grad_h, grad_y, h, branch, gate, scale, weight, bias, mean, rstd, dx, dbranch, dgate, dshift, dscale, workspace,
+    table, grad_h_stride, grad_y_stride, h_stride, branch_stride, gate_stride, scale_stride, dx_stride, dbranch_stride,
     dgate_stride, dshift_stride, dscale_stride, T, chunk_count,
-    C: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, HAS_GRAD_H: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_NORM: tl.constexpr, PER_TOKEN: tl.constexpr, KEEP_ROWS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    C: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, PER_TOKEN: tl.constexpr, GATE_SUM: tl.constexpr,
+    NORM_SUMS: tl.constexpr, KEEP_ROWS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx and dbranch of one chunk, and its share of dgate, dshift, dscale; those that the op has."""
+    """dx and dbranch of one chunk, those that there are; its sums, or with rows per token their gradients."""
     batch, segment, start, stop = _chunk(table, chunk_count)
     one = segment + tl.arange(0, 1)
-    if HAS_GATE and KEEP_ROWS:
+    if gate is not None and KEEP_ROWS:
         gate_row = _load(gate, gate_stride, batch, one, one >= 0, C, PARTS, UNIT)
-    if HAS_NORM and KEEP_ROWS:
-        scale_row = _load(scale, scale_stride, batch, one, one >= 0, C, PARTS, UNIT)
-    gate_sum, shift_sum, scale_sum = zero_rows(ROWS, PARTS), zero_rows(ROWS, PARTS), zero_rows(ROWS, PARTS)
+    if grad_y is not None and KEEP_ROWS:
+        factor_row = _factor(scale, weight, scale_stride, batch, one, one >= 0, C, PARTS, UNIT)
+    gate_sum = zero_rows(ROWS, PARTS)
+    shift_sum, scale_sum = zero_rows(ROWS, PARTS), zero_rows(ROWS, PARTS)
     for first in tl.range(start, stop, ROWS, num_stages=STAGES):
         tokens = first + tl.arange(0, ROWS)
         here = tokens < stop
         at, end = (tokens, stop) if PER_TOKEN else (one, segment + 1)  # rows read with every token
         gradient = zero_rows(ROWS, PARTS)
-        if HAS_GRAD_H:
+        if grad_h is not None:
             gradient = _load(grad_h, grad_h_stride, batch, tokens, here, C, PARTS, UNIT)
-        if HAS_NORM:
-            scale_here = scale_row if KEEP_ROWS else _load(scale, scale_stride, batch, at, at < end, C, PARTS, UNIT)
+        if grad_y is not None:
             dy = _load(grad_y, grad_y_stride, batch, tokens, here, C, PARTS, UNIT)
-            rows = _load(h, h_stride, batch, tokens, here, C, PARTS, UNIT)
+            n = _load(h, h_stride, batch, tokens, here, C, PARTS, UNIT)
             statistics = batch.to(tl.int64) * T + tokens
-            means = tl.load(mean + statistics, mask=here, other=0.0)
+            if mean is not None:
+                n = _centre(n, tl.load(mean + statistics, mask=here, other=0.0), C, PARTS)
             rstds = tl.load(rstd + statistics, mask=here, other=0.0)
-            n = scale_rows(_centre(rows, means, C, PARTS), rstds[:, None])
-            gradient = add_rows(gradient, _norm_gradient(dy, n, scale_here, rstds, C))
+            n = scale_rows(n, rstds[:, None])
+            factor = (
+                factor_row if KEEP_ROWS else _factor(scale, weight, scale_stride, batch, at, at < end, C, PARTS, UNIT)
+            )
+            gradient = add_rows(gradient, _norm_gradient(dy, n, factor, rstds, C, mean is None))
             _store(dx, dx_stride, batch, tokens, gradient, here, C, PARTS, UNIT)
             dy_n = multiply_rows(dy, n)
-            if PER_TOKEN:
+            if PER_TOKEN and dshift is not None:
                 _store(dshift, dshift_stride, batch, tokens, dy, here, C, PARTS, UNIT)
-                _store(dscale, dscale_stride, batch, tokens, dy_n, here, C, PARTS, UNIT)
-            else:
+            if PER_TOKEN and dscale is not None:
+                own = dy_n if weight is None else multiply_rows(dy_n, _parameter(weight, C, PARTS))
+                own = own if bias is None else add_rows(own, multiply_rows(dy, _parameter(bias, C, PARTS)))
+                _store(dscale, dscale_stride, batch, tokens, own, here, C, PARTS, UNIT)
+            if NORM_SUMS:
+                if PER_TOKEN:  # of dweight and dbias
+                    plus = _factor(scale, None, scale_stride, batch, at, at < end, C, PARTS, UNIT)
+                    dy, dy_n = multiply_rows(plus, dy), multiply_rows(plus, dy_n)
                 shift_sum, scale_sum = add_rows(shift_sum, dy), add_rows(scale_sum, dy_n)
-        if HAS_GATE:
+        if branch is not None:
             gate_here = gate_row if KEEP_ROWS else _load(gate, gate_stride, batch, at, at < end, C, PARTS, UNIT)
             branch_rows = _load(branch, branch_stride, batch, tokens, here, C, PARTS, UNIT)
             _store(dbranch, dbranch_stride, batch, tokens, multiply_rows(gate_here, gradient), here, C, PARTS, UNIT)
             gate_gradient = multiply_rows(gradient, branch_rows)
-            if PER_TOKEN:
+            if PER_TOKEN and dgate is not None:
                 _store(dgate, dgate_stride, batch, tokens, gate_gradient, here, C, PARTS, UNIT)
-            else:
+            if GATE_SUM:
                 gate_sum = add_rows(gate_sum, gate_gradient)
-    if not PER_TOKEN:  # (B, chunks, 1 to 3, C): gate, shift, scale
-        SUMS: tl.constexpr = HAS_GATE + 2 * HAS_NORM
-        partials = workspace + (tl.program_id(0).to(tl.int64) + tl.arange(0, 1)) * (SUMS * C)
-        if HAS_GATE:
-            store_rows(partials, sum_rows(gate_sum), one >= 0, C, PARTS)
-        if HAS_NORM:
-            store_rows(partials + HAS_GATE * C, sum_rows(shift_sum), one >= 0, C, PARTS)
-            store_rows(partials + (HAS_GATE + 1) * C, sum_rows(scale_sum), one >= 0, C, PARTS)
+    # (B, chunks, 1 to 3, C): dgate, shifts, scales
+    partials = workspace + (tl.program_id(0).to(tl.int64) + tl.arange(0, 1)) * ((GATE_SUM + 2 * NORM_SUMS) * C)
+    if GATE_SUM:
+        store_rows(partials, sum_rows(gate_sum), one >= 0, C, PARTS)
+    if NORM_SUMS:
+        store_rows(partials + GATE_SUM * C, sum_rows(shift_sum), one >= 0, C, PARTS)
+        store_rows(partials + (GATE_SUM + 1) * C, sum_rows(scale_sum), one >= 0, C, PARTS)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _add_chunks(
-    workspace, dgate, dshift, dscale, spans, chunk_count, S,
-    C: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr,
+    workspace, dgate, dshift, dscale, scale, weight, bias, parameter_sums, spans, scale_stride, chunk_count, S,
+    C: tl.constexpr, UNIT: tl.constexpr, GATE_SUM: tl.constexpr, NORM_SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dgate, dshift, dscale (B, S, C) of one segment, BLOCK columns: its chunks' partials, in order."""
-    SUMS: tl.constexpr = HAS_GATE + 2 * HAS_NORM
+    """dgate, dshift, dscale (B, S, C) of one segment, BLOCK columns, from its chunks' partial sums, in order; and its
+    share (B * S, 2, C) of dbias and dweight."""
+    SUMS: tl.constexpr = GATE_SUM + 2 * NORM_SUMS
     row = tl.program_id(0)
     span = spans + row % S * 2
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < C
+    to = row.to(tl.int64) * C + columns
+    factor = 1.0
+    if parameter_sums is not None and scale is not None:
+        scale_row = (
+            scale + ((row // S).to(tl.int64) * scale_stride[0] + (row % S).to(tl.int64) * scale_stride[1]) * UNIT
+        )
+        factor += tl.load(scale_row + columns, mask=inside, other=0.0).to(tl.float32)
     for k in tl.static_range(SUMS):
         total = tl.zeros([BLOCK], tl.float32)
         for chunk in range(tl.load(span), tl.load(span + 1)):
             partial = ((row // S).to(tl.int64) * chunk_count + chunk) * SUMS + k
             total += tl.load(workspace + partial * C + columns, mask=inside, other=0.0)
-        if k < HAS_GATE:
-            out = dgate
-        elif k == HAS_GATE:
-            out = dshift
+        if k < GATE_SUM:
+            tl.store(dgate + to, total.to(dgate.dtype.element_ty), mask=inside)
         else:
-            out = dscale
-        tl.store(out + row.to(tl.int64) * C + columns, total.to(out.dtype.element_ty), mask=inside)
+            if parameter_sums is not None:
+                of_row = parameter_sums + (row.to(tl.int64) * 2 + k - GATE_SUM) * C
+                tl.store(of_row + columns, total * factor, mask=inside)
+            if k == GATE_SUM:
+                shifts = total
+                if dshift is not None:
+                    tl.store(dshift + to, total.to(dshift.dtype.element_ty), mask=inside)
+            elif dscale is not None:
+                if weight is not None:
+                    total *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+                if bias is not None:
+                    total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32) * shifts
+                tl.store(dscale + to, total.to(dscale.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _add_parameters(parameter_sums, dbias, dweight, count, C: tl.constexpr, BLOCK: tl.constexpr):
+    """dbias and dweight (C,), BLOCK columns: the sums of (count, 2, C), in order."""
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < C
+    for k in tl.static_range(2):
+        out = dbias if k == 0 else dweight
+        if out is not None:
+            total = tl.zeros([BLOCK], tl.float32)
+            share = parameter_sums + k * C + columns
+            for _ in range(count):
+                total += tl.load(share, mask=inside, other=0.0)
+                share += 2 * C
+            tl.store(out + columns, total.to(out.dtype.element_ty), mask=inside)
 
 
 KERNELS = {"adaln_forward": _forward, "adaln_backward": _backward}
@@ -243,16 +328,17 @@ Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides, dtyp
 
 @lru_cache(maxsize=1024)
 def _prepare(
-    name: str, shape_BTC: torch.Size, inputs: tuple[Layout | None, ...], y_dtype: torch.dtype | None,
-    device: torch.device, lengths: tuple[int, ...], per_token: bool, few: int, eps: tuple[float, ...],
+    name: str, shape_BTC: torch.Size, inputs: tuple[Layout | None, ...], others: tuple[torch.dtype | None, ...],
+    device: torch.device, lengths: tuple[int, ...], few: int, eps: tuple[float, ...],
     flags: tuple[tuple[str, bool], ...], config: tuple[tuple[str, int], ...],
 ) -> tuple[Launch, Chunks]:  # fmt: skip
     """The launch of kernel `name` for inputs of these layouts (shape, strides, dtype; None: absent); its tables.
 
-    few: multiprocessors. `eps`: (eps,) of the forward, () of the backward.
+    others: dtypes of the other tensors, None: absent. few: multiprocessors. `eps`: (eps,) of the forward, () of the
+    backward.
     """
     B, T, C = shape_BTC
-    sizes = dict(config)
+    sizes, per_token = dict(config), lengths == (1,)
     tables = chunks((T,) if per_token else lengths, T, chunk_tokens(T, B, sizes.pop("TOKENS"), few), device)
     S = T if per_token else len(tables.spans)
     plain, rows = (shape_BTC, (T * C, C, 1)), ((B, S, C), (S * C, C, 1))
@@ -269,26 +355,41 @@ def _prepare(
 
 
 @lru_cache(maxsize=1024)
-def _prepare_sum(
-    shape_BSC: torch.Size, dtype: torch.dtype, device: torch.device, chunk_count: int, has_gate: bool, has_norm: bool
-) -> Launch:
-    """The launch that adds the chunks' partial row gradients up."""
+def _prepare_sums(
+    shape_BSC: tuple[int, ...], scale: Layout | None, others: tuple[torch.dtype | None, ...], device: torch.device,
+    chunk_count: int, flags: tuple[tuple[str, bool], ...],
+) -> Launch:  # fmt: skip
+    """The launch that adds the chunks' partial sums up; `others` as in `_prepare`."""
     B, S, C = shape_BSC
-    constants = {"C": C, "HAS_GATE": has_gate, "HAS_NORM": has_norm, "BLOCK": 256, "num_warps": 2}
-    return Launch(_add_chunks, (B * S, triton.cdiv(C, 256)), (chunk_count, S), constants)
+    unit, (stride,) = strides((shape_BSC, (S * C, C, 1)) if scale is None else scale[:2])
+    constants = {"C": C, "UNIT": unit, "BLOCK": 256, "num_warps": 2}
+    return Launch(_add_chunks, (B * S, triton.cdiv(C, 256)), (stride, chunk_count, S), constants | dict(flags))
+
+
+@lru_cache(maxsize=1024)
+def _prepare_parameters(C: int, others: tuple[torch.dtype | None, ...], device: torch.device) -> Launch:
+    """The launch that adds dbias and dweight up; its grid is theirs alone, so that the count may be any."""
+    return Launch(_add_parameters, (triton.cdiv(C, 64),), (), {"C": C, "BLOCK": 64, "num_warps": 2})
+
+
+def _layout(x: Tensor | None) -> Layout | None:
+    return None if x is None else (x.shape, x.stride(), x.dtype)
+
+
+def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    return tuple([None if x is None else x.dtype for x in tensors])
 
 
 def _prepared(
-    name: str, like: Tensor, inputs: tuple[Tensor | None, ...], per_token: bool, lengths: Sequence[int],
-    flags: dict[str, bool], y_dtype: torch.dtype | None = None, eps: tuple[float, ...] = (),
+    name: str, like: Tensor, inputs: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...],
+    lengths: Sequence[int], flags: tuple[tuple[str, bool], ...] = (), eps: tuple[float, ...] = (),
 ) -> tuple[Launch, Chunks]:  # fmt: skip
     """`_prepare` of kernel `name` for these inputs; `like` is (B, T, C)."""
     shape, device = like.shape, like.device
     config = tuning.lookup(name, device, like.dtype, shape[2])
-    layouts = tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in inputs])
     run, tables = _prepare(
-        name, shape, layouts, y_dtype, device, tuple(lengths), per_token, multiprocessors(device), eps,
-        tuple(flags.items()), tuple(config.items()),
+        name, shape, tuple([_layout(x) for x in inputs]), _dtypes(*others), device, tuple(lengths),
+        multiprocessors(device), eps, flags, tuple(config.items()),
     )  # fmt: skip
     return run, keep_if_captured(tables)
 
@@ -296,35 +397,41 @@ def _prepared(
 @on_device
 def forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    h: Tensor | None, y: Tensor | None, mean: Tensor | None, rstd: Tensor | None, lengths: Sequence[int], eps: float,
+    weight: Tensor | None, bias: Tensor | None, h: Tensor | None, y: Tensor | None, mean: Tensor | None,
+    rstd: Tensor | None, lengths: Sequence[int], eps: float,
 ) -> None:  # fmt: skip
     """See backend.py."""
-    has_gate, has_norm = gate is not None, y is not None
-    per_token = (gate if has_gate else shift).shape[1] == x.shape[1]
-    inputs, y_dtype = (x, branch, gate, shift, scale), y.dtype if has_norm else None
-    flags = {"HAS_GATE": has_gate, "HAS_NORM": has_norm}
-    run, _ = _prepared("adaln_forward", x, inputs, per_token, lengths, flags, y_dtype, (eps,))
-    run((*inputs, h, y, mean, rstd))
+    inputs, others = (x, branch, gate, shift, scale), (weight, bias, h, y, mean, rstd)
+    run, _ = _prepared("adaln_forward", x, inputs, others, lengths, eps=(eps,))
+    run((*inputs, *others))
 
 
 @on_device
 def backward(
     grad_h: Tensor | None, grad_y: Tensor | None, h: Tensor | None, branch: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, mean: Tensor | None, rstd: Tensor | None, dx: Tensor | None, dbranch: Tensor | None,
-    dgate: Tensor | None, dshift: Tensor | None, dscale: Tensor | None, lengths: Sequence[int],
+    scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
+    dx: Tensor | None, dbranch: Tensor | None, dgate: Tensor | None, dshift: Tensor | None, dscale: Tensor | None,
+    dweight: Tensor | None, dbias: Tensor | None, lengths: Sequence[int],
 ) -> None:  # fmt: skip
     """See backend.py."""
     like = h if h is not None else grad_h
-    has_gate, has_norm = gate is not None, grad_y is not None
-    B, T, C = like.shape
-    per_token = (gate if has_gate else scale).shape[1] == T
-    inputs = (grad_h, grad_y, h, branch, gate, scale)
-    flags = {"HAS_GRAD_H": grad_h is not None, "HAS_GATE": has_gate, "HAS_NORM": has_norm}
-    run, tables = _prepared("adaln_backward", like, inputs, per_token, lengths, flags)
-    sums, count = 0 if per_token else has_gate + 2 * has_norm, len(tables.chunks)
+    B, _, C = like.shape
+    per_token, of_parameters = list(lengths) == [1], dweight is not None or dbias is not None
+    of_rows = not per_token and (dshift is not None or dscale is not None)
+    flags = ("GATE_SUM", not per_token and dgate is not None), ("NORM_SUMS", of_parameters or of_rows)
+    inputs = grad_h, grad_y, h, branch, gate, scale
+    others = weight, bias, mean, rstd, dx, dbranch, dgate, dshift, dscale
+    run, tables = _prepared("adaln_backward", like, inputs, others, lengths, flags)
+    count, segments, sums = len(tables.chunks), len(tables.spans), flags[0][1] + 2 * flags[1][1]
     workspace = like.new_empty(B * count * sums * C, dtype=torch.float32)
-    run((*inputs, mean, rstd, dx, dbranch, dgate, dshift, dscale, workspace))
-    if sums:
-        rows = dgate if has_gate else dshift
-        add = _prepare_sum(rows.shape, rows.dtype, rows.device, count, has_gate, has_norm)
-        add((workspace, dgate, dshift, dscale, tables.spans))
+    run((*inputs, *others, workspace))
+    parameter_sums, shares = workspace, B * count
+    if sums and not per_token:
+        parameter_sums = like.new_empty(B * segments * 2 * C, dtype=torch.float32) if of_parameters else None
+        shares = B * segments
+        tensors = workspace, dgate, dshift, dscale, scale, weight, bias, parameter_sums
+        add = _prepare_sums((B, segments, C), _layout(scale), _dtypes(*tensors), like.device, count, flags)
+        add((*tensors, tables.spans))
+    if of_parameters:
+        tensors = parameter_sums, dbias, dweight
+        _prepare_parameters(C, _dtypes(*tensors), like.device)(tensors, (shares,))

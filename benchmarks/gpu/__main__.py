@@ -35,7 +35,8 @@ MOST_RESTARTS = 20
 # A stage that was cut is entered again only if so many seconds of the budget are left.
 LEAST_SECONDS = 20.0
 QUICK, ALL = "not slow and not exhaustive", "not exhaustive"
-ROOMS = ("tests/block_causal_attention", "tests/history_attention", "tests/segment_adaln", "tests/test_model_sizes.py")
+ROOMS = ("tests/block_causal_attention", "tests/history_attention", "tests/segment_adaln", "tests/qk_norm_rope",
+         "tests/test_model_sizes.py")  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -112,7 +113,7 @@ STAGES = (
     Stage("values_tuned", 15, True, "ops on Triton again, as tuned", tests(QUICK, "triton-on-cuda", *ROOMS)),
     Stage(
         "kernels", 80, False, "kernels against their peers",
-        benchmarks("block_causal_attention", "segment_adaln", "history_attention"),
+        benchmarks("block_causal_attention", "segment_adaln", "qk_norm_rope", "history_attention"),
     ),
     Stage(
         "student", 40, False, "4-step sampling and a training step of DiT-XL/2",

@@ -1,5 +1,5 @@
-// Which instruction set the CPU kernels run. Rooms compile their row kernels once per ISA into a table whose first member
-// is its name (`isa`), and pick the table of the ISA in use at each call.
+// Which instruction set the CPU kernels run. Rooms compile their row kernels once per ISA into a table whose first
+// member is its name (`isa`), and pick the table of the ISA in use at each call.
 #pragma once
 
 #include <initializer_list>

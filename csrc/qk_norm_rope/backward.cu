@@ -1,9 +1,11 @@
 // qk_norm_rope of one section, backward; with dz = dy turned back, n = (x - mean) * rstd, g = dz * weight:
-//   dx = rstd * (g - mean(g) - n * mean(g * n)), mean(g) of a LayerNorm alone     dweight = sum dz * n     dbias = sum dz
+//   dx = rstd * (g - mean(g) - n * mean(g * n)), mean(g) of a LayerNorm alone     dweight = sum dz * n     dbias = sum
+//   dz
 //
 // Memory bounds it: 3 tensors (dy, x, dx) must move. A block's sums for weight and bias stay in registers and are
-// written once, as fp32; a second kernel adds the blocks' up in order: no atomics, so results are the same in every run.
-// A second pass over a token is over registers. LayerNorm has kernels of its own, as its sums take 16 registers more.
+// written once, as fp32; a second kernel adds the blocks' up in order: no atomics, so results are the same in every
+// run. A second pass over a token is over registers. LayerNorm has kernels of its own, as its sums take 16 registers
+// more.
 #include "gpu_heads.h"
 
 namespace ard {
@@ -13,14 +15,13 @@ template <class T, int kHeads>
 struct Token {
   Eight<T> dy[kHeads], x[kHeads];
 
-  ARD_DEVICE void load(const NormRopeBackward& p, int64_t n, const Spot& at) {
-    const int64_t batch = n / p.tokens, token = n % p.tokens;
+  ARD_DEVICE void load(const NormRopeBackward& p, const Cursor& n, const Spot& at) {
 #pragma unroll
     for (int i = 0; i < kHeads; ++i) {
       const int head = at.head(i, static_cast<int>(p.heads));
       if (head < 0) continue;
-      dy[i].load_once(unit_address<T>(p.grad_y, batch, token, head, at.unit));
-      if (p.norm != RowNorm::kNone) x[i].load_once(unit_address<T>(p.x, batch, token, head, at.unit));
+      dy[i].load_once(unit_address<T>(p.grad_y, n, head, at.unit));
+      if (p.norm != RowNorm::kNone) x[i].load_once(unit_address<T>(p.x, n, head, at.unit));
     }
   }
 };
@@ -28,8 +29,8 @@ struct Token {
 template <int kHeads>
 using Sums = float[kHeads][8];
 
-// The block's share of dweight or dbias to the workspace: over all heads a row of its own for each, else the sum over the
-// heads of a thread, the rows of a warp and the warps, in that order.
+// The block's share of dweight or dbias to the workspace: over all heads a row of its own for each, else the sum over
+// the heads of a thread, the rows of a warp and the warps, in that order.
 template <int kHeads>
 ARD_DEVICE void store_sums(const OnGpu<NormRopeBackward>& p, const Sums<kHeads>& sums, int which, const Spot& at) {
   const int width = static_cast<int>(p.parameter_width()), head_dim = static_cast<int>(p.head_dim);
@@ -68,59 +69,63 @@ ARD_DEVICE void store_sums(const OnGpu<NormRopeBackward>& p, const Sums<kHeads>&
 }
 
 template <class T, int kHeads, bool kLayer>
-ARD_KERNEL(kLanesOfWarp* kMostWarpsOfBlock, 1)
+ARD_KERNEL(most_threads(kHeads), kHeads == 1 ? 2 : 1)
 norm_rope_backward(const ARD_GRID_CONSTANT OnGpu<NormRopeBackward> p) {
   const Spot at(p.geometry);
-  const TokenRun run(p.batch * p.tokens, p.blocks);
-  const int heads = static_cast<int>(p.heads), head_dim = static_cast<int>(p.head_dim);
-  const float count = static_cast<float>(p.over_all ? p.channels() : p.head_dim);
-  SumPlaces places;
+  Cursor n(p, p.blocks);
+  const float inverse = 1.f / static_cast<float>(p.over_all ? p.channels() : p.head_dim);
+  Shared shared;
   Sums<kHeads> weight_sum = {}, bias_sum = {};
   Token<T, kHeads> next = {};
-  if (run.start < run.stop) next.load(p, run.start, at);
-  for (int64_t n = run.start; n < run.stop; ++n) {
-    const int64_t batch = n / p.tokens, token = n % p.tokens;
+  // Ahead of a token's turn, but for the kernel that would spill.
+  constexpr bool kAhead = !(sizeof(T) == 4 && kHeads == 2 && kLayer);
+  if (kAhead && n.left > 0) next.load(p, n, at);
+  while (n.left > 0) {
+    if (!kAhead) next.load(p, n, at);
     float dz[kHeads][8], normed[kHeads][8], rstd[kHeads] = {}, mean_g[kHeads] = {}, mean_gn[kHeads] = {};
 #pragma unroll
     for (int i = 0; i < kHeads; ++i) next.dy[i].widen_to(dz[i]), next.x[i].widen_to(normed[i]);
-    if (n + 1 < run.stop) next.load(p, n + 1, at);
+    const Cursor here = n;
+    n.advance();
+    if (kAhead && n.left > 0) next.load(p, n, at);
 #pragma unroll
     for (int i = 0; i < kHeads; ++i) {
-      const int head = at.head(i, heads);
-      if (p.tables.pairs) turn(dz[i], Angles(p, p.table_vectors, batch, token, head < 0 ? 0 : head, -1), at);
+      const int head = at.head(i, static_cast<int>(p.heads));
+      if (p.tables.pairs) turn(dz[i], p, p.table_vectors, here, head, at, -1);
       if (p.norm == RowNorm::kNone || head < 0) continue;
-      const int64_t place = p.over_all ? n : n * p.heads + head;
+      const int64_t place = p.over_all ? here.index() : here.index() * p.heads + head;
       const float mean = kLayer ? p.mean[place] : 0;
       rstd[i] = p.rstd[place];
       float weight[8];
-      if (p.weight) load_parameter(p.weight, (p.over_all ? head * head_dim : 0) + 8 * at.unit, weight);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) weight[e] = 1;
+      if (p.weight) load_parameter(p.weight, p, head, at.unit, weight);
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         normed[i][e] = (normed[i][e] - mean) * rstd[i];
         if (kLayer) bias_sum[i][e] += dz[i][e];
         weight_sum[i][e] += dz[i][e] * normed[i][e];
-        if (p.weight) dz[i][e] *= weight[e];
+        dz[i][e] *= weight[e];
         if (kLayer) mean_g[i] += dz[i][e];
         mean_gn[i] += dz[i][e] * normed[i][e];
       }
     }
     if (p.norm != RowNorm::kNone) {
-      if (kLayer) sum_up(mean_g, at, p.over_all, places.next());
-      sum_up(mean_gn, at, p.over_all, places.next());
+      if (kLayer) sum_up(mean_g, at, p.over_all, shared.next_sums());
+      sum_up(mean_gn, at, p.over_all, shared.next_sums());
     }
 #pragma unroll
     for (int i = 0; i < kHeads; ++i) {
-      const int head = at.head(i, heads);
+      const int head = at.head(i, static_cast<int>(p.heads));
       if (head < 0) continue;
       if (p.norm != RowNorm::kNone) {
+        const float g = mean_g[i] * inverse, gn = mean_gn[i] * inverse;
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          dz[i][e] = rstd[i] * (dz[i][e] - mean_g[i] / count - normed[i][e] * (mean_gn[i] / count));
-        }
+        for (int e = 0; e < 8; ++e) dz[i][e] = rstd[i] * (dz[i][e] - g - normed[i][e] * gn);
       }
       Eight<T> dx;
       dx.narrow_from(dz[i]);
-      dx.store(unit_address<T>(p.dx, batch, token, head, at.unit));
+      dx.store(unit_address<T>(p.dx, here, head, at.unit));
     }
   }
   if (p.dweight) store_sums<kHeads>(p, weight_sum, 0, at);
@@ -161,15 +166,15 @@ ARD_KERNEL(kColumns* kSlices, 4) add_blocks(const ARD_GRID_CONSTANT OnGpu<NormRo
 void norm_rope_backward_gpu(const NormRopeBackward& params, int blocks, void* stream) {
   const OnGpu<NormRopeBackward> p = on_gpu(params, blocks);
   const int threads = kLanesOfWarp * p.geometry.warps;
-  const int sums_bytes = threads * 8 * static_cast<int>(sizeof(float));
+  const int shared_bytes = Shared::bytes(p.geometry.warps);  // holds a unit of each thread: enough for store_sums
   const auto s = static_cast<Stream>(stream);
   with_heads(p.dtype, p.geometry.heads_each, [&](auto zero, auto heads) {
     using T = decltype(zero);
     constexpr int kHeads = decltype(heads)::value;
     if (p.norm == RowNorm::kLayer) {
-      launch<norm_rope_backward<T, kHeads, true>>(blocks, 1, threads, sums_bytes, s, p);
+      launch<norm_rope_backward<T, kHeads, true>>(blocks, 1, threads, shared_bytes, s, p);
     } else {
-      launch<norm_rope_backward<T, kHeads, false>>(blocks, 1, threads, sums_bytes, s, p);
+      launch<norm_rope_backward<T, kHeads, false>>(blocks, 1, threads, shared_bytes, s, p);
     }
   });
   if (p.sums() == 0) return;

@@ -10,8 +10,7 @@ namespace {
 
 const NormRopeKernels& kernels_in_use() {
 #if defined(ARD_X86)
-  return for_isa<NormRopeKernels>(
-      {&norm_rope_kernels_avx512, &norm_rope_kernels_avx2, &norm_rope_kernels_baseline});
+  return for_isa<NormRopeKernels>({&norm_rope_kernels_avx512, &norm_rope_kernels_avx2, &norm_rope_kernels_baseline});
 #else
   return norm_rope_kernels_baseline;
 #endif

@@ -1,8 +1,8 @@
 // qk_norm_rope of one section, forward: z = norm(x) * weight + bias, and its pairs turned; see params.h.
 //
-// Memory bounds it: 2 tensors (x, y) must move, 6 KB per token of Wan's 12 heads of 128 in 16 bits. A block keeps its
-// parameters in registers and asks for the next token before it works on this one. Tables are read per head, from L1
-// after a token's first. Statistics in fp32, two passes over registers; over all heads one barrier for each.
+// Memory bounds it: 2 tensors (x, y) must move, 6 KB per token of Wan's 12 heads of 128 in 16 bits. A block asks
+// for the next token before it works on this one. Parameters and tables are read for each head, from L1 but the first
+// time. Statistics in fp32, two passes over registers; over all heads one barrier for each.
 #include "gpu_heads.h"
 
 namespace ard {
@@ -16,18 +16,17 @@ BlockGeometry norm_rope_geometry(int heads, int head_dim) {
 namespace {
 
 template <class T, int kHeads>
-ARD_DEVICE void load_token(const NormRopeForward& p, int64_t n, const Spot& at, Eight<T> (&x)[kHeads]) {
+ARD_DEVICE void load_token(const NormRopeForward& p, const Cursor& n, const Spot& at, Eight<T> (&x)[kHeads]) {
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
     const int head = at.head(i, static_cast<int>(p.heads));
-    if (head >= 0) x[i].load_once(unit_address<T>(p.x, n / p.tokens, n % p.tokens, head, at.unit));
+    if (head >= 0) x[i].load_once(unit_address<T>(p.x, n, head, at.unit));
   }
 }
 
 // z = (z - mean) * rstd, and both are stored; z is 0 where the thread has no head.
 template <int kHeads>
-ARD_DEVICE void normalise(const NormRopeForward& p, int64_t n, const Spot& at, SumPlaces& places,
-                          float (&z)[kHeads][8]) {
+ARD_DEVICE void normalise(const NormRopeForward& p, int64_t n, const Spot& at, Shared& shared, float (&z)[kHeads][8]) {
   const float count = static_cast<float>(p.over_all ? p.channels() : p.head_dim);
   float mean[kHeads] = {}, squares[kHeads] = {};
   if (p.norm == RowNorm::kLayer) {
@@ -36,7 +35,7 @@ ARD_DEVICE void normalise(const NormRopeForward& p, int64_t n, const Spot& at, S
 #pragma unroll
       for (int e = 0; e < 8; ++e) mean[i] += z[i][e];
     }
-    sum_up(mean, at, p.over_all, places.next());
+    sum_up(mean, at, p.over_all, shared.next_sums());
   }
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
@@ -45,7 +44,7 @@ ARD_DEVICE void normalise(const NormRopeForward& p, int64_t n, const Spot& at, S
 #pragma unroll
     for (int e = 0; e < 8; ++e) z[i][e] -= mean[i], squares[i] += z[i][e] * z[i][e];
   }
-  sum_up(squares, at, p.over_all, places.next());
+  sum_up(squares, at, p.over_all, shared.next_sums());
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
     const float rstd = rsqrt(squares[i] / count + p.eps);
@@ -60,44 +59,40 @@ ARD_DEVICE void normalise(const NormRopeForward& p, int64_t n, const Spot& at, S
 }
 
 template <class T, int kHeads>
-ARD_KERNEL(kLanesOfWarp* kMostWarpsOfBlock, 2)
+ARD_KERNEL(most_threads(kHeads), kHeads == 1 ? 3 : 1)
 norm_rope_forward(const ARD_GRID_CONSTANT OnGpu<NormRopeForward> p) {
   const Spot at(p.geometry);
-  const TokenRun run(p.batch * p.tokens, p.blocks);
-  const int heads = static_cast<int>(p.heads), head_dim = static_cast<int>(p.head_dim);
-  SumPlaces places;
-  float weight[kHeads][8];
-#pragma unroll
-  for (int i = 0; i < kHeads; ++i) {
-    const int head = at.head(i, heads);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) weight[i][e] = 1;
-    if (p.weight && head >= 0) load_parameter(p.weight, (p.over_all ? head * head_dim : 0) + 8 * at.unit, weight[i]);
-  }
-  Eight<T> x[kHeads] = {}, next[kHeads] = {};
-  if (run.start < run.stop) load_token(p, run.start, at, next);
-  for (int64_t n = run.start; n < run.stop; ++n) {
+  Cursor n(p, p.blocks);
+  Shared shared;
+  Eight<T> next[kHeads] = {};
+  if (n.left > 0) load_token(p, n, at, next);
+  while (n.left > 0) {
     float z[kHeads][8];
 #pragma unroll
-    for (int i = 0; i < kHeads; ++i) x[i] = next[i], x[i].widen_to(z[i]);
-    if (n + 1 < run.stop) load_token(p, n + 1, at, next);
-    if (p.norm != RowNorm::kNone) normalise(p, n, at, places, z);
-    const int64_t batch = n / p.tokens, token = n % p.tokens;
+    for (int i = 0; i < kHeads; ++i) next[i].widen_to(z[i]);
+    const Cursor here = n;
+    n.advance();
+    if (n.left > 0) load_token(p, n, at, next);
+    if (p.norm != RowNorm::kNone) normalise(p, here.index(), at, shared, z);
 #pragma unroll
     for (int i = 0; i < kHeads; ++i) {
-      const int head = at.head(i, heads);
+      const int head = at.head(i, static_cast<int>(p.heads));
+      float parameter[8];
+      if (p.weight && head >= 0) {
+        load_parameter(p.weight, p, head, at.unit, parameter);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) z[i][e] *= weight[i][e];
-      if (p.bias && head >= 0) {
-        float bias[8];
-        load_parameter(p.bias, (p.over_all ? head * head_dim : 0) + 8 * at.unit, bias);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) z[i][e] += bias[e];
+        for (int e = 0; e < 8; ++e) z[i][e] *= parameter[e];
       }
-      if (p.tables.pairs) turn(z[i], Angles(p, p.table_vectors, batch, token, head < 0 ? 0 : head, 1), at);
+      if (p.bias && head >= 0) {
+        load_parameter(p.bias, p, head, at.unit, parameter);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) z[i][e] += parameter[e];
+      }
+      if (p.tables.pairs) turn(z[i], p, p.table_vectors, here, head, at, 1);
       if (head < 0) continue;
-      x[i].narrow_from(z[i]);
-      x[i].store(unit_address<T>(p.y, batch, token, head, at.unit));
+      Eight<T> y;
+      y.narrow_from(z[i]);
+      y.store(unit_address<T>(p.y, here, head, at.unit));
     }
   }
 }
@@ -108,7 +103,7 @@ void norm_rope_forward_gpu(const NormRopeForward& params, int blocks, void* stre
   const OnGpu<NormRopeForward> p = on_gpu(params, blocks);
   with_heads(p.dtype, p.geometry.heads_each, [&](auto zero, auto heads) {
     launch<norm_rope_forward<decltype(zero), decltype(heads)::value>>(
-        blocks, 1, kLanesOfWarp * p.geometry.warps, SumPlaces::kBytes, static_cast<Stream>(stream), p);
+        blocks, 1, kLanesOfWarp * p.geometry.warps, Shared::bytes(p.geometry.warps), static_cast<Stream>(stream), p);
   });
 }
 

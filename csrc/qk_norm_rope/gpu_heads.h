@@ -1,5 +1,5 @@
-// How the kernels hold a token: a row of D elements, one head's, is D / 8 units of 8, which lie side by side in the lanes
-// of one warp; a warp takes floor(32 / units) rows, and the block all heads of the token, up to two per thread.
+// How the kernels hold a token: a row of D elements, one head's, is D / 8 units of 8, which lie side by side in the
+// lanes of one warp; a warp takes floor(32 / units) rows, and the block all heads of the token, up to two per thread.
 //   D = 128: 32 of 32 lanes busy, 72: 27, 64: 32, 96: 24
 #pragma once
 
@@ -12,12 +12,15 @@ namespace ard {
 
 constexpr int kLanesOfWarp = 32, kMostWarpsOfBlock = 16;
 
+// Threads of a block, at most, with so many heads to each thread: see norm_rope_geometry.
+constexpr int most_threads(int heads_each) { return heads_each == 1 ? 256 : kLanesOfWarp * kMostWarpsOfBlock; }
+
 // What the kernels take: kParams is NormRopeForward or NormRopeBackward.
 template <class kParams>
 struct OnGpu : kParams {
   BlockGeometry geometry;
   int blocks = 0;
-  bool table_vectors = false;  // tables can be read in vectors: 4 entries side by side, 8 of pairs (i, i + P)
+  bool table_vectors = false;  // see vector_tables
 };
 
 struct Spot {
@@ -40,17 +43,32 @@ struct Spot {
   }
 };
 
-// A block's run of tokens.
-struct TokenRun {
-  int64_t start, stop;
+// Goes through a block's run of tokens: the n-th of all is token `token` of sample `batch`, and reads row `row` of the
+// tables. Counted on, as a division of 64 bits for every token would cost more than the token.
+struct Cursor {
+  int batch, token, row, tokens, rows, left;
 
-  ARD_DEVICE TokenRun(int64_t tokens, int blocks)
-      : start(block_index() * tokens / blocks), stop((block_index() + 1) * tokens / blocks) {}
+  ARD_DEVICE Cursor(const NormRope& p, int blocks)
+      : tokens(static_cast<int>(p.tokens)), rows(p.tables.rows ? static_cast<int>(p.tables.rows) : 1) {
+    const int64_t all = p.batch * p.tokens, start = block_index() * all / blocks;
+    left = static_cast<int>((block_index() + 1) * all / blocks - start);
+    batch = static_cast<int>(start / tokens), token = static_cast<int>(start % tokens), row = token % rows;
+  }
+
+  ARD_DEVICE void advance() {
+    --left;
+    ++token, ++row;
+    if (row == rows) row = 0;
+    if (token == tokens) token = 0, row = 0, ++batch;
+  }
+
+  ARD_DEVICE int64_t index() const { return static_cast<int64_t>(batch) * tokens + token; }
 };
 
 template <class T>
-ARD_DEVICE T* unit_address(const HeadsView& x, int64_t batch, int64_t token, int head, int unit) {
-  return static_cast<T*>(x.data) + batch * x.stride_batch + token * x.stride_token + head * x.stride_head + 8 * unit;
+ARD_DEVICE T* unit_address(const HeadsView& x, const Cursor& n, int head, int unit) {
+  return static_cast<T*>(x.data) + opaque(n.batch) * x.stride_batch + n.token * x.stride_token + head * x.stride_head +
+         8 * unit;
 }
 
 // Sums over the lanes of a row, on each of them: a tree of ceil(log2(units)) steps, then back from the first.
@@ -63,8 +81,8 @@ ARD_DEVICE float sum_of_row(float sum, const Spot& at) {
   return shuffle(sum, at.lane - at.unit);
 }
 
-// Sums over the row, or over all rows of the token, on every thread. value[i] is of the thread's i-th head, 0 when it has
-// none. `shared`: kMostWarpsOfBlock floats that no warp still reads.
+// Sums over the row, or over all rows of the token, on every thread. value[i] is of the thread's i-th head, 0 when it
+// has none. `shared`: kMostWarpsOfBlock floats that no warp still reads.
 template <int kHeads>
 ARD_DEVICE void sum_up(float (&value)[kHeads], const Spot& at, bool over_all, float* shared) {
   if (!over_all) {
@@ -86,164 +104,139 @@ ARD_DEVICE void sum_up(float (&value)[kHeads], const Spot& at, bool over_all, fl
   for (int i = 0; i < kHeads; ++i) value[i] = sum;
 }
 
-// The sums' places in shared memory, used in turns: a barrier lies between two uses of one.
-class SumPlaces {
+// The block's shared memory: the sums' places, used in turns, so that a barrier lies between two uses of one; then a
+// unit of each thread, by planes of 32 lanes, hence free of bank conflicts.
+class Shared {
  public:
-  ARD_DEVICE float* next() {
-    float* const place = reinterpret_cast<float*>(shared_memory()) + turn * kMostWarpsOfBlock;
+  ARD_DEVICE float* next_sums() {
     turn ^= 1;
-    return place;
+    return memory() + turn * kMostWarpsOfBlock;
   }
-  static constexpr int kBytes = 2 * kMostWarpsOfBlock * sizeof(float);
+  ARD_DEVICE static float* units_of_warp(int warp) {
+    return memory() + 2 * kMostWarpsOfBlock + warp * 8 * kLanesOfWarp;
+  }
+  static constexpr int bytes(int warps) {
+    return (2 * kMostWarpsOfBlock + warps * 8 * kLanesOfWarp) * static_cast<int>(sizeof(float));
+  }
 
  private:
+  ARD_DEVICE static float* memory() { return reinterpret_cast<float*>(shared_memory()); }
   int turn = 0;
 };
 
-// 8 values of a parameter (D,) or (H * D,), from element `first` on.
-ARD_DEVICE void load_parameter(const Parameter& from, int first, float (&x)[8]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (from.dtype == DType::kFloat32) {
-      const Words w = load_global(static_cast<const float*>(from.data) + first + 4 * half);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) std::memcpy(&x[4 * half + i], &w.word[i], 4);
-      continue;
-    }
-    const Words2 w = load_global2(static_cast<const uint16_t*>(from.data) + first + 4 * half);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint16_t bits = static_cast<uint16_t>(w.word[i / 2] >> 16 * (i % 2));
-      x[4 * half + i] = from.dtype == DType::kBFloat16 ? widen(bfloat16{bits}) : widen(float16{bits});
-    }
-  }
+struct Four {
+  float value[4];
+};
+
+ARD_DEVICE float float_of_word(uint32_t word) {
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
 }
 
-// One entry of a table.
-ARD_DEVICE float table_entry(const void* row, DType dtype, int i) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(row)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(row)[i];
+ARD_DEVICE float widen(uint16_t bits, DType dtype) {
   return dtype == DType::kBFloat16 ? widen(bfloat16{bits}) : widen(float16{bits});
 }
 
-// Of a token and head: what its pairs are turned by.
-struct Angles {
-  const char *cos, *sin;
-  DType dtype;
-  int pairs;
-  bool half, vectors;
-  float sign;  // -1 turns back
-
-  ARD_DEVICE Angles(const NormRope& p, bool vectors_, int64_t batch, int64_t token, int head, float sign_)
-      : dtype(p.tables.dtype), pairs(static_cast<int>(p.tables.pairs)), half(p.half), vectors(vectors_), sign(sign_) {
-    cos = row(p.tables.cos, p, batch, token, head);
-    sin = row(p.tables.sin, p, batch, token, head);
+// Four entries of memory of any dtype, aligned to their width.
+ARD_DEVICE Four load_four(const void* from, DType dtype) {
+  if (dtype == DType::kFloat32) {
+    const Words w = load_global(from);
+    return {{float_of_word(w.word[0]), float_of_word(w.word[1]), float_of_word(w.word[2]), float_of_word(w.word[3])}};
   }
+  const Words2 w = load_global2(from);
+  const auto half = [&](int i) { return widen(static_cast<uint16_t>(w.word[i / 2] >> 16 * (i % 2)), dtype); };
+  return {{half(0), half(1), half(2), half(3)}};
+}
 
-  // Entry of the e-th element of a unit; -1 past the pairs.
-  ARD_DEVICE int entry(int unit, int e) const {
-    const int element = 8 * unit + e;
-    if (element >= 2 * pairs) return -1;
-    return !half ? element / 2 : element < pairs ? element : element - pairs;
-  }
+ARD_DEVICE int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-  // cos and sin of each element of a unit; 1 and 0 past the pairs.
-  ARD_DEVICE void read(int unit, float (&c)[8], float (&s)[8]) const {
-    if (vectors) {  // a unit is turned as a whole or not at all
-      const int first = entry(unit, 0);
+// A unit's values of a parameter (D,), or (H * D,) over all heads.
+ARD_DEVICE void load_parameter(const Parameter& from, const NormRope& p, int head, int unit, float (&x)[8]) {
+  const int first = (p.over_all ? head * static_cast<int>(p.head_dim) : 0) + 8 * unit;
+  const char* const data = static_cast<const char*>(from.data) + first * bytes_of(from.dtype);
+  const Four low = load_four(data, from.dtype), high = load_four(data + 4 * bytes_of(from.dtype), from.dtype);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) c[e] = 1, s[e] = 0;
-      if (first < 0) return;
-      four(cos, first, 0, c), four(sin, first, 0, s);
-      if (half) four(cos, first + 4, 4, c), four(sin, first + 4, 4, s);
-      if (!half) {
-#pragma unroll
-        for (int e = 7; e > 0; --e) c[e] = c[e / 2], s[e] = s[e / 2];
-      }
-      return;
-    }
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const int i = entry(unit, e);
-      c[e] = i < 0 ? 1 : table_entry(cos, dtype, i);
-      s[e] = i < 0 ? 0 : table_entry(sin, dtype, i);
-    }
-  }
+  for (int i = 0; i < 4; ++i) x[i] = low.value[i], x[4 + i] = high.value[i];
+}
 
- private:
-  ARD_DEVICE static const char* row(const HeadsView& table, const NormRope& p, int64_t batch, int64_t token,
-                                    int head) {
-    const int64_t at =
-        batch * table.stride_batch + token % p.tables.rows * table.stride_token + head * table.stride_head;
-    return static_cast<const char*>(table.data) + at * (p.tables.dtype == DType::kFloat32 ? 4 : 2);
-  }
+// A token's row of cos or sin.
+ARD_DEVICE const char* table_row(const HeadsView& table, const Cursor& n, int head, DType dtype) {
+  const int64_t at = opaque(n.batch) * table.stride_batch + n.row * table.stride_token + head * table.stride_head;
+  return static_cast<const char*>(table.data) + at * bytes_of(dtype);
+}
 
-  ARD_DEVICE void four(const char* row, int first, int to, float (&x)[8]) const {
-    if (dtype == DType::kFloat32) {
-      const Words w = load_global(row + 4 * first);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) std::memcpy(&x[to + i], &w.word[i], 4);
-      return;
-    }
-    const Words2 w = load_global2(row + 2 * first);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint16_t bits = static_cast<uint16_t>(w.word[i / 2] >> 16 * (i % 2));
-      x[to + i] = dtype == DType::kBFloat16 ? widen(bfloat16{bits}) : widen(float16{bits});
-    }
-  }
-};
+ARD_DEVICE float table_entry(const char* row, DType dtype, int i) {
+  if (dtype == DType::kFloat32) return reinterpret_cast<const float*>(row)[i];
+  return widen(reinterpret_cast<const uint16_t*>(row)[i], dtype);
+}
 
-// rotated[e] = x[(e + by) % 8], by from 0 to 7.
-ARD_DEVICE void rotate_unit(const float (&x)[8], int by, float (&rotated)[8]) {
+// Entries of four elements or pairs; entry(i): of the i-th, -1 when it has none. vectors: they follow each other.
+template <class Entry>
+ARD_DEVICE Four load_entries(const char* row, DType dtype, bool vectors, Entry entry) {
+  if (vectors) return load_four(row + entry(0) * bytes_of(dtype), dtype);
+  const auto one = [&](int i) { return entry(i) < 0 ? 0.f : table_entry(row, dtype, entry(i)); };
+  return {{one(0), one(1), one(2), one(3)}};
+}
+
+// Pairs (2 i, 2 i + 1) of a unit; sign -1 turns back. Elements past the pairs are not looked at: an infinity beside
+// must not become a NaN.
+ARD_DEVICE void turn_neighbours(float (&z)[8], const char* cos, const char* sin, const NormRope& p, bool vectors,
+                                int unit, float sign) {
+  const int pairs = static_cast<int>(p.tables.pairs), first = 4 * unit;
+  if (first >= pairs) return;
+  const auto entry = [&](int i) { return first + i < pairs ? first + i : -1; };
+  const Four c = load_entries(cos, p.tables.dtype, vectors, entry);
+  const Four s = load_entries(sin, p.tables.dtype, vectors, entry);
 #pragma unroll
-  for (int e = 0; e < 8; ++e) rotated[e] = x[e];
-#pragma unroll
-  for (int step = 1; step < 8; step *= 2) {
-    float moved[8];
-#pragma unroll
-    for (int e = 0; e < 8; ++e) moved[e] = by & step ? rotated[(e + step) % 8] : rotated[e];
-#pragma unroll
-    for (int e = 0; e < 8; ++e) rotated[e] = moved[e];
+  for (int i = 0; i < 4; ++i) {
+    if (first + i >= pairs) continue;
+    const float a = z[2 * i], b = z[2 * i + 1], turned = s.value[i] * sign;
+    z[2 * i] = a * c.value[i] - b * turned;
+    z[2 * i + 1] = b * c.value[i] + a * turned;
   }
 }
 
-// Turn the pairs of a unit. All lanes of a warp call: with pairs (i, i + P) the other of a pair is another lane's.
-ARD_DEVICE void turn(float (&z)[8], const Angles& angles, const Spot& at) {
-  float c[8], s[8];
-  angles.read(at.unit, c, s);
-  if (!angles.half) {
+// Pairs (i, i + P): the other of a pair is another lane's, and comes by way of the warp's shared memory.
+ARD_DEVICE void turn_halves(float (&z)[8], const char* cos, const char* sin, const NormRope& p, bool vectors,
+                            const Spot& at, float sign) {
+  float* const units = Shared::units_of_warp(at.warp);
+  const int pairs = static_cast<int>(p.tables.pairs);
 #pragma unroll
-    for (int e = 0; e < 8; e += 2) {
-      const float a = z[e], b = z[e + 1], turned = s[e] * angles.sign;
-      const bool within = 8 * at.unit + e < 2 * angles.pairs;  // an infinity beside must not become a NaN
-      z[e] = within ? a * c[e] - b * turned : a;
-      z[e + 1] = within ? b * c[e] + a * turned : b;
+  for (int e = 0; e < 8; ++e) store_shared(units + e * kLanesOfWarp + at.lane, z[e]);
+  sync_warp();
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    const int first = 8 * opaque(at.unit) + 4 * part;  // four elements; `vectors`: of one half
+    if (at.row >= at.rows || first >= 2 * pairs) continue;
+    const auto entry = [&](int i) {
+      const int element = first + i;
+      return element >= 2 * pairs ? -1 : element < pairs ? element : element - pairs;
+    };
+    const Four c = load_entries(cos, p.tables.dtype, vectors, entry);
+    const Four s = load_entries(sin, p.tables.dtype, vectors, entry);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int element = first + i, e = 4 * part + i;
+      if (element >= 2 * pairs) continue;
+      const bool is_first = element < pairs;
+      const int other = is_first ? element + pairs : element - pairs;
+      const float value = load_shared(units + other % 8 * kLanesOfWarp + at.lane - at.unit + other / 8);
+      z[e] = z[e] * c.value[i] + value * (is_first ? -sign : sign) * s.value[i];
     }
-    return;
   }
-  const int away = angles.pairs / 8, rest = angles.pairs % 8, first_lane = at.lane - at.unit;
-  float sent[8], other[8];
-#pragma unroll
-  for (int second = 0; second < 2; ++second) {  // whose other is P elements ahead, and whose is P behind
-    rotate_unit(z, second ? (8 - rest) % 8 : rest, sent);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const int unit = second ? at.unit - away - (e < rest ? 1 : 0) : at.unit + away + (e + rest >= 8 ? 1 : 0);
-      const bool inside = unit >= 0 && unit < at.units;
-      const float value = shuffle(sent[e], inside ? (first_lane + unit) % kLanesOfWarp : at.lane);
-      if ((8 * at.unit + e >= angles.pairs) == (second == 1)) other[e] = value;
-    }
-  }
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    const int element = 8 * at.unit + e;
-    const float turned = s[e] * angles.sign;
-    if (element < angles.pairs) {
-      z[e] = z[e] * c[e] - other[e] * turned;
-    } else if (element < 2 * angles.pairs) {
-      z[e] = z[e] * c[e] + other[e] * turned;
-    }
+  sync_warp();
+}
+
+// Turn the pairs of a unit. All lanes of a warp call.
+ARD_DEVICE void turn(float (&z)[8], const NormRope& p, bool vectors, const Cursor& n, int head, const Spot& at,
+                     float sign) {
+  const char* const cos = table_row(p.tables.cos, n, head < 0 ? 0 : head, p.tables.dtype);
+  const char* const sin = table_row(p.tables.sin, n, head < 0 ? 0 : head, p.tables.dtype);
+  if (p.half) {
+    turn_halves(z, cos, sin, p, vectors, at, sign);
+  } else if (head >= 0) {
+    turn_neighbours(z, cos, sin, p, vectors, at.unit, sign);
   }
 }
 
@@ -264,10 +257,10 @@ void with_heads(DType dtype, int heads_each, Run run) {
   }
 }
 
-// Whether the tables' entries can be read in vectors of 4 (8 of pairs (i, i + P)).
+// Whether the tables' entries can be read in vectors of 4.
 inline bool vector_tables(const NormRope& p) {
-  const int64_t entries = p.half ? 8 : 4, bytes = size_of(p.tables.dtype), width = 4 * bytes;
-  if (p.tables.pairs % entries) return false;
+  const int64_t bytes = size_of(p.tables.dtype), width = 4 * bytes;
+  if (p.tables.pairs % 4) return false;
   for (const HeadsView* table : {&p.tables.cos, &p.tables.sin}) {
     if (reinterpret_cast<int64_t>(table->data) % width || table->stride_batch * bytes % width ||
         table->stride_head * bytes % width || table->stride_token * bytes % width)

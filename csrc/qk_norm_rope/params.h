@@ -16,7 +16,7 @@ struct Parameter {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
 
-  explicit operator bool() const { return data != nullptr; }
+  explicit constexpr operator bool() const { return data != nullptr; }
 };
 
 // (batch, row, head) of a cos or sin with `pairs` elements; strides of what broadcasts are 0.
@@ -35,9 +35,9 @@ struct NormRope {
   Parameter weight, bias;
   RotaryTables tables;
 
-  int64_t channels() const { return heads * head_dim; }
-  int64_t parameter_width() const { return over_all ? channels() : head_dim; }
-  int64_t statistics_per_token() const { return over_all ? 1 : heads; }
+  // constexpr, and so for device code too
+  constexpr int64_t channels() const { return heads * head_dim; }
+  constexpr int64_t parameter_width() const { return over_all ? channels() : head_dim; }
 };
 
 struct NormRopeForward : NormRope {
@@ -53,15 +53,15 @@ struct NormRopeBackward : NormRope {
   Parameter dweight, dbias;
   float* workspace = nullptr;  // (chunks of tokens, those of dweight and dbias that there are, parameter width)
 
-  int sums() const { return (dweight ? 1 : 0) + (dbias ? 1 : 0); }
+  constexpr int sums() const { return (dweight ? 1 : 0) + (dbias ? 1 : 0); }
 };
 
 void norm_rope_forward_cpu(const NormRopeForward& params, int threads);
 void norm_rope_backward_cpu(const NormRopeBackward& params, int threads);
 int64_t norm_rope_chunks_cpu(int64_t tokens);  // of all samples
 
-// On the GPU a block takes a run of the batch * tokens, a token at a time, its heads' rows spread over the block: a thread
-// holds 8 elements, a *unit*, of one head, and as many of a second one where there are many heads.
+// On the GPU a block takes a run of the batch * tokens, a token at a time, its heads' rows spread over the block: a
+// thread holds 8 elements, a *unit*, of one head, and as many of a second one where there are many heads.
 struct BlockGeometry {
   int units = 0;          // of a row, one lane each
   int rows_per_warp = 0;  // heads

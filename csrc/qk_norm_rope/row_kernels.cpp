@@ -1,9 +1,9 @@
 // Rows of qk_norm_rope on the CPU. Compiled once per ISA (ARD_ROW_KERNELS names the table, the compiler's -m flags pick
 // the instructions), so everything but the table has internal linkage and no standard template is used.
 //
-// Bytes that must move per element, fp32: 8 forward (x, y), 12 backward (dy, x, dx). A token of H * D channels (Wan: 6 KB)
-// is read from memory once and worked on in L1, in as many passes as the formula has; so memory bounds it. Tables and
-// parameters are widened into scratch: a table's row serves all heads of its token, parameters a whole chunk.
+// Bytes that must move per element, fp32: 8 forward (x, y), 12 backward (dy, x, dx). A token of H * D channels (Wan: 6
+// KB) is read from memory once and worked on in L1, in as many passes as the formula has; so memory bounds it. Tables
+// and parameters are widened into scratch: a table's row serves all heads of its token, parameters a whole chunk.
 #include "row_kernels.h"
 
 #include <cmath>
@@ -74,10 +74,10 @@ ARD_INLINE float sum_over(int64_t n, Term term) {
 #define ARD_EXCHANGE(V, ...) \
   ARD_INLINE V exchange(const V& v) { return __builtin_shufflevector(v, v, __VA_ARGS__); }
 #else
-#define ARD_EXCHANGE(V, ...)                                         \
-  ARD_INLINE V exchange(const V& v) {                                \
-    typedef int32_t Places __attribute__((vector_size(sizeof(V))));  \
-    return __builtin_shuffle(v, Places{__VA_ARGS__});                \
+#define ARD_EXCHANGE(V, ...)                                        \
+  ARD_INLINE V exchange(const V& v) {                               \
+    typedef int32_t Places __attribute__((vector_size(sizeof(V)))); \
+    return __builtin_shuffle(v, Places{__VA_ARGS__});               \
   }
 #endif
 ARD_EXCHANGE(Vec4, 1, 0, 3, 2)
@@ -196,8 +196,8 @@ struct TokenRows {
   const float* head(int64_t h) const { return data + h * stride; }
 };
 
-// Where to compute a token's output, whose heads follow each other in memory: there, unless it needs a conversion or goes
-// past the caches.
+// Where to compute a token's output, whose heads follow each other in memory: there, unless it needs a conversion or
+// goes past the caches.
 inline float* target(const NormRope& p, const HeadsView& y, int64_t batch, int64_t token, bool stream, float* buffer) {
   return p.dtype == DType::kFloat32 && !stream ? reinterpret_cast<float*>(address(y, p.dtype, batch, token, 0))
                                                : buffer;

@@ -1,13 +1,12 @@
-// adaln_modulate, gate_residual_adaln and gate_residual, backward. With n = (h - mean) * rstd, g = dy * (1 + scale):
-//   dx = rstd * (g - mean_C(g) - n * mean_C(g * n)) + dh     dbranch = gate * dx
-//   dshift = sum_t dy     dscale = sum_t dy * n     dgate = sum_t dx * branch
+// adaln_modulate, gate_residual_adaln and gate_residual, backward; the formulas stand in params.h.
 //
 // Memory bounds it. The least that must move is 3 tensors (dy, h, dx) for adaln_modulate, 6 (dy, dh, h, branch, dx,
 // dbranch) for gate_residual_adaln, 3 for gate_residual: 6.9, 13.8 and 6.9 KB per token at C = 1152 in 16 bits. Blocks
 // walk over the chunks as forward, with fp32 sums of the chunk's row gradients in registers; a token is read twice from
 // shared memory, for the two means (one barrier) and for dx, which leaves the registers to the sums. Partial sums go to
 // a workspace once per chunk, 3 x 4 bytes per channel against the chunk's tokens x 12, and a second kernel adds the
-// chunks of a segment in order: no atomics, so results are the same in every run.
+// chunks of a segment in order, a third one the segments' shares of dweight and dbias: no atomics, so results are the
+// same in every run.
 //
 // At C = 1152 registers allow 3 blocks of 160 threads on a multiprocessor (at most 124 each): up to 110 KB in flight.
 #include "gpu_rows.h"
@@ -144,60 +143,110 @@ ARD_DEVICE void store_partial(Sum<Layout, kShared>& sum, const GpuBackwardParams
   }
 }
 
-// A row of gate or scale: kept in registers, or read where a vector of it is needed.
-template <class Layout>
+// A row of gate, or (1 + scale) * weight: kept in registers, or read where a vector of it is needed.
+template <class Layout, bool kGeneral>
 struct Factor {
   static constexpr bool kKeep = Layout::kElements == 8;
   float kept[kKeep ? Layout::kVectors : 1][Layout::kVector];
 
-  ARD_DEVICE void load(int v, const View& view, int batch, int row, float plus, const Place& at) {
+  ARD_DEVICE void load(int v, const View& view, const View& times, int batch, int row, float plus, const Place& at) {
     float (&values)[Layout::kVector] = kept[kKeep ? v : 0];
     const int e = at.element<Layout>(v);
 #pragma unroll
-    for (int i = 0; i < Layout::kVector; ++i) values[i] = 0;
+    for (int i = 0; i < Layout::kVector; ++i) values[i] = kGeneral ? plus : 0;
     if (e >= at.channels) return;
-    load_vector<Layout::kAligned>(row_address(view, batch, row) + e * bytes_of(view.dtype), view.dtype, values);
+    if (!kGeneral || view.data) {
+      load_vector<Layout::kAligned>(row_address(view, batch, row) + e * bytes_of(view.dtype), view.dtype, values);
 #pragma unroll
-    for (int i = 0; i < Layout::kVector; ++i) values[i] += plus;
-  }
-
-  ARD_DEVICE void load_kept(const View& view, int batch, int row, float plus, const Place& at) {
-    if constexpr (kKeep) {
+      for (int i = 0; i < Layout::kVector; ++i) values[i] += plus;
+    }
+    if (kGeneral && times.data) {
+      float factor[Layout::kVector];
+      load_row_vector<Layout>(times, 0, 0, v, at, 0, factor);
 #pragma unroll
-      for (int v = 0; v < Layout::kVectors; ++v) load(v, view, batch, row, plus, at);
+      for (int i = 0; i < Layout::kVector; ++i) values[i] *= factor[i];
     }
   }
 
-  ARD_DEVICE const float (&vector(int v, const View& view, int batch, int row, float plus, const Place& at))
-      [Layout::kVector] {
-        if constexpr (!kKeep) load(v, view, batch, row, plus, at);
-        return kept[kKeep ? v : 0];
-      }
+  ARD_DEVICE void load_kept(const View& view, const View& times, int batch, int row, float plus, const Place& at) {
+    if constexpr (kKeep) {
+#pragma unroll
+      for (int v = 0; v < Layout::kVectors; ++v) load(v, view, times, batch, row, plus, at);
+    }
+  }
+
+  ARD_DEVICE const float (&vector(int v, const View& view, const View& times, int batch, int row, float plus,
+                                  const Place& at)) [Layout::kVector] {
+    if constexpr (!kKeep) load(v, view, times, batch, row, plus, at);
+    return kept[kKeep ? v : 0];
+  }
 };
 
-// Add to the chunk's sum, or, with rows per token, write as the token's own.
-template <class Layout, bool kShared>
-ARD_DEVICE void add_or_store(Sum<Layout, kShared>& sum, int v, float (&term)[Layout::kVector], bool store,
-                             const View& out, int batch, int token, const Place& at) {
+// Write vector v of a token's row gradient; nowhere where kGeneral and nobody wants it.
+template <class Layout, bool kGeneral>
+ARD_DEVICE void store_own(int v, float (&term)[Layout::kVector], const View& out, int batch, int token,
+                          const Place& at) {
   const int e = at.element<Layout>(v);
-  if (!store) {
-    sum.add(v, term);
-  } else if (e < at.channels) {
+  if (e < at.channels && (!kGeneral || out.data)) {
     store_vector(row_address(out, batch, token) + e * bytes_of(out.dtype), out.dtype, term);
   }
 }
 
-enum Tensor { kGradY, kH, kBranch, kGradH, kTensors };
+// Add to the chunk's sum, or, with rows per token, write as the token's own.
+template <class Layout, bool kGeneral, bool kShared>
+ARD_DEVICE void add_or_store(Sum<Layout, kShared>& sum, int v, float (&term)[Layout::kVector], bool store,
+                             const View& out, int batch, int token, const Place& at) {
+  if (!store) {
+    sum.add(v, term);
+  } else {
+    store_own<Layout, kGeneral>(v, term, out, batch, token, at);
+  }
+}
 
-// One function of more than 60 lines: its two passes share all that the thread holds in registers.
-template <class Layout, bool kHasGate, bool kHasNorm>
+// With rows per token: vector v of its dshift and dscale, and of its share of dbias and dweight.
+template <class Layout, bool kShared>
+ARD_DEVICE void token_gradients(int v, float (&dy)[Layout::kVector], const float (&dy_n)[Layout::kVector],
+                                const GpuBackwardParams& p, int batch, int token, const Place& at,
+                                Sum<Layout, false>& shift_sum, Sum<Layout, kShared>& scale_sum) {
+  constexpr int kVector = Layout::kVector;
+  float parameter[kVector], term[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) term[i] = dy_n[i];
+  if (p.weight.data) {
+    load_row_vector<Layout>(p.weight, 0, 0, v, at, 0, parameter);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) term[i] *= parameter[i];
+  }
+  if (p.bias.data) {
+    load_row_vector<Layout>(p.bias, 0, 0, v, at, 0, parameter);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) term[i] += parameter[i] * dy[i];
+  }
+  store_own<Layout, true>(v, term, p.dscale, batch, token, at);
+  if (p.dweight.data || p.dbias.data) {
+    load_row_vector<Layout>(p.scale, batch, token, v, at, 1, parameter);  // 1 + scale
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) term[i] = parameter[i] * dy_n[i];
+    scale_sum.add(v, term);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) term[i] = parameter[i] * dy[i];
+    shift_sum.add(v, term);
+  }
+  store_own<Layout, true>(v, dy, p.dshift, batch, token, at);
+}
+
+// One
+// function of more than 60 lines: its two passes share all that the thread holds in registers.
+template <class Layout, bool kHasGate, bool kHasNorm, Rows kRows>
 ARD_KERNEL(512, 1)
 adaln_backward(const ARD_GRID_CONSTANT GpuBackwardParams p) {
   constexpr int kVector = Layout::kVector;
+  constexpr bool kGeneral = kRows != Rows::kPlain;
   const Chunk chunk(p.work);
   const int channels = static_cast<int>(p.channels);
   const Place at(p.work.geometry, channels);
-  const bool per_token = p.work.rows_per_token;
+  const bool per_token = kRows == Rows::kPlain ? p.work.rows_per_token : kRows == Rows::kToken;
+  const bool rms = kGeneral && p.mean == nullptr;
   Pair* const pairs = reinterpret_cast<Pair*>(shared_memory());
   Ring<Layout, kTensors> ring(shared_memory() + kPairsBytes, p.work.stages, chunk.batch);
   ring.template add<kGradY>(kHasNorm ? p.grad_y : View{});
@@ -206,14 +255,18 @@ adaln_backward(const ARD_GRID_CONSTANT GpuBackwardParams p) {
   ring.template add<kGradH>(p.grad_h);
   ring.start(chunk, at);
 
-  Sum<Layout, Layout::kElements == 16> gate_sum(ring.memory + ring.stages * ring.stage_bytes);
-  Sum<Layout, false> shift_sum(nullptr), scale_sum(nullptr);
-  Factor<Layout> gate, scale;
+  // Shared memory for one sum of 16 elements per thread: of the gate, or, where that has none, of the scale.
+  constexpr bool kShared = Layout::kElements == 16, kToken = kRows == Rows::kToken;
+  char* const sum_memory = ring.memory + ring.stages * ring.stage_bytes;
+  Sum<Layout, kShared && !kToken> gate_sum(sum_memory);
+  Sum<Layout, false> shift_sum(nullptr);
+  Sum<Layout, kShared && kToken> scale_sum(sum_memory);
+  Factor<Layout, kGeneral> gate, scale;
   float mean = 0, rstd = 0, next_mean = 0, next_rstd = 0;
   const auto load_statistics = [&](int token) {  // a token ahead
     if (!kHasNorm || token >= chunk.stop) return;
     const int64_t index = opaque(chunk.batch) * p.tokens + token;
-    next_mean = p.mean[index], next_rstd = p.rstd[index];
+    next_mean = rms ? 0 : p.mean[index], next_rstd = p.rstd[index];
   };
   load_statistics(chunk.start + at.row);
   int phase = 0;
@@ -221,8 +274,8 @@ adaln_backward(const ARD_GRID_CONSTANT GpuBackwardParams p) {
   for (int token = chunk.start + at.row; token < chunk.stop; token += at.rows) {
     const int row = per_token ? token : chunk.segment;
     if (per_token || token == chunk.start + at.row) {
-      if constexpr (kHasNorm) scale.load_kept(p.scale, chunk.batch, row, 1, at);
-      if constexpr (kHasGate) gate.load_kept(p.gate, chunk.batch, row, 0, at);
+      if constexpr (kHasNorm) scale.load_kept(p.scale, p.weight, chunk.batch, row, 1, at);
+      if constexpr (kHasGate) gate.load_kept(p.gate, View{}, chunk.batch, row, 0, at);
     }
     mean = next_mean, rstd = next_rstd;
     load_statistics(token + at.rows);
@@ -240,20 +293,24 @@ adaln_backward(const ARD_GRID_CONSTANT GpuBackwardParams p) {
         float dy[kVector], n[kVector];  // dy is 0 past the end of the row
         ring.template read<kGradY>(v, dy);
         normalised(v, n);
-        const auto& factor = scale.vector(v, p.scale, chunk.batch, row, 1, at);
+        const auto& factor = scale.vector(v, p.scale, p.weight, chunk.batch, row, 1, at);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
           const float g = dy[i] * factor[i];
           means.first += g, means.second += g * n[i];
           n[i] *= dy[i];
         }
-        add_or_store(shift_sum, v, dy, per_token, p.dshift, chunk.batch, token, at);
-        add_or_store(scale_sum, v, n, per_token, p.dscale, chunk.batch, token, at);
+        if constexpr (kRows == Rows::kToken) {
+          token_gradients<Layout>(v, dy, n, p, chunk.batch, token, at, shift_sum, scale_sum);
+        } else {
+          add_or_store<Layout, false>(shift_sum, v, dy, per_token, p.dshift, chunk.batch, token, at);
+          add_or_store<Layout, false>(scale_sum, v, n, per_token, p.dscale, chunk.batch, token, at);
+        }
       }
       row_sums(means, at, pairs + phase * kMostWarps);
       phase ^= 1;
       const float inverse = 1.f / static_cast<float>(opaque(channels));
-      means = {means.first * inverse, means.second * inverse};
+      means = {rms ? 0 : means.first * inverse, means.second * inverse};
     }
 
 #pragma unroll
@@ -270,7 +327,7 @@ adaln_backward(const ARD_GRID_CONSTANT GpuBackwardParams p) {
         float dy[kVector], n[kVector];
         ring.template read<kGradY>(v, dy);
         normalised(v, n);
-        const auto& factor = scale.vector(v, p.scale, chunk.batch, row, 1, at);
+        const auto& factor = scale.vector(v, p.scale, p.weight, chunk.batch, row, 1, at);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
           dx[i] += rstd * (dy[i] * factor[i] - means.first - n[i] * means.second);
@@ -283,7 +340,7 @@ adaln_backward(const ARD_GRID_CONSTANT GpuBackwardParams p) {
         }
       }
       if constexpr (kHasGate) {
-        const auto& factor = gate.vector(v, p.gate, chunk.batch, row, 0, at);
+        const auto& factor = gate.vector(v, p.gate, View{}, chunk.batch, row, 0, at);
         float branch[kVector], dbranch[kVector];
         ring.template read<kBranch>(v, branch);
 #pragma unroll
@@ -295,58 +352,110 @@ adaln_backward(const ARD_GRID_CONSTANT GpuBackwardParams p) {
           store_vector(row_address(p.dbranch, chunk.batch, token) + e * bytes_of(p.dbranch.dtype), p.dbranch.dtype,
                        dbranch);
         }
-        add_or_store(gate_sum, v, branch, per_token, p.dgate, chunk.batch, token, at);
+        add_or_store<Layout, kGeneral>(gate_sum, v, branch, per_token, p.dgate, chunk.batch, token, at);
       }
     }
     ring.fetch(token + ring.stages * at.rows, chunk.stop, at);
   }
   cp_async_wait<0>();
 
-  if (per_token) return;
-  constexpr int kSums = kHasGate + 2 * kHasNorm;
-  if constexpr (kHasGate) store_partial(gate_sum, p, 0, kSums, at);
+  if (kGeneral ? p.sums == 0 : per_token) return;
+  constexpr int kGates = kHasGate && !kToken, kSums = kGates + 2 * kHasNorm;
+  if constexpr (kGates) store_partial(gate_sum, p, 0, kSums, at);
   if constexpr (kHasNorm) {
-    store_partial(shift_sum, p, kHasGate, kSums, at);
-    store_partial(scale_sum, p, kHasGate + 1, kSums, at);
+    store_partial(shift_sum, p, kGates, kSums, at);
+    store_partial(scale_sum, p, kGates + 1, kSums, at);
   }
 }
 
 constexpr int kAddThreads = 64;
 
-// One segment's row gradient, 4 columns a thread; grid: (samples x segments) x (sums x blocks of columns).
-ARD_KERNEL(kAddThreads, 8) add_chunks(const ARD_GRID_CONSTANT GpuBackwardParams p) {
-  const int channels = static_cast<int>(p.channels), sums = (p.dgate.data ? 1 : 0) + (p.dshift.data ? 2 : 0);
-  const int k = block_index_y() % sums, batch = block_index() / p.work.segments;
-  const int segment = block_index() % p.work.segments;
-  const int column = 4 * (block_index_y() / sums * kAddThreads + thread_index());
-  if (column >= channels) return;
-  const int first = p.work.spans[2 * segment], last = p.work.spans[2 * segment + 1];
-  const int64_t chunk = static_cast<int64_t>(batch) * p.work.chunk_count + first;
-  const float* from = p.workspace + (chunk * sums + k) * channels + column;
-  float total[4] = {0, 0, 0, 0};
+// Sums of `count` rows `stride` apart, in order, 4 columns.
+ARD_DEVICE void sum_in_order(const float* from, int count, int64_t stride, float (&total)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) total[j] = 0;
 #pragma unroll 4
-  for (int i = first; i < last; ++i, from += static_cast<int64_t>(sums) * channels) {
+  for (int i = 0; i < count; ++i, from += stride) {
     float part[4];
     load_vector<true>(reinterpret_cast<const char*>(from), DType::kFloat32, part);
 #pragma unroll
     for (int j = 0; j < 4; ++j) total[j] += part[j];
   }
-  const bool is_gate = p.dgate.data && k == 0;
-  const View& out = is_gate ? p.dgate : k == sums - 1 ? p.dscale : p.dshift;
+}
+
+// 4 elements of a row of any alignment, as fp32.
+ARD_DEVICE void load_columns(const View& view, int batch, int row, int column, float (&values)[4]) {
+  const char* from = row_address(view, batch, row) + column * bytes_of(view.dtype);
+  load_vector<false>(from, view.dtype, values);
+}
+
+// One segment's row gradient from its chunks' sums, 4 columns a thread; its share of dbias and dweight. Grid: (samples
+// x segments) x (sums x blocks of columns).
+ARD_KERNEL(kAddThreads, 8) add_chunks(const ARD_GRID_CONSTANT GpuBackwardParams p) {
+  const int channels = static_cast<int>(p.channels), sums = p.sums;
+  const int k = block_index_y() % sums, batch = block_index() / p.work.segments;
+  const int segment = block_index() % p.work.segments;
+  const int column = 4 * (block_index_y() / sums * kAddThreads + thread_index());
+  if (column >= channels) return;
+  const int first = p.work.spans[2 * segment], count = p.work.spans[2 * segment + 1] - first;
+  const int64_t chunk = static_cast<int64_t>(batch) * p.work.chunk_count + first;
+  const int64_t stride = static_cast<int64_t>(sums) * channels;
+  const float* from = p.workspace + (chunk * sums + k) * channels + column;
+  const bool is_gate = p.gate.data && k == 0, is_scale = !is_gate && k == sums - 1;
+  float total[4], other[4];
+  sum_in_order(from, count, stride, total);
+  if (!is_gate && p.parameter_workspace) {
+    float scale[4] = {0, 0, 0, 0};
+    if (p.scale.data) load_columns(p.scale, batch, segment, column, scale);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) other[j] = (1 + scale[j]) * total[j];
+    float* const share = p.parameter_workspace + (2 * static_cast<int64_t>(block_index()) + is_scale) * channels;
+    store_vector(reinterpret_cast<char*>(share + column), DType::kFloat32, other);
+  }
+  const View& out = is_gate ? p.dgate : is_scale ? p.dscale : p.dshift;
+  if (out.data == nullptr) return;
+  if (is_scale && p.weight.data) {
+    load_columns(p.weight, 0, 0, column, other);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) total[j] *= other[j];
+  }
+  if (is_scale && p.bias.data) {
+    float bias[4];
+    load_columns(p.bias, 0, 0, column, bias);
+    sum_in_order(from - channels, count, stride, other);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) total[j] += bias[j] * other[j];
+  }
   store_vector(row_address(out, batch, segment) + column * bytes_of(out.dtype), out.dtype, total);
 }
 
-template <class Layout>
+// dbias (y = 0) or dweight (y = 1) from the shares (rows, 2, C) of segments or chunks, in order, 4 columns a thread.
+ARD_KERNEL(kAddThreads, 8) add_parameters(const ARD_GRID_CONSTANT GpuBackwardParams p) {
+  const int channels = static_cast<int>(p.channels), k = block_index_y();
+  const int column = 4 * (block_index() * kAddThreads + thread_index());
+  const View& out = k == 0 ? p.dbias : p.dweight;
+  if (column >= channels || out.data == nullptr) return;
+  const int rows = p.work.batch * (p.work.rows_per_token ? p.work.chunk_count : p.work.segments);
+  float total[4];
+  sum_in_order(p.parameter_workspace + k * channels + column, rows, 2 * channels, total);
+  store_vector(row_address(out, 0, 0) + column * bytes_of(out.dtype), out.dtype, total);
+}
+
+template <class Layout, Rows kRows>
 void launch_backward(const GpuBackwardParams& p, int64_t shared_bytes, Stream stream) {
   const int64_t blocks = static_cast<int64_t>(p.work.batch) * p.work.chunk_count;
   const int threads = p.work.geometry.threads * p.work.geometry.rows;
   if (!p.gate) {
-    launch<adaln_backward<Layout, false, true>>(blocks, 1, threads, shared_bytes, stream, p);
-  } else if (!p.scale) {
-    launch<adaln_backward<Layout, true, false>>(blocks, 1, threads, shared_bytes, stream, p);
+    launch<adaln_backward<Layout, false, true, kRows>>(blocks, 1, threads, shared_bytes, stream, p);
+  } else if (!p.grad_y) {
+    launch<adaln_backward<Layout, true, false, kRows>>(blocks, 1, threads, shared_bytes, stream, p);
   } else {
-    launch<adaln_backward<Layout, true, true>>(blocks, 1, threads, shared_bytes, stream, p);
+    launch<adaln_backward<Layout, true, true, kRows>>(blocks, 1, threads, shared_bytes, stream, p);
   }
+}
+
+bool is_plain(const GpuBackwardParams& p) {
+  return (!p.gate || p.dgate) && (!p.grad_y || (p.mean && p.scale && p.dshift && p.dscale && !p.weight && !p.bias));
 }
 
 }  // namespace
@@ -361,16 +470,28 @@ void backward_gpu(GpuBackwardParams params, int shared_limit, void* stream) {
   params.work.stages = ring_stages(stage, shared_limit - fixed);
   int64_t shared_bytes = fixed + params.work.stages * stage;
   if (geometry.rows > 1 && shared_bytes < row_bytes) shared_bytes = row_bytes;  // add_rows_of_block
+  GpuChunks& work = params.work;
+  const bool of_parameters = params.dweight || params.dbias;
+  const int64_t chunks = static_cast<int64_t>(work.batch) * work.chunk_count;
+  const int64_t segments = static_cast<int64_t>(work.batch) * work.segments;
+  if (of_parameters) {
+    params.parameter_workspace = params.workspace + (work.rows_per_token ? 0 : chunks * params.sums * params.channels);
+  }
   const auto run = [&](auto layout) {
-    launch_backward<decltype(layout)>(params, shared_bytes, static_cast<Stream>(stream));
+    with_rows(is_plain(params), work.rows_per_token, [&](auto rows) {
+      launch_backward<decltype(layout), decltype(rows)::value>(params, shared_bytes, static_cast<Stream>(stream));
+    });
   };
   const View& like = params.h ? params.h : params.grad_h;
   with_layout<4>(like.dtype == DType::kFloat32, geometry.elements, run, params.grad_h, params.grad_y, params.h,
-                 params.branch, params.gate, params.scale);
-  if (params.work.rows_per_token) return;
+                 params.branch, params.gate, params.scale, params.weight, params.bias);
   const int64_t columns = (params.channels + 4 * kAddThreads - 1) / (4 * kAddThreads);
-  launch<add_chunks>(static_cast<int64_t>(params.work.batch) * params.work.segments, columns * params.row_sums(),
-                     kAddThreads, 0, static_cast<Stream>(stream), params);
+  if (params.sums > 0 && !work.rows_per_token) {
+    launch<add_chunks>(segments, columns * params.sums, kAddThreads, 0, static_cast<Stream>(stream), params);
+  }
+  if (of_parameters) {
+    launch<add_parameters>(columns, 2, kAddThreads, 0, static_cast<Stream>(stream), params);
+  }
 }
 
 }  // namespace ard

@@ -1,6 +1,7 @@
 // The adaLN family on the CPU: cuts the work into units, picks the ISA, runs units in parallel.
-// Every row is independent in the forward; in the backward the units of a segment leave partial row sums that a second
-// stage adds in order. Both cuts depend on shapes only, so results are bit-equal for any number of threads.
+// Every row is independent in the forward; in the backward the pieces of a segment leave partial row sums, and all
+// units partial sums of dweight and dbias, that a second stage adds in order. The cuts depend on shapes only, so
+// results are bit-equal for any number of threads.
 #include "../common/isa.h"
 #include "../common/scratch.h"
 #include "row_kernels.h"
@@ -17,18 +18,30 @@ const RowKernels& row_kernels() {
 #endif
 }
 
+// Columns of dweight or dbias that are summed at a time.
+constexpr int64_t kReducedColumns = 256;
+
 std::vector<Unit> cut(const Segments& segments) {
   std::vector<Unit> units;
-  int64_t partials = 0;
+  int64_t pieces = 0;
+  const auto add = [&](int64_t batch, int64_t segment, int64_t begin, int64_t end, int64_t piece) {
+    if (begin < end) units.push_back({batch, segment, begin, end, piece, static_cast<int64_t>(units.size())});
+  };
   for (int64_t batch = 0; batch < segments.batch; ++batch) {
+    int64_t first = 0;  // the first short segment that no unit has yet
     for (int64_t segment = 0; segment < segments.count(); ++segment) {
       const int64_t begin = segments.start(segment), end = segments.start(segment + 1);
-      const bool whole = end - begin <= kUnitTokens;
-      for (int64_t t = begin; t < end; t += kUnitTokens) {
-        const int64_t stop = t + kUnitTokens < end ? t + kUnitTokens : end;
-        units.push_back({batch, segment, t, stop, whole ? -1 : partials++});
+      if (end - segments.start(first) > kUnitTokens) {
+        add(batch, first, segments.start(first), begin, -1);
+        first = segment;
       }
+      if (end - begin <= kUnitTokens) continue;
+      for (int64_t t = begin; t < end; t += kUnitTokens) {
+        add(batch, segment, t, t + kUnitTokens < end ? t + kUnitTokens : end, pieces++);
+      }
+      first = segment + 1;
     }
+    add(batch, first, segments.start(first), segments.tokens, -1);
   }
   return units;
 }
@@ -41,7 +54,7 @@ int threads(const Segments& s) { return s.batch * s.tokens * s.channels < kParal
 
 }  // namespace
 
-void forward_cpu(ForwardParams params, const Segments& segments) {
+void forward_cpu(CpuForwardParams params, const Segments& segments) {
   params.tokens = segments.tokens;
   params.channels = segments.channels;
   params.stream_h = streams(params.h, segments);
@@ -53,11 +66,11 @@ void forward_cpu(ForwardParams params, const Segments& segments) {
   {
     const auto scratch = make_scratch(kForwardBuffers * buffer_stride(params.channels));
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; ++i) kernels.forward(params, units[i], scratch.get());
+    for (int64_t i = 0; i < count; ++i) kernels.forward(params, segments, units[i], scratch.get());
   }
 }
 
-void backward_cpu(BackwardParams params, const Segments& segments) {
+void backward_cpu(CpuBackwardParams params, const Segments& segments) {
   params.tokens = segments.tokens;
   params.channels = segments.channels;
   params.stream_dx = streams(params.dx, segments);
@@ -65,35 +78,43 @@ void backward_cpu(BackwardParams params, const Segments& segments) {
   const RowKernels& kernels = row_kernels();
   const std::vector<Unit> units = cut(segments);
   const int64_t count = static_cast<int64_t>(units.size());
-  std::vector<std::pair<int64_t, int64_t>> sums;  // (first unit, number of units) of each segment with partials
+  std::vector<std::pair<int64_t, int64_t>> sums;  // (first unit, number of units) of each segment in pieces
+  int64_t pieces = 0;
   for (int64_t i = 0; i < count; ++i) {
-    if (units[i].partial < 0) continue;
+    if (units[i].piece < 0) continue;
+    ++pieces;
     if (sums.empty() || units[sums.back().first].segment != units[i].segment ||
         units[sums.back().first].batch != units[i].batch)
       sums.push_back({i, 0});
     ++sums.back().second;
   }
   const int64_t row_sums = params.row_sums(), reductions = static_cast<int64_t>(sums.size()) * row_sums;
+  params.parameter_workspace = params.workspace + pieces * row_sums * params.channels;
+  const int64_t blocks = params.parameter_sums() ? (params.channels + kReducedColumns - 1) / kReducedColumns : 0;
 #pragma omp parallel num_threads(threads(segments))
   {
     const auto scratch = make_scratch(kBackwardBuffers * buffer_stride(params.channels));
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; ++i) kernels.backward(params, units[i], scratch.get());
-#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; ++i) kernels.backward(params, segments, units[i], scratch.get());
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < reductions; ++i) {
       const auto& [first, parts] = sums[i / row_sums];
-      kernels.reduce(params, units[first], parts, static_cast<int>(i % row_sums), scratch.get());
+      kernels.reduce_rows(params, units[first], parts, static_cast<int>(i % row_sums), scratch.get());
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < 2 * blocks; ++i) {
+      const int64_t begin = i / 2 * kReducedColumns, end = begin + kReducedColumns;
+      kernels.reduce_parameter(params, count, static_cast<int>(i % 2), begin,
+                               end < params.channels ? end : params.channels, scratch.get());
     }
   }
 }
 
-int64_t workspace_floats(const Segments& segments, int row_sums) {
-  int64_t partials = 0;
-  for (int64_t segment = 0; segment < segments.count(); ++segment) {
-    const int64_t length = segments.start(segment + 1) - segments.start(segment);
-    if (length > kUnitTokens) partials += (length + kUnitTokens - 1) / kUnitTokens;
-  }
-  return partials * segments.batch * row_sums * segments.channels;
+int64_t workspace_floats(const Segments& segments, const CpuBackwardParams& params) {
+  const std::vector<Unit> units = cut(segments);
+  int64_t rows = params.parameter_sums() ? 2 * static_cast<int64_t>(units.size()) : 0;
+  for (const Unit& unit : units) rows += unit.piece < 0 ? 0 : params.row_sums();
+  return rows * segments.channels;
 }
 
 }  // namespace ard

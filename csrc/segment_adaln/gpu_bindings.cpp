@@ -19,24 +19,25 @@ GpuChunks chunks_of(const pybind11::tuple& work) {
   return chunks;
 }
 
-void adaln_forward(View x, View branch, View gate, View shift, View scale, View h, View y, uintptr_t mean,
-                   uintptr_t rstd, float eps, int64_t tokens, int64_t channels, const pybind11::tuple& work,
-                   int shared_limit, uintptr_t stream) {
+void adaln_forward(View x, View branch, View gate, View shift, View scale, View weight, View bias, View h, View y,
+                   uintptr_t mean, uintptr_t rstd, float eps, int64_t tokens, int64_t channels,
+                   const pybind11::tuple& work, int shared_limit, uintptr_t stream) {
   GpuForwardParams p;
-  p.x = x, p.branch = branch, p.gate = gate, p.shift = shift, p.scale = scale, p.h = h, p.y = y;
-  p.mean = pointer<float>(mean), p.rstd = pointer<float>(rstd), p.eps = eps;
+  p.x = x, p.branch = branch, p.gate = gate, p.shift = shift, p.scale = scale, p.weight = weight, p.bias = bias;
+  p.h = h, p.y = y, p.mean = pointer<float>(mean), p.rstd = pointer<float>(rstd), p.eps = eps;
   p.tokens = tokens, p.channels = channels, p.work = chunks_of(work);
   forward_gpu(p, shared_limit, pointer<void>(stream));
 }
 
-void adaln_backward(View grad_h, View grad_y, View h, View branch, View gate, View scale, uintptr_t mean,
-                    uintptr_t rstd, View dx, View dbranch, View dgate, View dshift, View dscale, uintptr_t workspace,
-                    int64_t tokens, int64_t channels, const pybind11::tuple& work, int shared_limit, uintptr_t stream) {
+void adaln_backward(View grad_h, View grad_y, View h, View branch, View gate, View scale, View weight, View bias,
+                    uintptr_t mean, uintptr_t rstd, View dx, View dbranch, View dgate, View dshift, View dscale,
+                    View dweight, View dbias, uintptr_t workspace, int sums, int64_t tokens, int64_t channels,
+                    const pybind11::tuple& work, int shared_limit, uintptr_t stream) {
   GpuBackwardParams p;
   p.grad_h = grad_h, p.grad_y = grad_y, p.h = h, p.branch = branch, p.gate = gate, p.scale = scale;
-  p.mean = pointer<const float>(mean), p.rstd = pointer<const float>(rstd);
+  p.weight = weight, p.bias = bias, p.mean = pointer<const float>(mean), p.rstd = pointer<const float>(rstd);
   p.dx = dx, p.dbranch = dbranch, p.dgate = dgate, p.dshift = dshift, p.dscale = dscale;
-  p.workspace = pointer<float>(workspace);
+  p.dweight = dweight, p.dbias = dbias, p.workspace = pointer<float>(workspace), p.sums = sums;
   p.tokens = tokens, p.channels = channels, p.work = chunks_of(work);
   backward_gpu(p, shared_limit, pointer<void>(stream));
 }

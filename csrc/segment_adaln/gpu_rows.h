@@ -62,6 +62,18 @@ struct Place {
   }
 };
 
+// Variants of a kernel, so that each has registers enough. kPlain: a LayerNorm with all rows, no parameters, and all
+// gradients wanted; rows are per segment or per token. The others take whatever there is.
+enum class Rows { kPlain, kSegment, kToken };
+
+// Call run(Rows) with the variant for a call.
+template <class Run>
+void with_rows(bool plain, bool per_token, Run run) {
+  if (plain) return run(std::integral_constant<Rows, Rows::kPlain>{});
+  if (per_token) return run(std::integral_constant<Rows, Rows::kToken>{});
+  run(std::integral_constant<Rows, Rows::kSegment>{});
+}
+
 // A sample's chunk of tokens.
 struct Chunk {
   int batch, segment, start, stop;
@@ -184,17 +196,30 @@ ARD_DEVICE void store_vector(char* to, DType dtype, float (&value)[kVector]) {
   unpack(packed, dtype, value);
 }
 
-// `plus` + a whole row of gate, shift or scale; 0 past its end.
+// `plus` + vector v of a row of gate, shift, scale, weight or bias, or `plus` where there is none.
 template <class Layout>
-ARD_DEVICE void load_row(const View& view, int batch, int row, const Place& at, float plus,
+ARD_DEVICE void load_row_vector(const View& view, int batch, int row, int v, const Place& at, float plus,
+                                float (&values)[Layout::kVector]) {
+  const int e = at.element<Layout>(v);
+#pragma unroll
+  for (int i = 0; i < Layout::kVector; ++i) values[i] = plus;
+  if (e >= at.channels || view.data == nullptr) return;
+  load_vector<Layout::kAligned>(row_address(view, batch, row) + e * bytes_of(view.dtype), view.dtype, values);
+#pragma unroll
+  for (int i = 0; i < Layout::kVector; ++i) values[i] += plus;
+}
+
+// `plus` + a whole row of gate, shift or scale; where kMayBeAbsent and there is none, `absent` everywhere.
+template <class Layout, bool kMayBeAbsent>
+ARD_DEVICE void load_row(const View& view, int batch, int row, const Place& at, float plus, float absent,
                          typename Layout::Values& values) {
   const char* from = row_address(view, batch, row);
 #pragma unroll
   for (int v = 0; v < Layout::kVectors; ++v) {
     const int e = at.element<Layout>(v);
 #pragma unroll
-    for (int i = 0; i < Layout::kVector; ++i) values[v][i] = 0;
-    if (e >= at.channels) continue;
+    for (int i = 0; i < Layout::kVector; ++i) values[v][i] = kMayBeAbsent ? absent : 0;
+    if (e >= at.channels || (kMayBeAbsent && view.data == nullptr)) continue;
     load_vector<Layout::kAligned>(from + e * bytes_of(view.dtype), view.dtype, values[v]);
 #pragma unroll
     for (int i = 0; i < Layout::kVector; ++i) values[v][i] += plus;

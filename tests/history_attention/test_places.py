@@ -35,6 +35,7 @@ class Memory:
         segment, place = at.taken, at.place(at.taken, window, sink)
         assert segment == len(self.lengths)
         self.calls += 1
+        places.overwrite(self.positions, at, 1)
         for token in range(length):
             self.holds[place.start + token] = (segment, token, self.calls if not commit else 0)
         seen, lengths = covered(place.runs), [*self.lengths, length]
@@ -49,8 +50,8 @@ class Memory:
         assert len(past) == 2
         assert sorted(covered(past)) == [t for t in seen if not place.start <= t < place.start + length]
         assert len(merged(place.runs)) == len(place.runs) <= 2
-        places.advance(self.positions, 1, 0, at, 1, commit)
         if commit:
+            places.advance(self.positions, 1, 0, at, 1)
             self.lengths.append(length)
         return seen
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from ard_kernels import HistoryCache, SegmentMask, history_attention, segment_attention
+from ard_kernels import HistoryCache, HistoryRouting, SegmentMask, history_attention, segment_attention
+from ard_kernels.history_attention import places
 from testing import plain
 from testing.devices import SIMULATED, on_devices
 from testing.oracle import assert_close
@@ -211,7 +212,7 @@ def test_select(device):
     assert torch.equal(cache.keys, keys[:, [2, 2, 0]]) and torch.equal(cache.values, values[:, [2, 2, 0]])
     cache.select(torch.tensor([2, 1, 0], device=device))
     assert torch.equal(cache.keys, keys[:, [0, 2, 2]])
-    for index, message in (([0, 1], "expected 3 integers"), ([0, 1, 3], "from 0 to 2"), ([0.0] * 3, "integers")):
+    for index, message in (([0, 1], "expected 3 integers"), ([0, 1, 3], "from 0 to 2"), ([0.0] * 3, "expected a tensor")):
         with pytest.raises(ValueError, match=rf"HistoryCache\.select: index_B .*{message}"):
             cache.select(index)
     assert torch.equal(cache.keys, keys[:, [0, 2, 2]])
@@ -256,7 +257,9 @@ def test_an_unfinished_step_is_rewound(device):
     whole.load_state_dict(cache.state_dict())
     history_attention(q, q, q, cache, layer=0)
     for commit in (False, True):
-        with pytest.raises(ValueError, match=r"layer 0 of the cache holds 6 segments, but layer 1 holds 5.*rewind\(\)"):
+        with pytest.raises(
+            ValueError, match=r"layer 0 of the cache holds 6 segments, but layer 1 holds 5.*rewind\(1\)"
+        ):
             history_attention(q, q, q, cache, layer=0, commit=commit)
     cache.rewind()
     assert cache.segments == [5, 5]
@@ -269,6 +272,37 @@ def test_an_unfinished_step_is_rewound(device):
     with pytest.raises(ValueError, match="segments is 7; expected at most the 6 taken"):
         cache.rewind(7)
     assert cache.segments == [6, 6]
+
+
+@pytest.mark.parametrize("how", [{}, {"segment_length": 4}, {"q_sink": True}])
+def test_a_call_that_fails_half_way_may_have_overwritten(monkeypatch, device, how):
+    """It has taken nothing, but the slot that it began to write is lost: no rewind shows it again."""
+    cache, q = two_steps(device), torch.randn(3, 2, 8 if "segment_length" in how else 4, 16, device=device)
+    how = {name: q if name == "q_sink" else value for name, value in how.items()}
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(places, "advance", fail)  # the last thing that a call does
+        history_attention(q, q, q, cache, layer=0, **how)
+    assert cache.segments == [5, 5]
+    with pytest.raises(ValueError, match="has overwritten"):
+        cache.rewind()
+    for layer in range(2):
+        history_attention(q, q, q, cache, layer=layer, **how)
+    assert cache.segments == [5 + q.shape[2] // 4] * 2
+
+
+def test_what_was_written_before_a_rewind_does_not_count(device):
+    """All forgotten, the ring is filled anew: what it holds may be rewound."""
+    cache, q = two_steps(device), torch.randn(3, 2, 4, 16, device=device)
+    cache.rewind(5)
+    for _ in range(3):
+        for layer in range(2):
+            history_attention(q, q, q, cache, layer=layer)
+    cache.rewind()
+    assert cache.segments == [2, 2]
 
 
 def test_what_a_rolling_cache_refuses(device):
@@ -295,3 +329,55 @@ def test_what_is_seen_is_the_mask(device):
     cache = HistoryCache.rolling(1, 1, 2, 16, segment_length=4, window=2, sink=1, device=device)
     got = history_attention(q, k, v, cache, layer=0, segment_length=4)
     torch.testing.assert_close(got, segment_attention(q, k, v, SegmentMask.block_causal(6, 2, 1), segment_length=4))
+
+
+def test_routing_takes_the_cache_as_it_is(device):
+    """Several segments in one call are several, and a rolling cache of another mask is refused."""
+    q, k, v = torch.randn(3, 1, 2, 16, 16, device=device)
+    routing = HistoryRouting(2, 1, window=2)
+    roll = {"segment_length": 4, "device": device}
+    for packed in (False, True):
+        cache = HistoryCache.rolling(1, 1, 2, 16, window=2, **roll)
+        for layer in range(2):
+            if packed:
+                qkv = torch.stack([q, k, v], 1).permute(0, 3, 1, 2, 4)
+                got, expected = (
+                    routing.attention_packed(layer, qkv, segment_length=4, cache=each) for each in (cache, None)
+                )
+            else:
+                got, expected = (
+                    routing.attention(layer, q, k, v, segment_length=4, cache=each) for each in (cache, None)
+                )
+            torch.testing.assert_close(got, expected)
+        assert cache.segments == [4]
+    with pytest.raises(ValueError, match=r"window and sink are \(2, 0\); expected the rolling cache's \(3, 0\)"):
+        other = HistoryCache.rolling(1, 1, 2, 16, window=3, **roll)
+        routing.attention(0, q[:, :, :4], k[:, :, :4], v[:, :, :4], segment_length=4, cache=other)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("place", range(4))
+def test_inputs_in_the_memory_of_the_cache_are_refused(place, gradient, device):
+    """It is written before all of it is read."""
+    cache = two_steps(device)
+    keys = cache.keys.clone()
+    inputs = list(torch.randn(4, 3, 2, 4, 16, device=device))
+    inputs[place] = cache.keys[1, :, :, 4:8]
+    if gradient:
+        inputs[place - 1].requires_grad_()
+    q, k, v, q_sink = inputs
+    with pytest.raises(ValueError, match="an input is memory of the cache"):
+        history_attention(q, k, v, cache, layer=0, q_sink=q_sink)
+    assert torch.equal(cache.keys, keys)
+
+
+def test_transforms_and_tangents_are_refused(device):
+    cache, q = two_steps(device), torch.randn(3, 2, 8, 16, device=device)
+    prefill = {"layer": 0, "segment_length": 4}
+    with pytest.raises(NotImplementedError, match=r"does not run under torch\.func"):
+        torch.func.grad(lambda q: history_attention(q, q, q, cache, **prefill).sum())(q)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            history_attention(q, q, dual, cache, **prefill)
+    assert cache.segments == [5, 5]

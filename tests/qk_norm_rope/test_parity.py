@@ -177,7 +177,8 @@ def shapes(largest: int):
         half = pick(st.booleans())
         P = 4 * pick(st.integers(1, D // 8)) if half else pick(st.integers(1, D // 2))
         return Shape(
-            pick(st.integers(1, 3)), segment * count, heads, heads if tables == 4 else pick(st.integers(1, 4)), D, dtype,
+            pick(st.integers(1, 3)), segment * count, heads, heads if tables == 4 else pick(st.integers(1, 4)), D,
+            dtype,
             pick(st.sampled_from(["rms", "layer", None])), pick(st.sampled_from(["head", "all"])), pick(st.booleans()),
             pick(st.sampled_from([dtype, FP32])), "half" if half else "interleaved", P, tables,
             pick(st.sampled_from([dtype, FP32])), pick(st.sampled_from([None, segment])), kind,
@@ -186,7 +187,7 @@ def shapes(largest: int):
     return draw()
 
 
-EXAMPLES = {"torch": (15, 200), "cpu": (25, 300), "triton": (3, 40), "cuda": (10, 100)}
+EXAMPLES = {"torch": (15, 200), "cpu": (25, 300), "triton": (3, 20), "cuda": (10, 100)}
 
 
 @on_every_backend

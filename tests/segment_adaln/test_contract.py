@@ -142,20 +142,26 @@ def test_counted_as_no_flops(device):
 def test_opcheck(backend, device, lengths, dtype):
     segments = 12 // lengths[0] if len(lengths) == 1 else len(lengths)
     x, branch, gate, shift, scale = inputs(device, B=1, T=12, S=segments, C=24, dtype=dtype)
-    ops = torch.ops.ard
+    forward, backward = torch.ops.ard.segment_adaln, torch.ops.ard.segment_adaln_backward
+    affine, settings = (None, None), (lengths, "layer", 1e-6, dtype, backend)
     checks = [
-        (ops.adaln_modulate, (x, shift, scale, lengths, 1e-6, dtype, backend)),
-        (ops.gate_residual_adaln, (x, branch, gate, shift, scale, lengths, 1e-6, dtype, backend)),
-        (ops.gate_residual, (x, branch, gate, lengths, backend)),
+        (forward, (x, None, None, shift, scale, *affine, *settings)),
+        (forward, (x, branch, gate, shift, scale, *affine, *settings)),
+        (forward, (x, branch, gate, None, None, *affine, lengths, None, *settings[2:])),
     ]
     with torch.no_grad():
-        y, mean, rstd = ops.adaln_modulate(x, shift, scale, lengths, 1e-6, dtype, backend)
+        _, y, mean, rstd = forward(*checks[0][1])
     x, branch, gate, scale = (t.detach() for t in (x, branch, gate, scale))
+    statistics, settings = (mean, rstd), (lengths, dtype, [True, True, True, False, False], backend)
+    of_gate, nothing = [True, False, False, False, False], [None] * 5
     checks += [
-        (ops.adaln_modulate_backward, (y, x, scale, mean, rstd, lengths, backend)),
-        (ops.gate_residual_adaln_backward, (x, y, x, branch, gate, scale, mean, rstd, lengths, backend)),
-        (ops.gate_residual_adaln_backward, (None, y, x, branch, gate, scale, mean, rstd, lengths, backend)),
-        (ops.gate_residual_backward, (x, branch, gate, lengths, backend)),
+        (
+            backward,
+            (None, y, x, None, None, scale, *affine, *statistics, lengths, dtype, [False, *settings[2][1:]], backend),
+        ),
+        (backward, (x, y, x, branch, gate, scale, *affine, *statistics, *settings)),
+        (backward, (None, y, x, branch, gate, scale, *affine, *statistics, *settings)),
+        (backward, (x, None, None, branch, gate, *nothing, lengths, None, of_gate, backend)),
     ]
     for op, arguments in checks:
         torch.library.opcheck(op, arguments)

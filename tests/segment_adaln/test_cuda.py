@@ -23,9 +23,10 @@ def run(emulated, B, lengths, C, dtype, per_token=False):
     T = sum(lengths)
     (x, branch, h, grad_h, grad_y), (gate, shift, scale) = inputs(B, T, T if per_token else len(lengths), C, dtype)
     lengths = [1] if per_token else lengths
-    out = op.forward(x, branch, gate, shift, scale, lengths, 1e-6, dtype, "cuda")
+    out = op.adaln_op(x, branch, gate, shift, scale, None, None, lengths, "layer", 1e-6, dtype, "cuda")
     counts = [emulated.counts()]
-    grads = op.backward(grad_h, grad_y, h, branch, gate, scale, *out[2:], lengths, "cuda")
+    saved, wanted = (h, branch, gate, scale, None, None, *out[2:]), [True, True, True, False, False]
+    grads = op.backward_op(grad_h, grad_y, *saved, lengths, dtype, wanted, "cuda")[:5]
     return (*out, *grads), [*counts, emulated.counts()]
 
 
@@ -60,8 +61,10 @@ def test_rows_off_their_boundaries(backend, device, C, dtype, poisoned):
     """gate, shift, scale that start on no 8-byte boundary take the element-wise variants: the same bits."""
     rows = [torch.randn(1, 2, C + 1, dtype=dtype, device=device)[..., 1:] for _ in range(3)]
     x, branch = torch.randn(2, 1, 6, C, dtype=dtype, device=device)
-    shifted = op.forward(x, branch, *rows, [3], 1e-6, dtype, backend)
-    aligned = op.forward(x, branch, *(row.contiguous() for row in rows), [3], 1e-6, dtype, backend)
+    shifted = op.adaln_op(x, branch, *rows, None, None, [3], "layer", 1e-6, dtype, backend)
+    aligned = op.adaln_op(
+        x, branch, *(row.contiguous() for row in rows), None, None, [3], "layer", 1e-6, dtype, backend
+    )
     assert all(torch.equal(a, b) for a, b in zip(shifted, aligned, strict=True))
 
 
@@ -70,7 +73,8 @@ def test_rows_off_their_boundaries(backend, device, C, dtype, poisoned):
 def test_variance_of_rows_far_from_zero(backend, device, C):
     """Mean 4096, deviation 1: E[x^2] - E[x]^2 in fp32 would have no digit left."""
     x, rows = torch.randn(1, 4, C, device=device) + 4096, torch.zeros(2, 1, 1, C, device=device)
-    _, _, mean, rstd = op.forward(x, None, None, *rows, [4], 1e-6, torch.float32, backend)
+    settings = [4], "layer", 1e-6, torch.float32, backend
+    _, _, mean, rstd = op.adaln_op(x, None, None, *rows, None, None, *settings)
     exact = x.double()
     torch.testing.assert_close(mean.double(), exact.mean(-1), rtol=2e-7, atol=0)
     torch.testing.assert_close(rstd.double(), exact.var(-1, correction=0).rsqrt(), rtol=1e-6, atol=0)

@@ -89,13 +89,18 @@ class DiTBlock(Block):
         context: Context,
     ) -> tuple[Tensor, Pending]:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows_BSR.chunk(6, dim=-1)
+        norm_a, norm_m = ({"segment_length": segment_length, **norm} for norm in self.norms())
         if pending is None:
-            y_BTC = adaln_modulate(x_BTC, shift_a, scale_a, segment_length=segment_length)
+            y_BTC = adaln_modulate(x_BTC, shift_a, scale_a, **norm_a)
         else:
-            x_BTC, y_BTC = gate_residual_adaln(x_BTC, *pending, shift_a, scale_a, segment_length=segment_length)
+            x_BTC, y_BTC = gate_residual_adaln(x_BTC, *pending, shift_a, scale_a, **norm_a)
         branch_BTC = self.attn(y_BTC, attend)
-        x_BTC, y_BTC = gate_residual_adaln(x_BTC, branch_BTC, gate_a, shift_m, scale_m, segment_length=segment_length)
+        x_BTC, y_BTC = gate_residual_adaln(x_BTC, branch_BTC, gate_a, shift_m, scale_m, **norm_m)
         return x_BTC, (self.mlp(y_BTC), gate_m)
+
+    def norms(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments of the adaLN ops for the norms before attention and before the MLP: plain LayerNorms."""
+        return {}, {}
 
 
 class PatchTrunk(Trunk):

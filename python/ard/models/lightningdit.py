@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ard.models.config import ClassConfig, ModelConfig
 from ard.models.convention import Convention
 from ard.models.dit import DiTBlock, DiTTrunk
-from ard.models.layers import Attend, Context, Pending
+from ard.models.layers import Attend, Pending
 from ard.models.trunk import FinalLayer, Teacher
-from ard_kernels import gate_residual
+from ard_kernels import gate_residual_adaln, qk_norm_rope_packed
 
 NORM_EPS = 1e-6
 
@@ -46,14 +46,16 @@ class LightningDiTConfig(ClassConfig):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-6) * weight, over C."""
+    """x / sqrt(mean(x^2) + 1e-6) * weight, over C: the weight, for the op that also modulates."""
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of the adaLN ops that compute it."""
+        return {"norm": "rms", "weight": self.weight, "eps": NORM_EPS}
 
 
 class SwiGLU(nn.Module):
@@ -95,29 +97,19 @@ class RotaryTables(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class RotatedAttend:
-    """`attend` after q and k of every segment have been turned by the tables: x * cos + (-x_odd, x_even) * sin."""
+    """`attend` after q and k of every segment have been turned by the tables, (L, D / 2): an entry for each pair."""
 
     attend: Attend
-    cos_LD: Tensor
-    sin_LD: Tensor
+    cos_LP: Tensor
+    sin_LP: Tensor
 
     def __call__(self, qkv: Tensor) -> Tensor:
-        qk, v = qkv.split((2, 1), dim=2)  # (B, T, 2, H, D)
-        qk = qk.unflatten(1, (-1, len(self.cos_LD)))
-        even, odd = qk.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-        qk = qk * self.cos_LD[:, None, None] + turned * self.sin_LD[:, None, None]
-        return self.attend(torch.cat([qk.flatten(1, 2).to(v.dtype), v], dim=2))
-
-
-def modulate(y_BTC: Tensor, shift_BSC: Tensor, scale_BSC: Tensor, segment_length: int) -> Tensor:
-    """y * (1 + scale) + shift, a row for each segment."""
-    y_BSLC = y_BTC.unflatten(1, (-1, segment_length))
-    return (y_BSLC * (1 + scale_BSC[:, :, None]) + shift_BSC[:, :, None]).flatten(1, 2)
+        tables = self.cos_LP, self.sin_LP
+        return self.attend(qk_norm_rope_packed(qkv, *tables, norm=None, segment_length=len(self.cos_LP)))
 
 
 class LightningBlock(DiTBlock):
-    """DiT's block with RMSNorm and SwiGLU, in plain PyTorch ops but for attention and the gated residual."""
+    """DiT's block with RMSNorm and SwiGLU."""
 
     mlp_class = SwiGLU
 
@@ -125,21 +117,8 @@ class LightningBlock(DiTBlock):
         super().__init__(config)
         self.norm1, self.norm2 = RMSNorm(config.hidden_size), RMSNorm(config.hidden_size)
 
-    def residuals(
-        self,
-        x_BTC: Tensor,
-        pending: Pending | None,
-        attend: Attend,
-        segment_length: int,
-        rows_BSR: Tensor,
-        context: Context,
-    ) -> tuple[Tensor, Pending]:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows_BSR.chunk(6, dim=-1)
-        if pending is not None:
-            x_BTC = gate_residual(x_BTC, *pending, segment_length=segment_length)
-        branch_BTC = self.attn(modulate(self.norm1(x_BTC), shift_a, scale_a, segment_length), attend)
-        x_BTC = gate_residual(x_BTC, branch_BTC, gate_a, segment_length=segment_length)
-        return x_BTC, (self.mlp(modulate(self.norm2(x_BTC), shift_m, scale_m, segment_length)), gate_m)
+    def norms(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self.norm1.arguments, self.norm2.arguments
 
 
 class LightningFinalLayer(FinalLayer):
@@ -161,17 +140,22 @@ class LightningDiTTrunk(DiTTrunk):
         self.feat_rope = RotaryTables(config)
 
     def attend_as(self, attend: Attend) -> Attend:
-        return RotatedAttend(attend, self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
+        tables = (table[:, ::2].contiguous() for table in (self.feat_rope.freqs_cos, self.feat_rope.freqs_sin))
+        return RotatedAttend(attend, *tables)
 
     def finish(self, x_BTC: Tensor, pending: Pending, rows_BSR: Tensor, final_layers: Sequence[FinalLayer]) -> Tensor:
         """linear(RMSNorm(x) * (1 + scale) + shift), the norm's weight that of the segment's layer."""
         L = self.config.tokens
-        segments = gate_residual(x_BTC, *pending, segment_length=L).split(L, dim=1)
+        branch_BTC, gate_BSC = pending
+        tokens = (tensor.split(L, dim=1) for tensor in (x_BTC, branch_BTC))
+        rows = (tensor.split(1, dim=1) for tensor in (gate_BSC, rows_BSR))
         outputs = []
-        for final, x_BLC, row_BR in zip(final_layers, segments, rows_BSR.split(1, dim=1), strict=True):
+        for final, x_BLC, branch_BLC, gate_B1C, row_B1R in zip(final_layers, *tokens, *rows, strict=True):
             assert isinstance(final, LightningFinalLayer)
-            shift, scale = row_BR.chunk(2, dim=-1)
-            outputs.append(final.linear(modulate(final.norm_final(x_BLC), shift, scale, L)))
+            shift_scale = row_B1R.expand(len(x_BTC), -1, -1).chunk(2, dim=-1)
+            norm = final.norm_final.arguments
+            _, y_BLC = gate_residual_adaln(x_BLC, branch_BLC, gate_B1C, *shift_scale, segment_length=L, **norm)
+            outputs.append(final.linear(y_BLC))
         return torch.stack(outputs, dim=1)
 
     def check_buffers(self) -> None:

@@ -190,8 +190,7 @@ class PixArtBlock(Block):
             x_BTC, y_BTC = gate_residual_adaln(x_BTC, *pending, shift_a, scale_a, segment_length=segment_length)
         x_BTC = gate_residual(x_BTC, self.attn(y_BTC, attend), gate_a, segment_length=segment_length)
         text_BTC = self.cross_attn(x_BTC, *context)
-        one = gate_m.new_ones(()).expand_as(gate_m)
-        x_BTC, y_BTC = gate_residual_adaln(x_BTC, text_BTC, one, shift_m, scale_m, segment_length=segment_length)
+        x_BTC, y_BTC = gate_residual_adaln(x_BTC, text_BTC, None, shift_m, scale_m, segment_length=segment_length)
         return x_BTC, (self.mlp(y_BTC), gate_m)
 
 
