@@ -6,6 +6,8 @@ B clips, F frames of L tokens, C = H D channels. Every norm, rotation, modulatio
 
 from __future__ import annotations
 
+import math
+
 import torch
 from moving import CLASSES, SIDE
 from torch import nn
@@ -36,7 +38,7 @@ def rope_tables(frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     place = torch.arange(GRID).float()
     axes = torch.meshgrid(frame.float(), place, place, indexing="ij")
     angles = [
-        position.reshape(-1, 1) * THETA ** -(torch.arange(pairs) / pairs)
+        math.pi / 2 * position.reshape(-1, 1) * THETA ** -(torch.arange(pairs) / pairs)
         for position, pairs in zip(axes, PAIRS, strict=True)
     ]
     angle = torch.cat(angles, -1)
@@ -82,6 +84,8 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
         self.q_weight, self.k_weight = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
+        nn.init.orthogonal_(self.qkv.weight[2 * C :].data)
+        self.out.weight.data.copy_(self.qkv.weight[2 * C :].T)
 
     def forward(self, x: torch.Tensor, past: Past) -> torch.Tensor:
         raw, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))

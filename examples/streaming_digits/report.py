@@ -41,20 +41,21 @@ def table(seeds: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write(folder: Path, settings: dict, seeds: list[dict], seconds: float) -> None:
-    """report.json, report.md"""
-    result = {"settings": settings, "seconds": seconds, "seeds": []}
+def write(folder: Path, settings: dict, losses: list[float], seeds: list[dict], seconds: tuple[float, float]) -> None:
+    """report.json, report.md; losses: the teacher's; seconds: of the whole program, then CPU seconds but the seeds'."""
+    wall, cpu = seconds
+    cpu += sum(seed["cpu_seconds"] for seed in seeds)
+    result = {"settings": settings, "seconds": wall, "cpu_seconds": cpu, "teacher_losses": losses, "seeds": []}
     for seed in seeds:
         result["seeds"].append({name: value for name, value in seed.items() if name != "videos"})
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
-    cpu = sum(seed["cpu_seconds"] for seed in seeds)
     text = f"""\
 Share of frames that show the digit of the first, given frame; moves longer than a real digit makes.
 {settings["seeds"]} seeds: mean and range; {settings["streams"]} streams of {settings["rollout"]} frames each.
 
 {table(seeds)}
 
-{seeds[0]["parameters"]:,} parameters; the whole program took {seconds:.0f} s, {cpu:.0f} CPU seconds.
+{seeds[0]["parameters"]:,} parameters; the whole program took {wall:.0f} s, {cpu:.0f} CPU seconds.
 """
     (folder / "report.md").write_text(text)
 

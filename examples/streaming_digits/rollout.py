@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from model import DEPTH, HEAD_DIM, HEADS, L, Past, VideoDiT, times
@@ -55,7 +56,7 @@ def roll(
         x = start[:, None]
         if frame > 0:
             x = torch.randn(streams, 1, SIDE, SIDE, generator=generator)
-            for t, after in zip(grid[:-1], grid[1:], strict=True):
+            for t, after in pairwise(grid):
                 x = x - (t - after) * velocity(x, t, commit=False)
             x = x.clamp(-1, 1)
         velocity(x, grid[-1], commit=True)

@@ -22,10 +22,11 @@ from ard_kernels import SegmentMask
 class Settings:
     """Of the whole program; `--quick` takes QUICK. Frames of a clip are segments of one frame."""
 
+    past_noise: float = 0.5  # how noisy the past may be in training
     frames: int = 6  # of a training clip; the sink's distance is never longer than frames - 1
     window: int = 4  # frames, the own one included
     clips: int = 6  # of a batch
-    teacher_updates: int = 800
+    teacher_updates: int = 1300
     teacher_steps: int = 8  # Euler steps of its ODE
     batches_of_trajectories: int = 50
     student_updates: int = 250
@@ -48,7 +49,7 @@ def views(settings: Settings) -> dict[str, tuple[int, int]]:
     return {"window + sink": (settings.window, 1), "window": (settings.window, 0), "no history": (1, 0)}
 
 
-TURNS = ("window + sink", "window", "window + sink", "window", "no history")  # one a batch: the model learns every view
+TURNS = (*("window + sink", "window") * 3, "no history")  # one a batch: the model learns every view
 
 
 class Forcing:
@@ -63,21 +64,30 @@ class Forcing:
         self.first = [frame == 0 for frame in range(frames)] * 2
 
     def __call__(
-        self, network: VideoDiT, clean: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor, classes: torch.Tensor
+        self, network: VideoDiT, past: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor, classes: torch.Tensor
     ) -> torch.Tensor:
-        """v (B, F, 32, 32) of the noisy half; clean, noisy (B, F, 32, 32), t (B, F), classes (B,)."""
-        both, times = torch.cat((clean, noisy), 1), torch.cat((torch.zeros_like(t), t), 1)
-        return network(both, times, classes, self.first, self.past)[:, t.shape[1] :]
+        """v (B, F, 32, 32) of the noisy half; past, noisy (B, F, 32, 32), t (B, F), classes (B,)."""
+        both, t_both = torch.cat((past, noisy), 1), torch.cat((torch.zeros_like(t), t), 1)
+        return network(both, t_both, classes, self.first, self.past)[:, t.shape[1] :]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Forced frames: `clean` (B, F, 32, 32), `classes` (B,), `states` (steps + 1, B, F, 32, 32) of their ODEs."""
+class Trajectories:
+    """Of N batches: `past` (N, B, F, 32, 32), `classes` (N, B), `states` (N, steps + 1, B, F, 32, 32) of the ODEs."""
 
-    view: str
-    clean: torch.Tensor
+    past: torch.Tensor
     classes: torch.Tensor
     states: torch.Tensor
+
+
+def worn(clean: torch.Tensor, settings: Settings, generator: torch.Generator) -> torch.Tensor:
+    """The past as training sees it: all frames but the first, given one a little noisy.
+
+    A rollout's past is made by the model and not quite right. One that has only seen a perfect past drifts off it.
+    """
+    level = settings.past_noise * torch.rand(*clean.shape[:2], 1, 1, generator=generator)
+    level[:, 0] = 0
+    return torch.lerp(clean, torch.randn(clean.shape, generator=generator), level)
 
 
 def fit(
@@ -115,45 +125,51 @@ def teacher_losses(
     shape = (settings.clips, settings.frames)
     for update in range(settings.teacher_updates):
         clean, classes = draw(settings.clips, generator)
-        t = (torch.randn(shape, generator=generator) + 1.2).sigmoid()  # where the digit goes is decided at a large t
+        t = (torch.randn(shape, generator=generator) + 0.8).sigmoid()  # where the digit goes is decided at a large t
         noise = torch.randn(clean.shape, generator=generator)
         noisy = torch.lerp(clean, noise, t[..., None, None])
-        v = forcing[TURNS[update % len(TURNS)]](network, clean, noisy, t, classes)
+        past = worn(clean, settings, generator)
+        v = forcing[view_of(update)](network, past, noisy, t, classes)
         yield (v - (noise - clean)).square().mean()
 
 
+def view_of(batch: int) -> str:
+    return TURNS[batch % len(TURNS)]
+
+
 @torch.no_grad()
-def make_trajectories(teacher: VideoDiT, settings: Settings, draw: Callable, generator: torch.Generator) -> list[Batch]:
+def make_trajectories(
+    teacher: VideoDiT, settings: Settings, draw: Callable, generator: torch.Generator
+) -> Trajectories:
     """The teacher's ODE of every frame given the clean ones before it, kept where the student's steps begin and end."""
     forcing = {view: Forcing(settings, view) for view in TURNS}
     grid, every = times(settings.teacher_steps), settings.teacher_steps // settings.student_steps
     batches = []
-    for index in range(settings.batches_of_trajectories):
-        view = TURNS[index % len(TURNS)]
+    for batch in range(settings.batches_of_trajectories):
         clean, classes = draw(settings.clips, generator)
-        x = torch.randn(clean.shape, generator=generator)
-        kept = [x]
+        past, x = worn(clean, settings, generator), torch.randn(clean.shape, generator=generator)
+        states = [x]
         for step in range(1, len(grid)):
             t, after = grid[step - 1], grid[step]
-            x = x - (t - after) * forcing[view](teacher, clean, x, t.expand(x.shape[:2]), classes)
+            x = x - (t - after) * forcing[view_of(batch)](teacher, past, x, t.expand(x.shape[:2]), classes)
             if step % every == 0:
-                kept.append(x)
-        batches.append(Batch(view, clean, classes, torch.stack(kept)))
-    return batches
+                states.append(x)
+        batches.append((past, classes, torch.stack(states)))
+    return Trajectories(*(torch.stack(part) for part in zip(*batches, strict=True)))
 
 
 def student_losses(
-    network: VideoDiT, settings: Settings, batches: list[Batch], generator: torch.Generator
+    network: VideoDiT, settings: Settings, kept: Trajectories, generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
     """From a kept state to the next in a step: v is the teacher's mean velocity between; each frame draws its step."""
     forcing = {view: Forcing(settings, view) for view in TURNS}
     grid = times(settings.student_steps)
     while True:
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            batch = batches[index]
-            step = torch.randint(settings.student_steps, batch.clean.shape[:2], generator=generator)
+        for batch in torch.randperm(len(kept.past), generator=generator).tolist():
+            past, classes, states = kept.past[batch], kept.classes[batch], kept.states[batch]
+            step = torch.randint(settings.student_steps, past.shape[:2], generator=generator)
             clip, frame = torch.arange(step.shape[0])[:, None], torch.arange(step.shape[1])
-            here, there = batch.states[step, clip, frame], batch.states[step + 1, clip, frame]
+            here, there = states[step, clip, frame], states[step + 1, clip, frame]
             t, after = grid[step], grid[step + 1]
-            v = forcing[batch.view](network, batch.clean, here, t, batch.classes)
+            v = forcing[view_of(batch)](network, past, here, t, classes)
             yield (v - (here - there) / (t - after)[..., None, None]).square().mean()
