@@ -23,6 +23,7 @@ class Settings:
     """Of the whole program; `--quick` takes QUICK. Frames of a clip are segments of one frame."""
 
     past_noise: float = 0.5  # how noisy the past may be in training
+    past_lost: float = 0.15  # the share of its frames that are blank
     frames: int = 6  # of a training clip; the sink's distance is never longer than frames - 1
     window: int = 4  # frames, the own one included
     clips: int = 6  # of a batch
@@ -81,13 +82,15 @@ class Trajectories:
 
 
 def worn(clean: torch.Tensor, settings: Settings, generator: torch.Generator) -> torch.Tensor:
-    """The past as training sees it: all frames but the first, given one a little noisy.
+    """The past as training sees it: frames a little noisy, or lost; but for the first, which a rollout is given.
 
-    A rollout's past is made by the model and not quite right. One that has only seen a perfect past drifts off it.
+    A rollout's past is made by the model and not quite right. Who has seen nothing but a perfect past drifts off.
     """
-    level = settings.past_noise * torch.rand(*clean.shape[:2], 1, 1, generator=generator)
-    level[:, 0] = 0
-    return torch.lerp(clean, torch.randn(clean.shape, generator=generator), level)
+    level, lost = torch.rand(2, *clean.shape[:2], 1, 1, generator=generator)
+    past = torch.lerp(clean, torch.randn(clean.shape, generator=generator), settings.past_noise * level)
+    past = past.where(lost > settings.past_lost, -1.0)
+    past[:, 0] = clean[:, 0]
+    return past
 
 
 def fit(

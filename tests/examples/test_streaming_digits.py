@@ -53,6 +53,34 @@ def test_scores_tell_right_from_wrong(moving):
     assert last["right"] < 0.5 and last["jumps"] > 0
 
 
+@pytest.mark.parametrize("view", ["window + sink", "window", "no history"])
+def test_a_rollout_computes_what_training_did(moving, view):
+    """Frame by frame through the rolling cache, or all at once under the mask of [clean | noisy]: the same velocities."""
+    from model import DEPTH, HEAD_DIM, HEADS, L, Past, VideoDiT
+    from training import Forcing, Settings, views
+
+    from ard_kernels import HistoryCache
+
+    settings = Settings()
+    network = VideoDiT()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        shape = 2, settings.frames
+        clean, noisy = torch.randn(2, *shape, moving.SIDE, moving.SIDE)
+        t, classes = 0.1 + 0.9 * torch.rand(shape), torch.tensor([3, 8])
+        at_once = Forcing(settings, view)(network, clean, noisy, t, classes)
+        window, sink = views(settings)[view]
+        cache = HistoryCache.rolling(DEPTH, 2, HEADS, HEAD_DIM, segment_length=L, window=window, sink=sink)
+        by_frame = []
+        for frame in range(settings.frames):
+            place, one = torch.tensor([frame]), slice(frame, frame + 1)
+            for x, times, commit in ((noisy, t, False), (clean, torch.zeros(shape), True)):
+                past = Past(place, cache=cache, commit=commit, frame_for_sink=place if sink else None)
+                by_frame.append(network(x[:, one], times[:, one], classes, [frame == 0], past))
+    torch.testing.assert_close(torch.cat(by_frame[::2], 1), at_once, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path):
     """Quick: losses fall, the cache's memory stays, the report and the animation are there."""
