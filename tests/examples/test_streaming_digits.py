@@ -55,7 +55,7 @@ def test_scores_tell_right_from_wrong(moving):
 
 @pytest.mark.parametrize("view", ["window + sink", "window", "no history"])
 def test_a_rollout_computes_what_training_did(moving, view):
-    """Frame by frame through the rolling cache, or all at once under the mask of [clean | noisy]: the same velocities."""
+    """Frame by frame through the rolling cache, or at once under the mask of [clean | noisy]: the same velocities."""
     from model import DEPTH, HEAD_DIM, HEADS, L, Past, VideoDiT
     from training import Forcing, Settings, views
 
