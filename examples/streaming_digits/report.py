@@ -21,16 +21,16 @@ def mean_and_range(values: list[float]) -> str:
 
 
 def shares(scores: list[dict]) -> list[str]:
-    """Of every span the share of frames with the right digit, then that of impossible moves in all spans."""
+    """Of every span the share of frames with the right digit, then that of right moves in all spans."""
     names = list(scores[0])
     right = [mean_and_range([seed[name]["right"] for seed in scores]) for name in names]
-    return [*right, mean_and_range([sum(seed[name]["jumps"] for name in names) / len(names) for seed in scores])]
+    return [*right, mean_and_range([sum(seed[name]["moves"] for name in names) / len(names) for seed in scores])]
 
 
 def table(seeds: list[dict]) -> str:
     """Markdown, a line per model and view."""
     real = [seed["real"] for seed in seeds]
-    head = ["steps", "a frame sees", *real[0], "impossible moves", "frames/s", "cache bytes, frame 10", "at the end"]
+    head = ["steps", "a frame sees", *real[0], "right moves", "frames/s", "cache bytes, frame 10", "at the end"]
     lines = [["real clips", "", "", *shares(real), "", "", ""]]
     for rows in zip(*(seed["rows"] for seed in seeds), strict=True):  # one model and view, every seed
         first = rows[0]
@@ -50,7 +50,7 @@ def write(folder: Path, settings: dict, losses: list[float], seeds: list[dict], 
         result["seeds"].append({name: value for name, value in seed.items() if name != "videos"})
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     text = f"""\
-Share of frames that show the digit of the first, given frame; moves longer than a real digit makes.
+Share of frames that show the digit of the first, given frame; of moves, those by one place in both axes.
 {settings["seeds"]} seeds: mean and range; {settings["streams"]} streams of {settings["rollout"]} frames each.
 
 {table(seeds)}

@@ -75,19 +75,19 @@ def spans(frames: int) -> dict[str, slice]:
 
 def judge(video: torch.Tensor, classes: torch.Tensor, reader: Reader) -> dict:
     """Of streams that began with a digit of `classes` (streams,), per span: the share of frames that show this digit,
-    their mean squared error to the nearest real scan, and the share of moves longer than a real digit makes.
+    their mean squared error to the nearest real scan, and the share of moves as digits move: by STEP in both axes.
     """
     streams, frames = video.shape[:2]
     read, corner, error = reader(video.flatten(0, 1))
     right = (read.view(streams, frames) == classes[:, None]).float()
     corner, error = corner.view(streams, frames, 2), error.view(streams, frames)
-    far = torch.zeros(streams, frames)
-    far[:, 1:] = ((corner[:, 1:] - corner[:, :-1]).abs().amax(-1) > STEP).float()
+    moves = torch.ones(streams, frames)  # into each frame; the first is given
+    moves[:, 1:] = corner.diff(dim=1).abs().eq(STEP).all(-1).float()
     return {
         name: {
             "right": right[:, part].mean().item(),
             "error": error[:, part].mean().item(),
-            "jumps": far[:, part].mean().item(),
+            "moves": moves[:, part].mean().item(),
         }
         for name, part in spans(frames).items()
     }

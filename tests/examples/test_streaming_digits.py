@@ -47,10 +47,10 @@ def test_scores_tell_right_from_wrong(moving):
     held_out = real.held_out_images, real.held_out_labels
     video, classes = moving.clips(*held_out, 20, 8, torch.Generator().manual_seed(0))
     for span in judge(video, classes, reader).values():
-        assert span["right"] > 0.9 and span["jumps"] == 0
+        assert span["right"] > 0.9 and span["moves"] == 1
     video[:, 18:] = video[:, 18:].roll((2 * moving.STEP, 1), (2, 0))  # further than a digit hops, and of another stream
     *_, last = judge(video, classes, reader).values()
-    assert last["right"] < 0.5 and last["jumps"] > 0
+    assert last["right"] < 0.5 and last["moves"] < 1
 
 
 @pytest.mark.parametrize("view", ["window + sink", "window", "no history"])
@@ -100,4 +100,4 @@ def test_the_command(tmp_path):
         early, late = row["cache_bytes"]
         assert early == late > 0
         for span in row["scores"].values():
-            assert 0 <= span["right"] <= 1 and 0 <= span["jumps"] <= 1 and 0 <= span["error"] < 1
+            assert 0 <= span["right"] <= 1 and 0 <= span["moves"] <= 1 and 0 <= span["error"] < 1
