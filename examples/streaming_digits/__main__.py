@@ -2,7 +2,7 @@
 
     teacher (flow matching, teacher forcing) -> its trajectories
     per seed: a few-step student -> endless rollouts of both
-    report.md, report.json, streams.gif
+    report.md, report.json, streams.webp
 
 A rollout is given its first frame, a real scan that no training saw; this frame alone hears its class. What comes later
 knows the digit from the past: from the window, and from the sink, which is the first frame, for ever.
@@ -36,7 +36,7 @@ def run(settings: Settings, out: Path) -> None:
         seeds = list(pool.map(run_seed, range(settings.seeds), *([x] * settings.seeds for x in (settings, out))))
     report.write(out, asdict(settings), losses, seeds, (time.perf_counter() - began, cpu))
     videos = seeds[0]["videos"]
-    report.animate(out / "streams.gif", {name: videos[name] for name in videos if not name.startswith("teacher")})
+    report.animate(out / "streams.webp", {name: videos[name] for name in videos if not name.startswith("teacher")})
     print((out / "report.md").read_text())
 
 

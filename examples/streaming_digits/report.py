@@ -60,13 +60,17 @@ Share of frames that show the digit of the first, given frame; of moves, those b
     (folder / "report.md").write_text(text)
 
 
-def animate(path: Path, videos: dict[str, torch.Tensor], columns: int = 8) -> None:
-    """An animated GIF: a row per name, a column per stream, of videos (streams, frames, 32, 32) in [-1, 1]."""
+def animate(path: Path, videos: dict[str, torch.Tensor], columns: int = 8, ends: int = 30) -> None:
+    """An animated WebP: a row per name, a column per stream, of videos (streams, frames, 32, 32) in [-1, 1].
+
+    Shown are the first and the last `ends` frames, so that the file stays small.
+    """
     cell = SIDE * ZOOM + GAP
     size = MARGIN + columns * cell + GAP, len(videos) * cell + GAP + 14
     pictures = []
-    for frame in range(next(iter(videos.values())).shape[1]):
-        picture = Image.new("L", size, 200)
+    frames = range(next(iter(videos.values())).shape[1])
+    for frame in frames if len(frames) <= 2 * ends else (*frames[:ends], *frames[-ends:]):
+        picture = Image.new("RGB", size, (200, 200, 200))
         draw = ImageDraw.Draw(picture)
         draw.text((6, size[1] - 13), f"frame {frame + 1}", fill=0)
         for row, (name, video) in enumerate(videos.items()):
@@ -76,4 +80,4 @@ def animate(path: Path, videos: dict[str, torch.Tensor], columns: int = 8) -> No
                 digit = Image.fromarray(image).resize((SIDE * ZOOM, SIDE * ZOOM), Image.Resampling.NEAREST)
                 picture.paste(digit, (MARGIN + column * cell, GAP + row * cell))
         pictures.append(picture)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=150, loop=0, optimize=True)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=150, loop=0, lossless=True)

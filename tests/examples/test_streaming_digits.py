@@ -89,7 +89,7 @@ def test_the_command(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.md").read_text() in done.stdout
-    assert (tmp_path / "streams.gif").read_bytes().startswith(b"GIF8")
+    assert (tmp_path / "streams.webp").read_bytes()[8:12] == b"WEBP"
     report = json.loads((tmp_path / "report.json").read_text())
     (seed,) = report["seeds"]
     teacher = report["teacher_losses"]
