@@ -29,8 +29,8 @@ class Settings:
     clips: int = 6  # of a batch
     teacher_updates: int = 1300
     teacher_steps: int = 8  # Euler steps of its ODE
-    batches_of_trajectories: int = 50
-    student_updates: int = 250
+    batches_of_trajectories: int = 40
+    student_updates: int = 120
     student_steps: int = 2
     rate: float = 3e-3
     student_rate: float = 5e-4
