@@ -356,7 +356,7 @@ def _prepare(
 
 @lru_cache(maxsize=1024)
 def _prepare_sums(
-    shape_BSC: tuple[int, ...], scale: Layout | None, others: tuple[torch.dtype | None, ...], device: torch.device,
+    shape_BSC: torch.Size, scale: Layout | None, others: tuple[torch.dtype | None, ...], device: torch.device,
     chunk_count: int, flags: tuple[tuple[str, bool], ...],
 ) -> Launch:  # fmt: skip
     """The launch that adds the chunks' partial sums up; `others` as in `_prepare`."""
@@ -430,7 +430,7 @@ def backward(
         parameter_sums = like.new_empty(B * segments * 2 * C, dtype=torch.float32) if of_parameters else None
         shares = B * segments
         tensors = workspace, dgate, dshift, dscale, scale, weight, bias, parameter_sums
-        add = _prepare_sums((B, segments, C), _layout(scale), _dtypes(*tensors), like.device, count, flags)
+        add = _prepare_sums(torch.Size((B, segments, C)), _layout(scale), _dtypes(*tensors), like.device, count, flags)
         add((*tensors, tables.spans))
     if of_parameters:
         tensors = parameter_sums, dbias, dweight
