@@ -1,3 +1,5 @@
+# mypy: no-strict-optional
+# (Inputs that a call lacks are None, in groups that their types do not know.)
 """Seams between the sub-blocks of a diffusion transformer: gated residual, norm, modulation by a row per segment."""
 
 from __future__ import annotations

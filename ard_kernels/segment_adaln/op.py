@@ -122,10 +122,6 @@ def _fake(
     return _outputs(x, branch, norm, y_dtype)
 
 
-def _composite(*inputs: Any) -> Outputs:
-    return torch_impl.composite(*inputs[:-1])
-
-
 def _check_backward(
     grad_h: Tensor | None, grad_y: Tensor | None, h: Tensor | None, branch: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
@@ -228,5 +224,5 @@ adaln_op = define_op(
     check=_check,
     backward=_autograd,
     setup_context=_setup,
-    composite=_composite,
+    composite=torch_impl.composite,
 )

@@ -115,13 +115,13 @@ def check_raw(
         raise ValueError(f"{op}: lengths is {list(lengths)}; expected [1] for rows per token")
     if norm is not None:
         check_norm(op, first, norm, weight, bias)
-    for name, x in (given | rows | {"weight": weight, "bias": bias}).items():
-        if x is None:
+    for name, tensor in (given | rows | {"weight": weight, "bias": bias}).items():
+        if tensor is None:
             continue
-        if x.dim() > 3:
-            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected 3 dims")
-        if x.stride(-1) != 1 and x.numel():
-            raise ValueError(f"{op}: {name} has strides {x.stride()}; expected a contiguous last dim")
+        if tensor.dim() > 3:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected 3 dims")
+        if tensor.stride(-1) != 1 and tensor.numel():
+            raise ValueError(f"{op}: {name} has strides {tensor.stride()}; expected a contiguous last dim")
     return first
 
 
