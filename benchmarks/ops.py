@@ -294,7 +294,7 @@ def cpu_jobs() -> list[Job]:
     goals = {"forward": 1.5, "forward+backward": 2.5}
     found += [adaln_job(op, 4, 256, 1152, torch.float32, way, goals[way], **fp32) for op in ADALN for way in both]
     found += [seam_job(seam, 1560, 1536, "forward+backward", 1.4, **fp32) for seam in SEAMS]
-    goals = {"forward": 1.3, "forward+backward": 1.5}  # of the compiled chain; twice the eager one it is many times over
+    goals = {"forward": 1.3, "forward+backward": 1.5}  # of the compiled chain; the eager one takes 5 times as long
     found += [norm_rope_job(*shape, way, goals[way], **fp32) for shape in NORM_ROPE_SHAPES for way in both]
     return found + [history_job(1, L=L, **fp32) for L in (256, 64, 16)]
 

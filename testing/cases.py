@@ -193,6 +193,8 @@ def run_ours(case: Case, inputs, backend: str | None) -> tuple[torch.Tensor, ...
     """The op's outputs, of attention (B, H, T, D); history attention appends its segments and gives them joined."""
     if case.op == "history_attention":
         return (run_history(case, inputs, backend),)
+    if case.op == NORM_ROPE:
+        return run_norm_rope(case, inputs, rotary_tables(case, inputs[0].device), backend)
     settings = {"segment_length": case.segment_length, "backend": backend}
     if case.op == SEGMENT:
         settings["mask"] = case.segment_mask

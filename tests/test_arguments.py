@@ -56,7 +56,7 @@ REFUSED = {
         lambda: block_causal_attention_packed(np.zeros((1, 8, 3, 2, 8)), segment_length=4),
         r"qkv is array.*\(ndarray\); expected a tensor",
     ),
-    "gate None": (lambda: gate_residual(X, X, None, segment_length=4), "gate is None; expected a tensor"),
+    "gate in words": (lambda: gate_residual(X, X, "1", segment_length=4), "gate is '1'; expected a tensor"),
     "layout forgotten": (
         lambda: attend(*[torch.randn(1, 64, 4, 16)] * 3, segment_length=16),
         r"segment_length=16 \(tokens are dim 2 of \(1, 64, 4, 16\), layout 'bhtd'\)",

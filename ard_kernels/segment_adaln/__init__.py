@@ -1,3 +1,5 @@
+# mypy: no-strict-optional
+# (Inputs that a call lacks are None, in groups that their types do not know.)
 """Seams between the sub-blocks of a diffusion transformer: gated residual, norm, modulation by a row per segment."""
 
 from __future__ import annotations
@@ -118,19 +120,20 @@ def _call(
     spec.check_activation(op, "x", x)
     if op != "adaln_modulate":
         spec.check_activation(op, "branch", branch, like=x)
-    lengths = spec.check_rows(op, x, dict(zip(("gate", "shift", "scale"), rows, strict=True)), segment_length)
+    gate, shift, scale = rows
+    lengths = spec.check_rows(op, x, {"gate": gate, "shift": shift, "scale": scale}, segment_length)
     if op != "gate_residual":
         spec.check_norm(op, x, norm, weight, bias)
         eps = spec.check_eps(op, eps)
     chosen = resolve(op, backend, x.device, x.dtype, x.shape[-1])
-    inputs = [_dense_last(tensor) for tensor in (x, branch, *map(_three_dims, rows), weight, bias)]
+    inputs = [
+        tensor if tensor is None or (tensor.stride(-1) == 1 and tensor.dim() < 4) else _readable(tensor)
+        for tensor in (x, branch, gate, shift, scale, weight, bias)
+    ]
     return adaln_op(*inputs, lengths, norm, eps, autocast_dtype(x.device) or x.dtype, chosen)
 
 
-def _dense_last(x: torch.Tensor | None) -> torch.Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
-def _three_dims(row: torch.Tensor | None) -> torch.Tensor | None:
-    """(B, S, 1, C) as (B, S, C)."""
-    return row if row is None or row.dim() == 3 else row.select(2, 0)
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """(B, S, 1, C) as (B, S, C), with a contiguous last dim."""
+    x = x.select(2, 0) if x.dim() == 4 else x
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -58,15 +58,18 @@ def _gradients(
     bias: Tensor | None, lengths: Sequence[int], row_dtype: torch.dtype | None, wanted: Sequence[bool],
 ) -> Gradients:  # fmt: skip
     """Memory for dx, dbranch, dgate, dshift, dscale, dweight, dbias."""
-    dgate, dscale, dweight, dbias = (
-        _empty_like(x if want else None)
-        for x, want in zip((gate, scale, weight, bias), (wanted[0], *wanted[2:]), strict=True)
-    )
+    of_gate, of_shift, of_scale, of_weight, of_bias = wanted
     dshift = None
-    if wanted[1]:
+    if of_shift and scale is None:
         shape_BSC = h.shape[0], segment_count(lengths, h.shape[1]), h.shape[2]
-        dshift = h.new_empty(shape_BSC, dtype=row_dtype) if scale is None else _empty_like(scale)
-    return _empty_like(h), _empty_like(branch), dgate, dshift, dscale, dweight, dbias
+        dshift = h.new_empty(shape_BSC, dtype=row_dtype)
+    elif of_shift:
+        dshift = _empty_like(scale)
+    return (
+        _empty_like(h), _empty_like(branch), _empty_like(gate) if of_gate else None, dshift,
+        _empty_like(scale) if of_scale else None, _empty_like(weight) if of_weight else None,
+        _empty_like(bias) if of_bias else None,
+    )  # fmt: skip
 
 
 def _check(
@@ -117,10 +120,6 @@ def _fake(
     y_dtype: torch.dtype, backend: str,
 ) -> Outputs:  # fmt: skip
     return _outputs(x, branch, norm, y_dtype)
-
-
-def _composite(*inputs: Any) -> Outputs:
-    return torch_impl.composite(*inputs[:-1])
 
 
 def _check_backward(
@@ -179,7 +178,10 @@ def _backward_fake(
 def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
     x, branch, gate, shift, scale, weight, bias, ctx.lengths, norm, _, _, ctx.backend = inputs
     h, _, mean, rstd = output
-    ctx.mark_non_differentiable(*(statistic for statistic in (mean, rstd) if statistic is not None))
+    if mean is not None:
+        ctx.mark_non_differentiable(mean, rstd)
+    elif rstd is not None:
+        ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
     ctx.branch_dtype = None if branch is None else branch.dtype
     ctx.row_dtype = None if shift is None else shift.dtype
@@ -222,5 +224,5 @@ adaln_op = define_op(
     check=_check,
     backward=_autograd,
     setup_context=_setup,
-    composite=_composite,
+    composite=torch_impl.composite,
 )

@@ -53,21 +53,24 @@ def check_rows(op: str, x: Tensor, rows: dict[str, Tensor | None], segment_lengt
     B, T, C = x.shape
     lengths = check_segment_length(op, segment_length, "x", T)
     segments = T // lengths[0] if len(lengths) == 1 else len(lengths)
-    given = {name: row for name, row in rows.items() if row is not None}
-    for name, row in given.items():
+    first_name, first = "", None
+    for name, row in rows.items():
+        if row is None:
+            continue
         check_tensor(op, name, row)
-        shape, (first_name, first) = tuple(row.shape), next(iter(given.items()))
-        if shape not in ((B, segments, C), (B, segments, 1, C), (B, T, C)):
+        first_name, first = (name, row) if first is None else (first_name, first)
+        shape = row.shape
+        if shape != (B, segments, C) and shape != (B, T, C) and shape != (B, segments, 1, C):
             raise ValueError(
-                f"{op}: {name} has shape {shape}; expected {(B, segments, C)} (per segment, also as "
+                f"{op}: {name} has shape {tuple(shape)}; expected {(B, segments, C)} (per segment, also as "
                 f"{(B, segments, 1, C)}) or {(B, T, C)} (per token)"
             )
-        if row.shape != first.shape:
-            raise ValueError(f"{op}: {name} has shape {shape}; expected {first_name}'s {tuple(first.shape)}")
+        if shape != first.shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(shape)}; expected {first_name}'s {tuple(first.shape)}")
         if row.dtype != first.dtype:
             raise ValueError(f"{op}: {name} has dtype {row.dtype}; expected a float dtype equal to {first_name}'s")
         _check_dtype(op, name, row, x)
-    return [1] if given and first.shape[1] != segments else lengths
+    return lengths if first is None or first.shape[1] == segments else [1]
 
 
 def check_norm(op: str, x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -112,13 +115,13 @@ def check_raw(
         raise ValueError(f"{op}: lengths is {list(lengths)}; expected [1] for rows per token")
     if norm is not None:
         check_norm(op, first, norm, weight, bias)
-    for name, x in (given | rows | {"weight": weight, "bias": bias}).items():
-        if x is None:
+    for name, tensor in (given | rows | {"weight": weight, "bias": bias}).items():
+        if tensor is None:
             continue
-        if x.dim() > 3:
-            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected 3 dims")
-        if x.stride(-1) != 1 and x.numel():
-            raise ValueError(f"{op}: {name} has strides {x.stride()}; expected a contiguous last dim")
+        if tensor.dim() > 3:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected 3 dims")
+        if tensor.stride(-1) != 1 and tensor.numel():
+            raise ValueError(f"{op}: {name} has strides {tensor.stride()}; expected a contiguous last dim")
     return first
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,9 +62,14 @@ def _composed_normalise(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tenso
     return n, mean, rstd
 
 
-def composite(*inputs: Any) -> Outputs:
-    """`forward` that can be differentiated in any mode and order, but for mean and rstd."""
-    h, y, mean, rstd = forward(*inputs, normalise=_composed_normalise)
+def composite(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, lengths: Sequence[int], norm: str | None, eps: float,
+    y_dtype: torch.dtype, backend: str,
+) -> Outputs:  # fmt: skip
+    """`forward` that can be differentiated in any mode and order, but for mean and rstd; the op's arguments."""
+    inputs = x, branch, gate, shift, scale, weight, bias
+    h, y, mean, rstd = forward(*inputs, lengths, norm, eps, y_dtype, _composed_normalise)
     return h, y, None if mean is None else mean.detach(), None if rstd is None else rstd.detach()
 
 

@@ -42,9 +42,10 @@ from ard_kernels.common.triton_parts import (
 )
 from ard_kernels.common.triton_support import Launch, strides
 from ard_kernels.segment_adaln.chunks import Chunks, chunk_tokens, chunks
+from ard_kernels.segment_adaln.triton_sums import Layout, add_up, dtypes, layout
 
 # Arguments of which Triton shall not compile one variant that are multiples of 16 and one that are not.
-SIZES = ["T", "chunk_count", "S"]
+SIZES = ["T", "chunk_count"]
 # Wider rows of gate and scale are read again for every token backward: beside three sums they would spill.
 KEPT_WIDTH = 4096
 
@@ -264,66 +265,7 @@ def _backward(
         store_rows(partials + (GATE_SUM + 1) * C, sum_rows(scale_sum), one >= 0, C, PARTS)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _add_chunks(
-    workspace, dgate, dshift, dscale, scale, weight, bias, parameter_sums, spans, scale_stride, chunk_count, S,
-    C: tl.constexpr, UNIT: tl.constexpr, GATE_SUM: tl.constexpr, NORM_SUMS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dgate, dshift, dscale (B, S, C) of one segment, BLOCK columns, from its chunks' partial sums, in order; and its
-    share (B * S, 2, C) of dbias and dweight."""
-    SUMS: tl.constexpr = GATE_SUM + 2 * NORM_SUMS
-    row = tl.program_id(0)
-    span = spans + row % S * 2
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < C
-    to = row.to(tl.int64) * C + columns
-    factor = 1.0
-    if parameter_sums is not None and scale is not None:
-        scale_row = (
-            scale + ((row // S).to(tl.int64) * scale_stride[0] + (row % S).to(tl.int64) * scale_stride[1]) * UNIT
-        )
-        factor += tl.load(scale_row + columns, mask=inside, other=0.0).to(tl.float32)
-    for k in tl.static_range(SUMS):
-        total = tl.zeros([BLOCK], tl.float32)
-        for chunk in range(tl.load(span), tl.load(span + 1)):
-            partial = ((row // S).to(tl.int64) * chunk_count + chunk) * SUMS + k
-            total += tl.load(workspace + partial * C + columns, mask=inside, other=0.0)
-        if k < GATE_SUM:
-            tl.store(dgate + to, total.to(dgate.dtype.element_ty), mask=inside)
-        else:
-            if parameter_sums is not None:
-                of_row = parameter_sums + (row.to(tl.int64) * 2 + k - GATE_SUM) * C
-                tl.store(of_row + columns, total * factor, mask=inside)
-            if k == GATE_SUM:
-                shifts = total
-                if dshift is not None:
-                    tl.store(dshift + to, total.to(dshift.dtype.element_ty), mask=inside)
-            elif dscale is not None:
-                if weight is not None:
-                    total *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-                if bias is not None:
-                    total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32) * shifts
-                tl.store(dscale + to, total.to(dscale.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["count"])
-def _add_parameters(parameter_sums, dbias, dweight, count, C: tl.constexpr, BLOCK: tl.constexpr):
-    """dbias and dweight (C,), BLOCK columns: the sums of (count, 2, C), in order."""
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < C
-    for k in tl.static_range(2):
-        out = dbias if k == 0 else dweight
-        if out is not None:
-            total = tl.zeros([BLOCK], tl.float32)
-            share = parameter_sums + k * C + columns
-            for _ in range(count):
-                total += tl.load(share, mask=inside, other=0.0)
-                share += 2 * C
-            tl.store(out + columns, total.to(out.dtype.element_ty), mask=inside)
-
-
 KERNELS = {"adaln_forward": _forward, "adaln_backward": _backward}
-Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides, dtype
 
 
 @lru_cache(maxsize=1024)
@@ -344,7 +286,7 @@ def _prepare(
     plain, rows = (shape_BTC, (T * C, C, 1)), ((B, S, C), (S * C, C, 1))
     outputs = (plain, plain) if name == "adaln_forward" else (plain, plain, rows, rows, rows)
     # The strides of an absent tensor are never used.
-    unit, each = strides(*(plain if layout is None else layout[:2] for layout in inputs), *outputs)
+    unit, each = strides(*(plain if given is None else given[:2] for given in inputs), *outputs)
     constants = (
         sizes | dict(flags) | {"C": C, "PARTS": split_width(C, least=8, most=3), "UNIT": unit, "PER_TOKEN": per_token}
     )
@@ -352,32 +294,6 @@ def _prepare(
         constants["KEEP_ROWS"] = not per_token and C <= KEPT_WIDTH
     count = len(tables.chunks)
     return Launch(KERNELS[name], (B * count,), (tables.chunks, *each, T, count, *eps), constants), tables
-
-
-@lru_cache(maxsize=1024)
-def _prepare_sums(
-    shape_BSC: tuple[int, ...], scale: Layout | None, others: tuple[torch.dtype | None, ...], device: torch.device,
-    chunk_count: int, flags: tuple[tuple[str, bool], ...],
-) -> Launch:  # fmt: skip
-    """The launch that adds the chunks' partial sums up; `others` as in `_prepare`."""
-    B, S, C = shape_BSC
-    unit, (stride,) = strides((shape_BSC, (S * C, C, 1)) if scale is None else scale[:2])
-    constants = {"C": C, "UNIT": unit, "BLOCK": 256, "num_warps": 2}
-    return Launch(_add_chunks, (B * S, triton.cdiv(C, 256)), (stride, chunk_count, S), constants | dict(flags))
-
-
-@lru_cache(maxsize=1024)
-def _prepare_parameters(C: int, others: tuple[torch.dtype | None, ...], device: torch.device) -> Launch:
-    """The launch that adds dbias and dweight up; its grid is theirs alone, so that the count may be any."""
-    return Launch(_add_parameters, (triton.cdiv(C, 64),), (), {"C": C, "BLOCK": 64, "num_warps": 2})
-
-
-def _layout(x: Tensor | None) -> Layout | None:
-    return None if x is None else (x.shape, x.stride(), x.dtype)
-
-
-def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
-    return tuple([None if x is None else x.dtype for x in tensors])
 
 
 def _prepared(
@@ -388,7 +304,7 @@ def _prepared(
     shape, device = like.shape, like.device
     config = tuning.lookup(name, device, like.dtype, shape[2])
     run, tables = _prepare(
-        name, shape, tuple([_layout(x) for x in inputs]), _dtypes(*others), device, tuple(lengths),
+        name, shape, tuple([layout(x) for x in inputs]), dtypes(*others), device, tuple(lengths),
         multiprocessors(device), eps, flags, tuple(config.items()),
     )  # fmt: skip
     return run, keep_if_captured(tables)
@@ -422,16 +338,8 @@ def backward(
     inputs = grad_h, grad_y, h, branch, gate, scale
     others = weight, bias, mean, rstd, dx, dbranch, dgate, dshift, dscale
     run, tables = _prepared("adaln_backward", like, inputs, others, lengths, flags)
-    count, segments, sums = len(tables.chunks), len(tables.spans), flags[0][1] + 2 * flags[1][1]
+    count, sums = len(tables.chunks), flags[0][1] + 2 * flags[1][1]
     workspace = like.new_empty(B * count * sums * C, dtype=torch.float32)
     run((*inputs, *others, workspace))
-    parameter_sums, shares = workspace, B * count
-    if sums and not per_token:
-        parameter_sums = like.new_empty(B * segments * 2 * C, dtype=torch.float32) if of_parameters else None
-        shares = B * segments
-        tensors = workspace, dgate, dshift, dscale, scale, weight, bias, parameter_sums
-        add = _prepare_sums((B, segments, C), _layout(scale), _dtypes(*tensors), like.device, count, flags)
-        add((*tensors, tables.spans))
-    if of_parameters:
-        tensors = parameter_sums, dbias, dweight
-        _prepare_parameters(C, _dtypes(*tensors), like.device)(tensors, (shares,))
+    grads, parameters = (dgate, dshift, dscale, dweight, dbias), (scale, weight, bias)
+    add_up(workspace, grads, parameters, (B, count, C), None if per_token else tables.spans, flags)

@@ -26,7 +26,7 @@ from benchmarks.gpu.processes import FAILED
 from benchmarks.measure import describe
 from benchmarks.timing import DEVICE, TINY, interleaved, make_timer
 from testing import cases
-from testing.cases import ADALN, OPS, Case
+from testing.cases import ADALN, NORM_ROPE, OPS, Case
 
 KERNEL_SECONDS = 120.0  # for a kernel's candidates, each compiled and timed
 
@@ -40,12 +40,15 @@ def configurations(key: str, default: Config) -> list[Config]:
 def tuned_cases() -> list[Case]:
     """A shape for every table entry worth having, DiT-XL/2 first."""
     if TINY:
-        return [cases.tiny_case(op) for op in ("block_causal_attention", "history_attention", "gate_residual_adaln")]
+        ops = ("block_causal_attention", "history_attention", "gate_residual_adaln")
+        return [*map(cases.tiny_case, ops), Case(NORM_ROPE, 1, (4,), H=2, D=16)]
     long, short = (256,) * 4, (64,) * 4
     found = [Case(op, 32, long) for op in OPS]
     found += [Case("block_causal_attention", 32, long, D=D) for D in (64, 128)]
     found += [Case("block_causal_attention", 64, short), Case("history_attention", 64, short)]
     found += [Case("block_causal_attention", 32, long, D=D) for D in (96, 32, 256)]
+    heads = ((16, 64, "head"), (12, 128, "all"), (24, 128, "head"), (40, 128, "all"))
+    found += [Case(NORM_ROPE, 8, (1024,), H=H, D=D, over=over) for H, D, over in heads]
     return found + [Case(op, 32, long, C=C) for C in (384, 2048, 4096) for op in ADALN]
 
 

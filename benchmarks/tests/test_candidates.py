@@ -13,7 +13,8 @@ def test_every_key_has_a_configuration(arch):
     table = tuning.shipped(arch)
     assert list(table) == keys()
     for key, constants in table.items():
-        expected = {"TOKENS", "ROWS", "STAGES", "num_warps"} if key.startswith("adaln") else {"BLOCK_M", "BLOCK_N"}
+        own = {"adaln": {"TOKENS", "ROWS", "STAGES", "num_warps"}, "rope": {"BLOCKS", "STAGES", "num_warps"}}
+        expected = own.get(key.split("_")[0], {"BLOCK_M", "BLOCK_N"})
         assert expected <= constants.keys() and constants in list(candidates(key))
 
 
@@ -26,4 +27,5 @@ def test_every_width_dtype_and_length_has_a_key():
             upper = int(tuning.key("attention_forward", dtype, D, 0).split("/")[2])
             assert sum(parts_of(D)) <= sum(parts_of(upper)), "an entry is tuned at no smaller a width, once padded"
         for C in (1, 384, 1152, 8192, 20000):
-            assert {tuning.key(kernel, dtype, C, 0) for kernel in ("adaln_forward", "adaln_backward")} <= known
+            kernels = ("adaln_forward", "adaln_backward", "rope_forward", "rope_backward")
+            assert {tuning.key(kernel, dtype, C, 0) for kernel in kernels} <= known

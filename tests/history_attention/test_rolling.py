@@ -212,7 +212,7 @@ def test_select(device):
     assert torch.equal(cache.keys, keys[:, [2, 2, 0]]) and torch.equal(cache.values, values[:, [2, 2, 0]])
     cache.select(torch.tensor([2, 1, 0], device=device))
     assert torch.equal(cache.keys, keys[:, [0, 2, 2]])
-    for index, message in (([0, 1], "expected 3 integers"), ([0, 1, 3], "from 0 to 2"), ([0.0] * 3, "expected a tensor")):
+    for index, message in (([0, 1], "3 integers"), ([0, 1, 3], "from 0 to 2"), ([0.0] * 3, "expected a tensor")):
         with pytest.raises(ValueError, match=rf"HistoryCache\.select: index_B .*{message}"):
             cache.select(index)
     assert torch.equal(cache.keys, keys[:, [0, 2, 2]])

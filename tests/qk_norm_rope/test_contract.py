@@ -9,11 +9,14 @@ from ard_kernels import block_causal_attention_packed, qk_norm_rope, qk_norm_rop
 from testing.devices import on_devices
 
 on_every_backend = pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton", "cuda"))
-# What takes a simulated GPU long.
-gpu_ones_slowly = pytest.mark.parametrize(
-    ("backend", "device"),
-    on_devices("torch", "cpu")
-    + [pytest.param(*p.values, id=p.id, marks=[*p.marks, pytest.mark.slow]) for p in on_devices("triton", "cuda")],
+
+
+def slow(parameters):
+    return [pytest.param(*p.values, id=p.id, marks=[*p.marks, pytest.mark.slow]) for p in parameters]
+
+
+cpu_at_once = pytest.mark.parametrize(  # the others take long
+    ("backend", "device"), on_devices("cpu") + slow(on_devices("torch", "triton", "cuda"))
 )
 
 X, W = torch.randn(2, 3, 8, 16), torch.ones(16)
@@ -112,7 +115,7 @@ def packed(device, B=1, T=8, H=2, D=16, P=8, dtype=torch.float32, over="all", no
 @pytest.mark.parametrize("over", ["head", "all"])
 @pytest.mark.parametrize(
     ("backend", "device", "T", "D"),
-    on_devices(torch=[(96, 72), (512, 128)], cpu=[(96, 72), (512, 128)], triton=[(2, 24)], cuda=[(40, 72)]),
+    on_devices(torch=[(96, 72)], cpu=[(96, 72), (512, 128)], cuda=[(40, 72)]) + slow(on_devices(triton=[(6, 24)])),
 )
 def test_bit_equal_over_runs_and_threads(backend, device, T, D, over, thread_counts):
     qkv, parameters, settings = packed(device, 2, T, 4, D, over=over)
@@ -141,7 +144,7 @@ def test_the_packed_form_is_the_other_one(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@gpu_ones_slowly
+@cpu_at_once
 @pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compiles_to_one_graph(backend, device, dynamic):
     def layer(qkv, weight, cos, sin):
@@ -195,7 +198,7 @@ def test_counted_as_no_flops(device):
     assert counter.get_total_flops() == 0
 
 
-@gpu_ones_slowly
+@cpu_at_once
 @pytest.mark.parametrize("is_packed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_opcheck(backend, device, is_packed):
     qkv, parameters, settings = packed(device, T=4)

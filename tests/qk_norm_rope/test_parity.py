@@ -270,7 +270,7 @@ def test_expanded_inputs_and_gradients(backend, device):
 @pytest.mark.parametrize("norm", ["rms", "layer", None])
 @pytest.mark.parametrize("over", ["head", "all"])
 def test_gradcheck(over, norm, device):
-    shape = Shape(T=4, D=8, P=3, H=2, dtype=torch.float64, norm=norm, over=over, segment=2, kind="bthd")
+    shape = Shape(B=1, T=4, D=8, P=3, H=2, dtype=torch.float64, norm=norm, over=over, segment=2, kind="bthd")
     shape = replace(shape, table_dtype=torch.float64, parameter_dtype=torch.float64)
     tables, _ = make_tables(shape, device)
     parameters = make_parameters(shape, device)

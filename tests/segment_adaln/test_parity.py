@@ -15,6 +15,7 @@ from ard_kernels.segment_adaln import reference
 from ard_kernels.segment_adaln.chunks import chunk_tokens, make_chunks
 from ard_kernels.segment_adaln.triton_impl import KERNELS
 from testing import plain
+from testing.cases import SEAMS
 from testing.devices import on_devices
 from testing.drawing import FEW_AND_MANY
 from testing.oracle import BACKWARD_FACTOR, assert_all_close
@@ -339,10 +340,20 @@ def test_the_extension_is_built():
 
 @pytest.mark.simulated
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["adaln_modulate", "gate_residual_adaln"])
-def test_bytes_moved_over_the_minimum_triton(op):
+@pytest.mark.parametrize(
+    ("takes", "norm"),
+    [
+        (TAKES["adaln_modulate"], "layer"),
+        (TAKES["gate_residual_adaln"], "layer"),
+        (("x", "branch", *SEAMS["norm3"]), "layer"),
+        (("x", "branch", *SEAMS["no gate"]), "layer"),
+        (("x", "branch", "gate", "shift", "scale", "weight"), "rms"),
+    ],
+    ids=["modulate", "gated", "norm3", "no gate", "rms"],
+)
+def test_bytes_moved_over_the_minimum_triton(takes, norm):
     """With the chunks shipped for H100 and H200, counted access by access: rows and partial sums add little."""
     from testing.traffic import adaln_over_minimum  # patches the interpreter, which is not there beside a GPU
 
-    ratios = adaln_over_minimum(op, arch=90)
+    ratios = adaln_over_minimum(takes, arch=90, norm=norm)
     assert ratios["forward"] <= 1.05 and ratios["backward"] <= 1.15, ratios
