@@ -8,7 +8,7 @@ from ard.data import digits
 
 SIDE, SCAN = 32, 8
 REACH = SIDE - SCAN  # a scan's corner is at 0, STEP, .. REACH in each axis
-STEP = SCAN  # pixels of a hop. Hops of a fraction of a patch take a small network ten times as long to learn (measured)
+STEP = SCAN  # pixels of a hop: a whole patch. Hops of half a patch were not learned in the time (tried)
 SPEEDS = STEP * torch.tensor([-1, 1])  # pixels a frame, drawn per axis
 CLASSES = digits.NUM_CLASSES
 
