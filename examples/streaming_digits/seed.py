@@ -1,4 +1,4 @@
-"""What a process does: the teacher and its trajectories; or one seed, from its student to the scores of rollouts."""
+"""What a process does: the teacher and its trajectories; or, for one seed, a model's rollouts and their scores."""
 
 from __future__ import annotations
 
@@ -44,45 +44,44 @@ def make_teacher(settings: Settings, folder: Path) -> list[float]:
     return log
 
 
-def make_student(seed: int, settings: Settings, folder: Path) -> tuple[VideoDiT, VideoDiT, list[float]]:
-    """The teacher, the student that starts from its weights and follows its trajectories, and the student's losses."""
-    teacher = VideoDiT()
-    teacher.load_state_dict(load_file(folder / "teacher.safetensors"))
+def make_student(teacher: VideoDiT, seed: int, settings: Settings, folder: Path) -> tuple[VideoDiT, list[float]]:
+    """What starts from the teacher's weights and follows its trajectories, and its losses."""
     kept = Trajectories(**load_file(folder / "trajectories.safetensors"))
     student, began = copy.deepcopy(teacher), time.perf_counter()
     losses = student_losses(student, settings, kept, stream(seed, "student"))
     updates, rate = settings.student_updates, settings.student_rate
-    log = fit(student, losses, updates, rate, lambda text: say(began, f"seed {seed}, student, {text}"))
-    return teacher, student, log
+    return student, fit(student, losses, updates, rate, lambda text: say(began, f"seed {seed}, student, {text}"))
 
 
-def run_seed(seed: int, settings: Settings, folder: Path) -> dict:
-    """A student and the rollouts of it and its teacher: `rows` (one per model and view), `losses`, `real`, `videos`."""
+def run(model: str, seed: int, settings: Settings, folder: Path) -> dict:
+    """Rollouts of "teacher" or "student": `rows` (one per view), `losses`, `real`, `videos`."""
     torch.set_num_threads(1)
-    cpu = time.process_time()
-    real = digits.load()
-    teacher, student, losses = make_student(seed, settings, folder)
+    cpu, real, losses = time.process_time(), digits.load(), []
+    network, steps = VideoDiT(), settings.teacher_steps
+    network.load_state_dict(load_file(folder / "teacher.safetensors"))
+    if model == "student":
+        (network, losses), steps = make_student(network, seed, settings, folder), settings.student_steps
     reader = Reader(real.train_images, real.train_labels)
     held_out = real.held_out_images, real.held_out_labels
     true, classes = clips(*held_out, settings.rollout, settings.streams, stream(seed, "first frames"))
     rows, videos = [], {"real": true}
-    models = (("teacher", teacher, settings.teacher_steps), ("student", student, settings.student_steps))
-    for model, network, steps in models:
-        for view, (window, sink) in views(settings).items():
-            made = roll(
-                network, true[:, 0], classes, steps=steps, frames=settings.rollout, window=window, sink=sink,
-                longest=settings.frames - 1, generator=stream(seed, "noise"),
-            )  # fmt: skip
-            scores = judge(made.video, classes, reader)
-            row = {"model": model, "steps": steps, "view": view, "scores": scores}
-            row["frames_per_second"] = settings.streams * (settings.rollout - 1) / made.seconds
-            row["cache_bytes"] = made.cache_bytes[min(9, settings.rollout - 1)], made.cache_bytes[-1]
-            rows.append(row)
-            videos[f"{model}, {view}"] = made.video
-            right = ", ".join(f"{100 * span['right']:.0f} % in {name}" for name, span in scores.items())
-            print(f"seed {seed}: {model}, {view}: right digit {right}", flush=True)
+    for view, (window, sink) in views(settings).items():
+        if (model, window) == ("teacher", 1):
+            continue  # it takes as long as the others, and the student's shows what comes of it
+        made = roll(
+            network, true[:, 0], classes, steps=steps, frames=settings.rollout, window=window, sink=sink,
+            longest=settings.frames - 1, generator=stream(seed, "noise"),
+        )  # fmt: skip
+        scores = judge(made.video, classes, reader)
+        row = {"model": model, "steps": steps, "view": view, "scores": scores}
+        row["frames_per_second"] = settings.streams * (settings.rollout - 1) / made.seconds
+        row["cache_bytes"] = made.cache_bytes[min(9, settings.rollout - 1)], made.cache_bytes[-1]
+        rows.append(row)
+        videos[f"{model}, {view}"] = made.video
+        right = ", ".join(f"{100 * span['right']:.0f} % in {name}" for name, span in scores.items())
+        print(f"seed {seed}: {model}, {view}: right digit {right}", flush=True)
     return {
         "rows": rows, "losses": losses, "real": judge(true, classes, reader), "videos": videos,
-        "parameters": sum(p.numel() for p in student.parameters()),
+        "parameters": sum(p.numel() for p in network.parameters()),
         "cpu_seconds": time.process_time() - cpu,
     }  # fmt: skip

@@ -95,7 +95,7 @@ def test_the_command(tmp_path):
     teacher = report["teacher_losses"]
     assert len(teacher) == report["settings"]["teacher_updates"]
     assert sum(teacher[-5:]) < 0.5 * sum(teacher[:5])
-    assert seed["real"] and len(seed["rows"]) == 6
+    assert seed["real"] and len(seed["rows"]) == 5
     for row in seed["rows"]:
         early, late = row["cache_bytes"]
         assert early == late > 0
