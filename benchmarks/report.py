@@ -107,13 +107,13 @@ def speed_of(*rooms: str) -> Callable[[dict[str, Results]], str]:
     return table
 
 
-KERNELS = ("segment_adaln", "block_causal_attention", "segment_attention", "history_attention")
+KERNELS = ("segment_adaln", "qk_norm_rope", "block_causal_attention", "segment_attention", "history_attention")
 BLOCKS: dict[str, Callable[[dict[str, Results]], str]] = {
     "measured": measured,
     "demo": demo,
     "claim": lambda devices: tables.flop_table(cpu_results(devices)["flop_overhead"]["design_table"]),
     "counted": counted,
-    **{room: speed_of(room) for room in (*KERNELS, "data_path")},
+    **{room: speed_of(room) for room in (*KERNELS, "rolling_cache", "data_path")},
     "student": speed_of("student_training", "student_compiled", "student_sampling"),
     "overhead": speed_of("flop_overhead", "history_overhead"),
     "floors": lambda devices: tables.floor_table(rows_of(devices, *KERNELS)),
