@@ -40,7 +40,7 @@ print({name.split(".")[0] for name in set(sys.modules) - before if sys.modules[n
     assert status == 0, output
     seconds, foreign = output.strip().splitlines()
     assert foreign == "set()"
-    assert float(seconds) < 0.3
+    assert float(seconds) < 0.6  # 0.1 alone; the compiler with it would take seconds
 
 
 def test_only_the_digits_need_scikit_learn():
