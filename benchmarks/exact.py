@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ard_kernels.block_causal_attention.spec import visibility
-from ard_kernels.qk_norm_rope import reference as norm_rope_reference
 from testing import cases
 from testing.cases import Case
 
@@ -48,11 +47,7 @@ def exact_adaln(case: Case, inputs: Sequence[Tensor], grad_outputs: Sequence[Ten
 def exact_norm_rope(case: Case, inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor] | None) -> Exact:
     """q and k, or with grad_outputs the gradients of q, k and their weights."""
     wide = [x.detach().double().requires_grad_(grad_outputs is not None) for x in inputs]
-    tables = [table[None, :, None] for table in cases.rotary_tables(case, inputs[0].device)]
-    ys = [
-        norm_rope_reference.rotate(norm_rope_reference.norm(x, "rms", case.over == "all", weight), *tables, False)
-        for x, weight in zip(wide[:2], wide[2:], strict=True)
-    ]
+    ys = list(cases.exact_norm_rope(case, *wide))
     if grad_outputs is not None:
         ys = list(torch.autograd.grad(ys, wide, [g.double() for g in grad_outputs]))
     return Exact(ys, list)

@@ -11,6 +11,7 @@ import torch
 import ard_kernels
 from ard_kernels import SegmentMask
 from ard_kernels.block_causal_attention.spec import Segments
+from ard_kernels.qk_norm_rope import reference as norm_rope_reference
 from ard_kernels.segment_adaln import reference as adaln_reference
 from testing import plain
 from testing.plain import EPS as EPS
@@ -35,7 +36,7 @@ SEGMENT = "segment_attention"
 NORM_ROPE = "qk_norm_rope"
 PACKED = "block_causal_attention_packed"  # one qkv projection in, one gradient out
 ATTENTION = ("block_causal_attention", PACKED, "history_attention")
-OPS = (*ATTENTION, *ADALN)
+OPS = (*ATTENTION, *ADALN, NORM_ROPE)
 BACKENDS = ("triton", "cuda")  # the kernels of ours that run on a GPU; the riskier ones last
 
 
@@ -249,6 +250,22 @@ def exact_adaln(case: Case, *inputs) -> tuple[torch.Tensor, ...]:
     rows, lengths = [named.get(name) for name in TAKES[case.op]], [1] if case.per_token else list(case.lengths)
     outputs = getattr(adaln_reference, case.op)(*rows, lengths, **parameters)
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def plain_norm_rope(case: Case, *inputs) -> tuple[torch.Tensor, ...]:
+    """q and k, in plain PyTorch in their dtype."""
+    tables = [table[None, :, None] for table in rotary_tables(case, inputs[0].device)]
+    pairs = zip(inputs[:2], inputs[2:], strict=True)
+    return tuple(plain.rotate(plain.qk_norm(x, "rms", case.over, weight), *tables) for x, weight in pairs)
+
+
+def exact_norm_rope(case: Case, *inputs) -> tuple[torch.Tensor, ...]:
+    """q and k, of inputs in fp64."""
+    tables = [table[None, :, None] for table in rotary_tables(case, inputs[0].device)]
+    return tuple(
+        norm_rope_reference.rotate(norm_rope_reference.norm(x, "rms", case.over == "all", weight), *tables, False)
+        for x, weight in zip(inputs[:2], inputs[2:], strict=True)
+    )
 
 
 def tiny_case(op: str, D: int = 64) -> Case:

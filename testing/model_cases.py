@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ard_kernels.block_causal_attention import cuda
-from testing.cases import ADALN, ATTENTION, BACKENDS, MASKS, OPS, PACKED, Case, tiny_case
+from testing.cases import ADALN, ATTENTION, BACKENDS, MASKS, NORM_ROPE, OPS, PACKED, Case, tiny_case
 from testing.devices import DEVICES, on_devices
 
 # The first of each is the model's.
@@ -29,6 +29,8 @@ RAGGED = [(7, 300, 64, 1), (256, 192, 256), (33,), (1000, 24, 511)]
 def takes(backend: str, case: Case) -> bool:
     """Whether `backend` has kernels for this dtype and width on some GPU."""
     if backend != "cuda":
+        return True
+    if case.op == NORM_ROPE:
         return True
     if case.op in ADALN:
         return case.C % 8 == 0 and CHANNELS[-1] >= case.C
@@ -82,6 +84,8 @@ def _few() -> list[Case]:
     # On Hopper, kernels for older chips run what its own do not take: a negative scale.
     few += [Case(attention, 4, MODEL, D=D, scale=-0.1) for D in HEAD_DIMS]
     few += [Case(op, 1, (64,) * 4, H=4, dtype=torch.float32) for op in (*ATTENTION, *ADALN)]
+    heads = [(16, 64, "head"), (16, 72, "head"), (12, 128, "all"), (40, 128, "all")]
+    few += [Case(NORM_ROPE, 2, MODEL, H=H, D=D, over=over) for H, D, over in heads]
     # Ever more shared memory asked of the same kernels, in one process.
     few += [Case(op, 1, (64,) * 2, C=C, dtype=torch.float32) for C in (2048, 3072, 4096, 8192) for op in ADALN]
     few += [Case(op, 4, MODEL, D=D) for D in HEAD_DIMS for op in ATTENTION]

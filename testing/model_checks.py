@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,7 +12,7 @@ import torch
 from ard_kernels.block_causal_attention.reference import block_causal_attention as attention_reference
 from ard_kernels.common.backends import refusal
 from testing import cases
-from testing.cases import ADALN, MASKS, Case
+from testing.cases import ATTENTION, MASKS, NORM_ROPE, Case
 from testing.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_close
 from testing.poison import poisoned
 
@@ -46,7 +47,7 @@ def check_values(case: Case, backend: str, device: torch.device) -> dict[str, fl
     with poisoned():
         outputs, got = run(case, backend, expected.inputs, expected.grad_outputs)
     assert all(torch.isfinite(x).all() for x in got), "not finite"
-    if case.op not in ADALN:
+    if case.op in ATTENTION:
         got = chosen_heads([*got[:1], *cases.heads_first(case, got[1:])], expected.heads)
     ratios = {}
     for i, tensors in enumerate(zip(got, expected.plain[: len(got)], expected.exact[: len(got)], strict=True)):
@@ -68,7 +69,11 @@ def run(case: Case, backend: str, inputs, grad_outputs, cache=None) -> tuple[int
 
 @lru_cache(maxsize=1)  # the backends of a case follow one another
 def expect(case: Case, device: torch.device) -> Expected:
-    return (expect_adaln if case.op in ADALN else expect_attention)(case, device)
+    if case.op in ATTENTION:
+        return expect_attention(case, device)
+    if case.op == NORM_ROPE:
+        return expect_whole(case, device, cases.plain_norm_rope, cases.exact_norm_rope)
+    return expect_whole(case, device, cases.plain_adaln, cases.exact_adaln)
 
 
 def expect_attention(case: Case, device: torch.device) -> Expected:
@@ -121,12 +126,13 @@ def attention_with_gradients(function, inputs, grad_out, dtype, chunk: int) -> l
     return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
 
-def expect_adaln(case: Case, device: torch.device) -> Expected:
+def expect_whole(case: Case, device: torch.device, plain: Callable, exact_of: Callable) -> Expected:
+    """Of all inputs at once; plain and exact_of take (case, *inputs)."""
     inputs = cases.make_inputs(case, device)
-    outputs = cases.plain_adaln(case, *inputs)
+    outputs = plain(case, *inputs)
     grad_outputs = [torch.randn_like(y) for y in outputs]
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    exact = cases.exact_adaln(case, *wide)
+    exact = exact_of(case, *wide)
     results = []
     for ys, tensors in ((outputs, inputs), (exact, wide)):
         grads = torch.autograd.grad(ys, tensors, [g.to(y.dtype) for g, y in zip(grad_outputs, ys, strict=True)])

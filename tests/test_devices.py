@@ -8,25 +8,28 @@ import sys
 from pathlib import Path
 
 from testing.cases import OPS
+from testing.rooms import ROOMS
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("block_causal_attention", "history_attention", "segment_adaln")
 A_GPU_IN_SIGHT = "import torch\ntorch.cuda.is_available = lambda: True\n"
 # Of each room: what compares values, what compares gradients, what holds the contract.
 PARITY = {
     "block_causal_attention": ["test_parity.py::test_equal_segments", "test_parity.py::test_drawn_cases"],
     "history_attention": ["test_history.py::test_steps_equal_the_dense_reference", "test_rolling.py::test_a_stream"],
     "segment_adaln": ["test_parity.py::test_model_width", "test_parity.py::test_strides_and_ragged_segments"],
+    "qk_norm_rope": ["test_parity.py::test_models", "test_parity.py::test_drawn_cases"],
 }
 GRADIENTS = {
     "block_causal_attention": ["test_parity.py::test_any_scale", "test_parity.py::test_tokens_that_overlap_in_memory"],
     "history_attention": ["test_gradient.py::test_the_cache_may_change_before_the_gradient_is_asked_for"],
     "segment_adaln": ["test_parity.py::test_only_one_output_used", "test_parity.py::test_expanded_rows_and_inputs"],
+    "qk_norm_rope": ["test_parity.py::test_expanded_inputs_and_gradients"],
 }
 CONTRACT = {
     "block_causal_attention": ["bit_equal_over_runs_and_threads", "opcheck", "compiles_to_one_graph", "autocast"],
     "history_attention": ["bit_equal_over_threads_and_runs", "opcheck", "compiles_to_one_graph", "autocast"],
     "segment_adaln": ["bit_equal_over_runs_and_threads", "opcheck", "compiles_to_one_graph", "autocast"],
+    "qk_norm_rope": ["bit_equal_over_runs_and_threads", "opcheck", "compiles_to_one_graph", "autocast"],
 }
 WHERE = re.compile(r"(?:torch|cpu|triton|cuda)-on-(?:cpu|cuda)")
 MODEL_SIZES = ("test_values", "test_repeats_are_bit_equal", "test_cuda_graph_equals_eager")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from testing.devices import SIMULATED
+from testing.rooms import ROOMS
 
 TESTS = Path(__file__).parent
-ROOMS = ("block_causal_attention", "history_attention", "segment_adaln")
 FILES = ("derivatives", "emulator", "fuzz", "layer", "model_sizes", "triton_interpreter")
 
 

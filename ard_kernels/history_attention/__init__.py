@@ -54,7 +54,7 @@ def history_attention(
             before the one on its clean tokens that stays.
         q_sink: like q, the query for the keys of the sink's earlier segments; default q. Scores of rotary embeddings
             depend on distances alone, so a query that is turned to another position sees the sink as near as it
-            likes, and no cached key is turned again.
+            likes, and no cached key is turned again. Needs a sink.
         segment_length: tokens per segment L, or the lengths, of several new segments in one call (a prompt's frames);
             None: whatever comes is one segment, all of it visible to all of it.
         window, sink: as in `block_causal_attention`; of a rolling cache those it was made with, which are the default.
@@ -94,6 +94,8 @@ def history_attention(
     window, sink = check_window(op, window, (cache.sink or 0) if sink is None else sink)
     if not is_compiling():  # there the op checks when it runs
         check_memory(cache.keys, cache.values, cache.workspace, cache.positions)
+    if q_sink is not None and sink == 0:
+        raise ValueError(f"{op}: q_sink is given with sink 0; expected None, or a sink whose keys it is for")
     check_layer(op, layer, cache.layers)
     token_dim, tokens = layout.index("t"), q.shape[layout.index("t")]
     lengths = [tokens]

@@ -28,6 +28,7 @@ from typing import NamedTuple
 from benchmarks.files import ROOT, write_json
 from benchmarks.gpu.journal import ENDED, Journal
 from benchmarks.gpu.processes import FAILED, adopt, output_of, watched
+from testing.rooms import ROOMS
 
 NEEDED = ("torch", "triton", "numpy", "pytest", "xdist", "pytest_benchmark", "hypothesis", "safetensors")
 SUMMARY = "gpu_check.json"
@@ -35,8 +36,7 @@ MOST_RESTARTS = 20
 # A stage that was cut is entered again only if so many seconds of the budget are left.
 LEAST_SECONDS = 20.0
 QUICK, ALL = "not slow and not exhaustive", "not exhaustive"
-ROOMS = ("tests/block_causal_attention", "tests/history_attention", "tests/segment_adaln", "tests/qk_norm_rope",
-         "tests/test_model_sizes.py")  # fmt: skip
+OPS = (*(f"tests/{room}" for room in ROOMS), "tests/test_model_sizes.py")
 
 
 class Run(NamedTuple):
@@ -85,7 +85,7 @@ def tests(marked: str, words: str, *paths: str, after: tuple[str, ...] = ()) -> 
         known = [run.file(f"{stage}.jsonl") for stage in (*after, name)]
         skipped = [f"--journal-skip={path}:{path.stat().st_size}" for path in known if path.is_file()]
         workers = ["-n", "1", f"--max-worker-restart={MOST_RESTARTS}"]
-        where = ROOMS if run.dry else paths or ("tests",)
+        where = OPS if run.dry else paths or ("tests",)
         return [*pytest_command(run, name, 600 if run.dry else 90), *workers, *choice, *skipped, *where]
 
     return command
@@ -110,10 +110,10 @@ STAGES = (
         tests(ALL, "", after=("values_triton", "values_cuda")),
     ),
     Stage("tune", 45, False, "the fastest configuration of every Triton kernel", program("tune")),
-    Stage("values_tuned", 15, True, "ops on Triton again, as tuned", tests(QUICK, "triton-on-cuda", *ROOMS)),
+    Stage("values_tuned", 15, True, "ops on Triton again, as tuned", tests(QUICK, "triton-on-cuda", *OPS)),
     Stage(
         "kernels", 80, False, "kernels against their peers",
-        benchmarks("block_causal_attention", "segment_adaln", "qk_norm_rope", "history_attention"),
+        benchmarks(*ROOMS),
     ),
     Stage(
         "student", 40, False, "4-step sampling and a training step of DiT-XL/2",

@@ -178,6 +178,7 @@ BAD = {
         {"q_sink": torch.ones(1, 2, 16, 8)},
         "q_sink is a float32 tensor .* expected it like q",
     ),
+    "no sink": (lambda q: (q, q, q), {"q_sink": torch.ones(1, 2, 16, 16)}, "q_sink is .*expected"),
     "commit": (lambda q: (q, q, q), {"commit": 1}, "commit is 1; expected True or False"),
     "segments": (
         lambda q: (q, q, q),
