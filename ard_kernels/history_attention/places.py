@@ -156,11 +156,11 @@ def check_undamaged(op: str, positions: np.ndarray, layers: int, capacity: int) 
     most, first = max([0, *counts]), HEADER + layers
     if segment_length == 0:
         starts = positions[first : first + most + 1].tolist()
-        good = window == sink == written == 0 and most <= capacity and len(positions) == first + capacity + 1
+        good = window == sink == written == 0 and most <= capacity and positions.size == first + capacity + 1
         good = good and starts[0] == 0 and starts[-1] <= capacity and all([a < b for a, b in pairwise(starts)])
     else:
         good = segment_length > 0 and window > 0 and sink >= 0 and (sink + window) * segment_length == capacity
-        good = good and len(positions) == first + 1 and 0 <= int(positions[first]) < segment_length and written >= most
+        good = good and positions.size == first + 1 and 0 <= int(positions[first]) < segment_length and written >= most
     if not good or min([0, *counts]) < 0:
         raise ValueError(
             f"{op}: cache.positions is damaged; expected what the op has written (reset() empties the cache)"
