@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "block_causal_attention/cpu_bindings.h"
 #include "common/isa.h"
 #include "common/python.h"
 #include "gpu_bindings.h"
@@ -59,6 +60,7 @@ PYBIND11_MODULE(_C, m) {
         append_cpu({k, v, cache_k, cache_v, batch, heads, tokens, row_bytes, element_bytes, threads});
       },
       py::call_guard<py::gil_scoped_release>());
+  bind_attention_cpu(m);
   bind_qk_norm_rope_cpu(m);
   m.def("cpu_isa", &isa);
   m.def("cpu_isas", &supported_isas);

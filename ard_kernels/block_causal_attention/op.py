@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ard_kernels.block_causal_attention import cuda, spec, torch_impl
+from ard_kernels.block_causal_attention import cpu, cuda, spec, torch_impl
 from ard_kernels.block_causal_attention.backend import Kernels
 from ard_kernels.block_causal_attention.spec import Segments
 from ard_kernels.common import triton_support
@@ -34,18 +34,14 @@ NAMES = (OP, "block_causal_attention")  # what users call, of which the second i
 
 # They write into outputs and gradients allocated here. PyTorch's fused CPU kernel makes its own, and so does the torch
 # backend: a copy would cost up to 9 % of a forward and 2 to 14 % of a backward (T 16 to 1024, fp32, 1 thread).
-KERNELS: dict[str, Kernels] = {"cuda": cuda, "triton": triton_impl}
-
-
-def _refuses_cpu(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str:
-    return "attention on the CPU is the torch backend: PyTorch's fused kernel runs near the matmul rate"
+KERNELS: dict[str, Kernels] = {"cuda": cuda, "triton": triton_impl, "cpu": cpu}
 
 
 for _name in NAMES:
     register_backend(_name, "cuda", cuda.refuses)
     register_backend(_name, "torch", serves_everything)
     register_backend(_name, "triton", triton_support.refuses)
-    register_backend(_name, "cpu", _refuses_cpu)
+    register_backend(_name, "cpu", cpu.refuses)
 
 
 def _check(

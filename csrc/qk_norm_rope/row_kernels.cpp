@@ -1,4 +1,4 @@
-// Rows of qk_norm_rope on the CPU. Compiled once per ISA (ARD_ROW_KERNELS names the table, the compiler's -m flags pick
+// Rows of qk_norm_rope on the CPU. Compiled once per ISA (ARD_KERNELS names the table, the compiler's -m flags pick
 // the instructions), so everything but the table has internal linkage and no standard template is used.
 //
 // Bytes that must move per element, fp32: 8 forward (x, y), 12 backward (dy, x, dx). A token of H * D channels (Wan: 6
@@ -383,6 +383,6 @@ void reduce(const NormRopeBackward& p, int64_t chunks, float* scratch) {
 
 }  // namespace
 
-extern const NormRopeKernels ARD_ROW_KERNELS = {ARD_ISA, forward, backward, reduce};
+extern const NormRopeKernels ARD_KERNELS = {ARD_ISA, forward, backward, reduce};
 
 }  // namespace ard

@@ -1,4 +1,4 @@
-// Rows of the adaLN family on the CPU. Compiled once per ISA (ARD_ROW_KERNELS names the table, the compiler's -m flags
+// Rows of the adaLN family on the CPU. Compiled once per ISA (ARD_KERNELS names the table, the compiler's -m flags
 // pick the instructions), so everything but the table has internal linkage and no standard template is used.
 //
 // Bytes that must move per element, fp32: adaln_modulate 8 (x, y), its backward 12 (dy, x, dx), gate_residual_adaln 16,
@@ -356,6 +356,6 @@ void reduce_parameter(const CpuBackwardParams& p, int64_t units, int which, int6
 
 }  // namespace
 
-extern const RowKernels ARD_ROW_KERNELS = {ARD_ISA, forward, backward, reduce_rows, reduce_parameter};
+extern const RowKernels ARD_KERNELS = {ARD_ISA, forward, backward, reduce_rows, reduce_parameter};
 
 }  // namespace ard

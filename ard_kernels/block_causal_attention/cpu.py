@@ -1,0 +1,48 @@
+"""Attention over segments in C++ (csrc/block_causal_attention/cpu*): makes tiles, passes pointers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ard_kernels.block_causal_attention.cpu_tiles import make_tiles
+from ard_kernels.block_causal_attention.spec import Segments
+from ard_kernels.common import extension
+
+refuses = extension.refuses_cpu
+
+
+@lru_cache(maxsize=1024)
+def _tiles(segments: Segments, q_tokens: int, k_tokens: int, whole: bool) -> Any:
+    return extension.module.AttentionTiles(*make_tiles(segments, q_tokens, k_tokens, whole))
+
+
+def _run(kernel: Callable[..., bool], q: Tensor, k: Tensor, segments: Segments, scale: float, *rest: Any) -> None:
+    """The kernel; once more, with a tile for each segment, where a mask's weights of 0 have met an infinity or NaN."""
+    shape = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
+    how = shape, extension.dtype_code(q.dtype), scale, torch.get_num_threads()
+    if not kernel(_tiles(segments, shape[3], shape[4], False), *how, *rest):
+        kernel(_tiles(segments, shape[3], shape[4], True), *how, *rest)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, scale: float) -> None:
+    """See backend.py."""
+    views = map(extension.heads_view, (q, k, v, out))
+    _run(extension.module.attention_forward, q, k, segments, scale, *views, lse.data_ptr())
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, segments: Segments, scale: float,
+) -> None:  # fmt: skip
+    """See backend.py."""
+    forward_views = map(extension.heads_view, (q, k, v, out))
+    views = map(extension.heads_view, (dq, dk, dv))
+    grads = extension.heads_view(grad_out), extension.pointer(grad_lse)
+    _run(
+        extension.module.attention_backward, q, k, segments, scale, *forward_views, lse.data_ptr(), *grads, *views
+    )

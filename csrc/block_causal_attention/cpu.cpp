@@ -1,0 +1,116 @@
+// Attention over segments on the CPU: cuts the work into units, always the same for a shape, picks the ISA, runs units
+// in parallel. Results are bit-equal for any number of threads.
+#include "../common/isa.h"
+#include "../common/scratch.h"
+#include <algorithm>
+
+#include "cpu_kernels.h"
+
+namespace ard {
+
+namespace {
+
+const AttentionKernels& kernels_in_use() {
+#if defined(ARD_X86)
+  return for_isa<AttentionKernels>({&attention_kernels_avx512, &attention_kernels_avx2, &attention_kernels_baseline});
+#else
+  return attention_kernels_baseline;
+#endif
+}
+
+// Units that are enough for the cores there may be. Where there are fewer key heads, their queries are cut: a forward's
+// unit may bring the keys together once more (so it has rows enough for that), a backward's has sums of its own.
+constexpr int64_t kForwardUnits = 32, kForwardRows = 512, kBackwardUnits = 12;
+// Below this many multiply-adds a second thread costs more than it saves.
+constexpr int64_t kParallelWork = 1 << 18;
+// Scratch that a thread keeps for its next call: fresh memory costs a page fault every 4 KiB.
+constexpr int64_t kKeptFloats = 4 << 20;
+
+int64_t cuts_for(const AttentionCall& p, const AttentionTiles& tiles, int64_t units, int64_t rows) {
+  const int64_t heads = p.batch * p.kv_heads, wanted = (units + heads - 1) / heads;
+  const int64_t most = p.rows * p.group() / rows, count = static_cast<int64_t>(tiles.tiles.size());
+  return std::max<int64_t>(1, std::min({wanted, most, count}));
+}
+
+int threads_for(const AttentionCall& p, const AttentionTiles& tiles) {
+  int64_t pairs = 0;
+  for (const AttentionTiles::Tile& tile : tiles.tiles)
+    for (int64_t i = tile.first_piece; i < tile.stop_piece; ++i)
+      pairs += int64_t{tile.stop - tile.start} * (tiles.pieces[i].stop - tiles.pieces[i].start);
+  return p.batch * p.heads * p.head_dim * pairs < kParallelWork ? 1 : p.threads;
+}
+
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) {
+    static thread_local std::unique_ptr<float[], AlignedDelete> kept;
+    static thread_local int64_t kept_floats = 0;
+    if (floats <= kKeptFloats) {
+      if (floats > kept_floats) kept = make_scratch(floats), kept_floats = floats;
+      data_ = kept.get();
+    } else {
+      own_ = make_scratch(floats);
+      data_ = own_.get();
+    }
+  }
+  float* get() const { return data_; }
+
+ private:
+  std::unique_ptr<float[], AlignedDelete> own_;
+  float* data_;
+};
+
+// Calls run(unit, number) for `cuts` units of each key head, and returns whether all returned true.
+template <class Run>
+bool for_units(const AttentionCall& p, const AttentionTiles& tiles, int64_t cuts, int64_t scratch_floats, Run run) {
+  const int64_t count = static_cast<int64_t>(tiles.tiles.size()), units = p.batch * p.kv_heads * cuts;
+  bool good = true;
+#pragma omp parallel num_threads(threads_for(p, tiles)) reduction(&& : good)
+  {
+    const Scratch scratch(scratch_floats);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < units; ++i) {
+      const int64_t head = i / cuts, cut = i % cuts;
+      const AttentionUnit unit{head / p.kv_heads, head % p.kv_heads, count * cut / cuts, count * (cut + 1) / cuts};
+      good = run(unit, i, scratch.get()) && good;
+    }
+  }
+  return good;
+}
+
+}  // namespace
+
+bool attention_forward_cpu(const AttentionCall& p, const AttentionTiles& tiles) {
+  const AttentionKernels& kernels = kernels_in_use();
+  const int64_t cuts = cuts_for(p, tiles, kForwardUnits, kForwardRows);
+  const bool finite = for_units(p, tiles, cuts, kernels.scratch_floats(p, false),
+                                [&](const AttentionUnit& unit, int64_t, float* scratch) {
+                                  return kernels.forward(p, tiles, unit, scratch);
+                                });
+  return finite || tiles.unseen.empty();
+}
+
+bool attention_backward_cpu(const AttentionCall& p, const AttentionGradients& g, const AttentionTiles& tiles) {
+  const AttentionKernels& kernels = kernels_in_use();
+  const int64_t cuts = cuts_for(p, tiles, kBackwardUnits, kTileRows), floats = kernels.scratch_floats(p, true);
+  const int64_t sum_floats = 2 * p.keys * padded_dim(p.head_dim);
+  bool finite;
+  if (cuts == 1) {
+    finite = for_units(p, tiles, 1, floats + sum_floats, [&](const AttentionUnit& unit, int64_t, float* scratch) {
+      float* rest = scratch + sum_floats;
+      return kernels.backward(p, g, tiles, unit, scratch, rest) &
+             kernels.reduce(p, g, unit.batch, unit.kv_head, scratch, 1, rest);
+    });
+  } else {
+    const auto sums = make_scratch(p.batch * p.kv_heads * cuts * sum_floats);
+    finite = for_units(p, tiles, cuts, floats, [&](const AttentionUnit& unit, int64_t number, float* scratch) {
+      return kernels.backward(p, g, tiles, unit, sums.get() + number * sum_floats, scratch);
+    });
+    finite &= for_units(p, tiles, 1, floats, [&](const AttentionUnit& unit, int64_t number, float* scratch) {
+      return kernels.reduce(p, g, unit.batch, unit.kv_head, sums.get() + number * cuts * sum_floats, cuts, scratch);
+    });
+  }
+  return finite || tiles.unseen.empty();
+}
+
+}  // namespace ard
