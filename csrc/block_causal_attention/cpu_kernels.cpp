@@ -29,73 +29,80 @@ int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 int64_t lanes_of(const Tile& tile) { return rounded_up(tile.stop - tile.start, kLaneStep); }
 
-char* row_of(const HeadsView& x, DType dtype, int64_t batch, int64_t head, int64_t token) {
-  const int64_t offset = batch * x.stride_batch + head * x.stride_head + token * x.stride_token;
-  return static_cast<char*>(x.data) + offset * size_of(dtype);
-}
+// Tokens of one head.
+struct Head {
+  char* data;
+  int64_t step;  // elements
+  DType dtype;
+
+  Head(const AttentionCall& p, const HeadsView& x, int64_t batch, int64_t head)
+      : data(static_cast<char*>(x.data) + (batch * x.stride_batch + head * x.stride_head) * size_of(p.dtype)),
+        step(x.stride_token),
+        dtype(p.dtype) {}
+
+  char* row(int64_t token) const { return data + token * step * size_of(dtype); }
+};
+
+// Rows as fp32, so many floats apart.
+struct Rows {
+  float* data;
+  int64_t step;
+
+  float* row(int64_t i) const { return data + i * step; }
+};
 
 // Of q, k, v in one projection each row is in a page of its own, where no hardware foresees the next one.
 constexpr int64_t kRowsAhead = 8;
 
-void prefetch_row(const AttentionCall& p, const HeadsView& x, int64_t batch, int64_t head, int64_t token) {
-  const char* row = row_of(x, p.dtype, batch, head, token);
-  for (int64_t i = 0; i < p.head_dim * size_of(p.dtype); i += 64) __builtin_prefetch(row + i);
-}
-
-// Tokens of one head as fp32: so many floats apart.
-struct Rows {
-  const float* data;
-  int64_t step;
-
-  const float* row(int64_t token) const { return data + token * step; }
-};
-
-// What kernels read of all keys of a unit, in place or in `packed`: other dtypes are widened, and rows that lie apart
-// are brought together when several tiles read them (of packed q, k, v they lie 3 H D floats apart, a page each).
-Rows keys_of(const AttentionCall& p, const HeadsView& x, const AttentionUnit& unit, float* packed) {
-  const char* first = row_of(x, p.dtype, unit.batch, unit.kv_head, 0);
-  const bool once = (unit.last_tile - unit.first_tile) * p.group() <= 1;
-  if (p.dtype == DType::kFloat32 && (once || x.stride_token == p.head_dim))
-    return {static_cast<const float*>(static_cast<const void*>(first)), x.stride_token};
-  for (int64_t t = 0; t < p.keys; ++t) {
-    prefetch_row(p, x, unit.batch, unit.kv_head, t + kRowsAhead < p.keys ? t + kRowsAhead : t);
-    float* to = packed + t * p.head_dim;
-    const float* row = widen_row(row_of(x, p.dtype, unit.batch, unit.kv_head, t), p.dtype, p.head_dim, to);
-    if (row != to) std::memcpy(to, row, p.head_dim * sizeof(float));
+// Tokens [first, first + count) as fp32: in place where that is allowed and they are, else copied to `buffer`, with
+// zeros behind a row's end.
+Rows read_rows(const Head& x, int64_t first, int64_t count, int64_t D, bool in_place, const Rows& buffer) {
+  if (in_place && x.dtype == DType::kFloat32) {
+    return {static_cast<float*>(static_cast<void*>(x.row(first))), x.step};
   }
-  return {packed, p.head_dim};
-}
-
-// The rows of a tile as fp32, `step` floats apart: zeros behind a row's end, and in the rows that fill up the lanes.
-void read_rows(const AttentionCall& p, const HeadsView& x, int64_t batch, int64_t head, const Tile& tile, float* to,
-               int64_t step) {
-  const int64_t rows = tile.stop - tile.start;
-  for (int64_t r = 0; r < rows; ++r, to += step) {
-    prefetch_row(p, x, batch, head, tile.start + (r + kRowsAhead < rows ? r + kRowsAhead : r));
-    const float* row = widen_row(row_of(x, p.dtype, batch, head, tile.start + r), p.dtype, p.head_dim, to);
-    if (row != to) std::memcpy(to, row, p.head_dim * sizeof(float));
-    std::memset(to + p.head_dim, 0, (step - p.head_dim) * sizeof(float));
+  for (int64_t r = 0; r < count; ++r) {
+    const char* ahead = x.row(first + (r + kRowsAhead < count ? r + kRowsAhead : r));
+    for (int64_t i = 0; i < D * size_of(x.dtype); i += 64) __builtin_prefetch(ahead + i);
+    float* to = buffer.row(r);
+    const float* from = widen_row(x.row(first + r), x.dtype, D, to);
+    if (from != to)
+      for (int64_t d = 0; d < D; d += 8) std::memcpy(to + d, from + d, 8 * sizeof(float));
+    for (int64_t d = D; d < buffer.step; d += 8) std::memset(to + d, 0, 8 * sizeof(float));
   }
-  std::memset(to, 0, (lanes_of(tile) - rows) * step * sizeof(float));
+  return buffer;
 }
 
-// n floats, a multiple of 8; whether they are finite.
-bool is_finite(const float* x, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i] * 0.0f;
-  return sum == 0;
+// x (D, lanes) = rows (count, D) * factor, and zeros in the lanes that no row fills.
+void to_lanes(const Rows& rows, int64_t count, int64_t D, float factor, int64_t lanes, float* x) {
+  alignas(64) static const float zeros[256] = {};
+  transpose(
+      lanes, D, [&](int64_t i) { return i < count ? rows.row(i) : zeros; }, [&](int64_t) { return factor; },
+      [&](int64_t d) { return x + d * lanes; });
 }
 
-// Rows from `first` on of a head; returns whether they are finite.
-bool write_rows(const AttentionCall& p, const HeadsView& x, int64_t batch, int64_t head, int64_t first, int64_t rows,
-                const float* from, int64_t step) {
-  bool finite = true;
-  for (int64_t r = 0; r < rows; ++r, from += step) {
-    store_row(row_of(x, p.dtype, batch, head, first + r), p.dtype, p.head_dim, false, from, nullptr);
-    finite = finite && is_finite(from, p.head_dim);
-  }
-  return finite;
+// Tokens [first, first + count) = x (D, lanes) * factor, a number for each lane.
+void write_lanes(const Head& to, int64_t first, int64_t count, int64_t D, int64_t lanes, const float* x,
+                 const float* factor, const Rows& buffer) {
+  const bool direct = to.dtype == DType::kFloat32;
+  const Rows rows = direct ? Rows{static_cast<float*>(static_cast<void*>(to.row(first))), to.step} : buffer;
+  alignas(64) float dropped[256];
+  float* of_lane[kRows];
+  for (int64_t i = 0; i < lanes; ++i) of_lane[i] = i < count ? rows.row(i) : dropped;
+  transpose(
+      D, rounded_up(count, kBlock), [&](int64_t d) { return x + d * lanes; }, [&](int64_t i) { return factor[i]; },
+      [&](int64_t i) { return of_lane[i]; });
+  if (direct) return;
+  for (int64_t r = 0; r < count; ++r) store_row(to.row(first + r), to.dtype, D, false, rows.row(r), nullptr);
+}
+
+// n: a multiple of the lanes of a register.
+bool are_finite(const float* x, int64_t n) {
+  Lanes chains[4] = {};
+  for (int64_t i = 0; i < n; i += kLanes) chains[i / kLanes % 4] += load_lanes(x + i) * 0.0f;
+  const Lanes sum = (chains[0] + chains[1]) + (chains[2] + chains[3]);
+  for (int64_t lane = 0; lane < kLanes; ++lane)
+    if (sum[lane] != 0) return false;
+  return true;
 }
 
 // Keys that lie one after the other, and rows of them that not all lanes see.
@@ -207,20 +214,44 @@ struct Bump {
 };
 
 int64_t scratch_floats(const AttentionCall& p, bool backward) {
-  const int64_t wide = (padded_dim(p.head_dim) + 32) * kRows;
-  return 2 * (p.keys * p.head_dim + 32) + (backward ? 7 : 3) * wide + 2 * kKeyBlock * (kRows + 32);
+  const int64_t tile = padded_dim(p.head_dim) * kRows + 32, keys = p.keys * p.head_dim + 32;
+  return 2 * keys + (backward ? 6 : 3) * tile + (backward ? 2 : 1) * (kKeyBlock * kRows + 32);
+}
+
+// The keys or values of a unit. Rows that lie apart are brought together when several tiles read them.
+Rows keys_of(const AttentionCall& p, const HeadsView& x, const AttentionUnit& unit, Bump& scratch) {
+  const bool once = (unit.last_tile - unit.first_tile) * p.group() <= 1;
+  return read_rows(Head(p, x, unit.batch, unit.kv_head), 0, p.keys, p.head_dim, once || x.stride_token == p.head_dim,
+                   {scratch.take(p.keys * p.head_dim), p.head_dim});
 }
 
 struct ForwardBuffers {
-  Rows k, v;
-  float *rows, *q_lanes, *out_lanes, *weights;
+  Rows k, v, rows;
+  float *q_lanes, *out_lanes, *weights;
 };
+
+// What the sums of a softmax end in: a row's lse, and in `fade` what its output is to be multiplied by.
+void finish(Softmax& softmax, const AttentionTiles& tiles, const Tile& tile, float* lse) {
+  float logs[kRows];
+  for (int64_t c = 0; c < lanes_of(tile); c += kLanes) {
+    const Lanes sum = load_lanes(softmax.sum + c);
+    store_lanes(logs + c, (load_lanes(softmax.base + c) + log2_lanes(sum)) * kLn2);
+    store_lanes(softmax.fade + c, 1 / sum);
+  }
+  for (int64_t r = 0; r < tile.stop - tile.start; ++r) {
+    lse[r] = logs[r];
+    if (softmax.sum[r] != 0) continue;
+    // A row that sees nothing; of one whose scores are all -inf a softmax makes NaN.
+    lse[r] = -kInfinity;
+    softmax.fade[r] = sees_a_key(tiles, tile, r) ? kInfinity - kInfinity : 0;
+  }
+}
 
 bool forward_tile(const AttentionCall& p, const AttentionTiles& tiles, const Tile& tile, int64_t batch, int64_t head,
                   const ForwardBuffers& at) {
-  const int64_t rows = tile.stop - tile.start, lanes = lanes_of(tile), D = p.head_dim, step = padded_dim(D);
-  read_rows(p, p.q, batch, head, tile, at.rows, step);
-  transpose(at.rows, step, lanes, D, p.scale * kLog2e, at.q_lanes, lanes);
+  const int64_t rows = tile.stop - tile.start, lanes = lanes_of(tile), D = p.head_dim;
+  const Rows q = read_rows(Head(p, p.q, batch, head), tile.start, rows, D, true, at.rows);
+  to_lanes(q, rows, D, p.scale * kLog2e, lanes, at.q_lanes);
   Softmax softmax;
   bool first = true;
   for_key_blocks(tiles, tile, [&](const KeyBlock& block) {
@@ -234,30 +265,24 @@ bool forward_tile(const AttentionCall& p, const AttentionTiles& tiles, const Til
   });
   float* lse = p.lse + (batch * p.heads + head) * p.rows + tile.start;
   if (first) {
-    std::memset(at.rows, 0, rows * step * sizeof(float));
+    std::memset(at.out_lanes, 0, D * lanes * sizeof(float));
+    for (int64_t r = 0; r < lanes; ++r) softmax.fade[r] = 0;
     for (int64_t r = 0; r < rows; ++r) lse[r] = -kInfinity;
-    return write_rows(p, p.out, batch, head, tile.start, rows, at.rows, step);
+  } else {
+    finish(softmax, tiles, tile, lse);
   }
-  for (int64_t r = 0; r < lanes; ++r) {
-    const float sum = softmax.sum[r];
-    // Only a row without keys and one whose scores are all -inf, of which a softmax makes NaN, have no weight.
-    const bool none = sum == 0 && (r >= rows || !sees_a_key(tiles, tile, r));
-    softmax.fade[r] = none ? 0 : sum == 0 ? kInfinity * 0 : 1 / sum;
-    if (r < rows) lse[r] = sum == 0 ? -kInfinity : (softmax.base[r] + log2f(sum)) * kLn2;
-  }
-  multiply_lanes(at.out_lanes, D, lanes, softmax.fade);
-  transpose(at.out_lanes, lanes, D, rounded_up(rows, 4), 1, at.rows, step);
-  return write_rows(p, p.out, batch, head, tile.start, rows, at.rows, step);
+  write_lanes(Head(p, p.out, batch, head), tile.start, rows, D, lanes, at.out_lanes, softmax.fade, at.rows);
+  return !tiles.has_unseen() || are_finite(at.out_lanes, D * lanes);
 }
 
-bool forward(const AttentionCall& p, const AttentionTiles& tiles, const AttentionUnit& unit, float* scratch) {
-  const int64_t wide = padded_dim(p.head_dim) * kRows;
-  Bump from{scratch};
+bool forward(const AttentionCall& p, const AttentionTiles& tiles, const AttentionUnit& unit, float* memory) {
+  const int64_t step = padded_dim(p.head_dim);
+  Bump scratch{memory};
   ForwardBuffers at;
-  float *k = from.take(p.keys * p.head_dim), *v = from.take(p.keys * p.head_dim);
-  at.rows = from.take(wide), at.q_lanes = from.take(wide), at.out_lanes = from.take(wide);
-  at.weights = from.take(kKeyBlock * kRows);
-  at.k = keys_of(p, p.k, unit, k), at.v = keys_of(p, p.v, unit, v);
+  at.rows = {scratch.take(kRows * step), step};
+  at.q_lanes = scratch.take(kRows * step), at.out_lanes = scratch.take(kRows * step);
+  at.weights = scratch.take(kKeyBlock * kRows);
+  at.k = keys_of(p, p.k, unit, scratch), at.v = keys_of(p, p.v, unit, scratch);
   bool finite = true;
   for (int64_t head = unit.kv_head * p.group(); head < (unit.kv_head + 1) * p.group(); ++head)
     for (int64_t i = unit.first_tile; i < unit.last_tile; ++i)
@@ -266,39 +291,42 @@ bool forward(const AttentionCall& p, const AttentionTiles& tiles, const Attentio
 }
 
 struct BackwardBuffers {
-  Rows k, v;
-  float *q_rows, *grad_rows, *rows, *q_lanes, *grad_lanes, *dq_lanes, *weights, *dscores;
-  float *dk, *dv;  // sums of all keys
+  Rows k, v, q_rows, grad_rows, rows;
+  float *q_lanes, *grad_lanes, *dq_lanes, *weights, *dscores;
+  Rows dk, dv;  // sums of all keys
 };
 
 // Of each row: lse in units of log 2, and delta = sum over D of grad_out * out, less the gradient of lse.
 void row_statistics(const AttentionCall& p, const AttentionGradients& g, const Tile& tile, int64_t batch, int64_t head,
-                    const BackwardBuffers& at, float* base, float* delta) {
-  const int64_t rows = tile.stop - tile.start, step = padded_dim(p.head_dim);
-  const int64_t at_row = (batch * p.heads + head) * p.rows + tile.start;
-  for (int64_t r = 0; r < lanes_of(tile); ++r) {
-    base[r] = delta[r] = 0;
-    if (r >= rows) continue;
-    const float* out = widen_row(row_of(p.out, p.dtype, batch, head, tile.start + r), p.dtype, p.head_dim, at.rows);
-    const float* grad = at.grad_rows + r * step;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < p.head_dim; ++d) sum += grad[d] * out[d];
-    delta[r] = g.grad_lse ? sum - g.grad_lse[at_row + r] : sum;
-    base[r] = p.lse[at_row + r] * kLog2e;
+                    const Rows& grad, const Rows& buffer, float* base, float* delta) {
+  const int64_t rows = tile.stop - tile.start, at = (batch * p.heads + head) * p.rows + tile.start;
+  const Rows out = read_rows(Head(p, p.out, batch, head), tile.start, rows, p.head_dim, true, buffer);
+  for (int64_t r = 0; r < rows; ++r) {
+    Block sum{};
+    for (int64_t d = 0; d < p.head_dim; d += kBlock) {
+      Block of_grad, of_out;
+      std::memcpy(&of_grad, grad.row(r) + d, sizeof(Block)), std::memcpy(&of_out, out.row(r) + d, sizeof(Block));
+      sum += of_grad * of_out;
+    }
+    float total = 0;
+    for (int64_t i = 0; i < kBlock / 2; ++i) total += sum[i] + sum[i + kBlock / 2];
+    delta[r] = g.grad_lse ? total - g.grad_lse[at + r] : total;
+    base[r] = p.lse[at + r] * kLog2e;
   }
+  for (int64_t r = rows; r < lanes_of(tile); ++r) base[r] = delta[r] = 0;
 }
 
 bool backward_tile(const AttentionCall& p, const AttentionGradients& g, const AttentionTiles& tiles, const Tile& tile,
                    int64_t batch, int64_t head, const BackwardBuffers& at) {
-  const int64_t rows = tile.stop - tile.start, lanes = lanes_of(tile), D = p.head_dim, step = padded_dim(D);
+  const int64_t rows = tile.stop - tile.start, lanes = lanes_of(tile), D = p.head_dim;
   const int64_t dim_lanes = rounded_up(D, kLanes);
+  const bool in_place = dim_lanes == D;  // rows are read a register at a time
+  const Rows q = read_rows(Head(p, p.q, batch, head), tile.start, rows, D, in_place, at.q_rows);
+  const Rows grad = read_rows(Head(p, g.grad_out, batch, head), tile.start, rows, D, in_place, at.grad_rows);
   float base[kRows], delta[kRows];
-  read_rows(p, p.q, batch, head, tile, at.q_rows, step);
-  read_rows(p, g.grad_out, batch, head, tile, at.grad_rows, step);
-  row_statistics(p, g, tile, batch, head, at, base, delta);
-  transpose(at.q_rows, step, lanes, D, p.scale * kLog2e, at.q_lanes, lanes);
-  transpose(at.grad_rows, step, lanes, D, 1, at.grad_lanes, lanes);
+  row_statistics(p, g, tile, batch, head, grad, at.rows, base, delta);
+  to_lanes(q, rows, D, p.scale * kLog2e, lanes, at.q_lanes);
+  to_lanes(grad, rows, D, 1, lanes, at.grad_lanes);
   bool first = true;
   for_key_blocks(tiles, tile, [&](const KeyBlock& block) {
     const int64_t n = block.count;
@@ -314,28 +342,28 @@ bool backward_tile(const AttentionCall& p, const AttentionGradients& g, const At
       }
     }
     hide(block, lanes, 0, at.weights), hide(block, lanes, 0, at.dscores);
-    product(n, dim_lanes, rows, {at.weights, lanes, 1}, at.grad_rows, step, at.dv + block.start * step, step, true);
-    product(n, dim_lanes, rows, {at.dscores, lanes, 1}, at.q_rows, step, at.dk + block.start * step, step, true);
+    product(n, dim_lanes, rows, {at.weights, lanes, 1}, grad.data, grad.step, at.dv.row(block.start), at.dv.step, true);
+    product(n, dim_lanes, rows, {at.dscores, lanes, 1}, q.data, q.step, at.dk.row(block.start), at.dk.step, true);
     product(D, lanes, n, {at.k.row(block.start), 1, at.k.step}, at.dscores, lanes, at.dq_lanes, lanes, !first);
     first = false;
   });
   if (first) std::memset(at.dq_lanes, 0, D * lanes * sizeof(float));
-  transpose(at.dq_lanes, lanes, D, rounded_up(rows, 4), p.scale, at.rows, step);
-  return write_rows(p, g.dq, batch, head, tile.start, rows, at.rows, step);
+  for (int64_t r = 0; r < lanes; ++r) delta[r] = p.scale;
+  write_lanes(Head(p, g.dq, batch, head), tile.start, rows, D, lanes, at.dq_lanes, delta, at.rows);
+  return !tiles.has_unseen() || are_finite(at.dq_lanes, D * lanes);
 }
 
 bool backward(const AttentionCall& p, const AttentionGradients& g, const AttentionTiles& tiles,
-              const AttentionUnit& unit, float* sums, float* scratch) {
-  const int64_t wide = padded_dim(p.head_dim) * kRows;
-  Bump from{scratch};
+              const AttentionUnit& unit, float* sums, float* memory) {
+  const int64_t step = padded_dim(p.head_dim);
+  Bump scratch{memory};
   BackwardBuffers at;
-  float *k = from.take(p.keys * p.head_dim), *v = from.take(p.keys * p.head_dim);
-  for (float** buffer : {&at.q_rows, &at.grad_rows, &at.rows, &at.q_lanes, &at.grad_lanes, &at.dq_lanes})
-    *buffer = from.take(wide);
-  at.weights = from.take(kKeyBlock * kRows), at.dscores = from.take(kKeyBlock * kRows);
-  at.dk = sums, at.dv = sums + p.keys * padded_dim(p.head_dim);
-  at.k = keys_of(p, p.k, unit, k), at.v = keys_of(p, p.v, unit, v);
-  std::memset(sums, 0, 2 * p.keys * padded_dim(p.head_dim) * sizeof(float));
+  for (Rows* rows : {&at.q_rows, &at.grad_rows, &at.rows}) *rows = {scratch.take(kRows * step), step};
+  for (float** lanes : {&at.q_lanes, &at.grad_lanes, &at.dq_lanes}) *lanes = scratch.take(kRows * step);
+  at.weights = scratch.take(kKeyBlock * kRows), at.dscores = scratch.take(kKeyBlock * kRows);
+  at.dk = {sums, step}, at.dv = {sums + p.keys * step, step};
+  at.k = keys_of(p, p.k, unit, scratch), at.v = keys_of(p, p.v, unit, scratch);
+  std::memset(sums, 0, 2 * p.keys * step * sizeof(float));
   bool finite = true;
   for (int64_t head = unit.kv_head * p.group(); head < (unit.kv_head + 1) * p.group(); ++head)
     for (int64_t i = unit.first_tile; i < unit.last_tile; ++i)
@@ -344,18 +372,19 @@ bool backward(const AttentionCall& p, const AttentionGradients& g, const Attenti
 }
 
 bool reduce(const AttentionCall& p, const AttentionGradients& g, int64_t batch, int64_t kv_head, const float* sums,
-            int64_t count, float* scratch) {
+            int64_t count, float* row) {
   const int64_t step = padded_dim(p.head_dim);
   bool finite = true;
   for (int which = 0; which < 2; ++which) {
-    const float factor = which == 0 ? p.scale : 1;
+    const Head to(p, which == 0 ? g.dk : g.dv, batch, kv_head);
     for (int64_t t = 0; t < p.keys; ++t) {
       for (int64_t d = 0; d < step; d += kLanes) {
         Lanes sum{};
         for (int64_t i = 0; i < count; ++i) sum += load_lanes(sums + ((2 * i + which) * p.keys + t) * step + d);
-        store_lanes(scratch + d, sum * factor);
+        store_lanes(row + d, sum * (which == 0 ? p.scale : 1));
       }
-      finite = write_rows(p, which == 0 ? g.dk : g.dv, batch, kv_head, t, 1, scratch, step) && finite;
+      store_row(to.row(t), p.dtype, p.head_dim, false, row, nullptr);
+      finite = finite && are_finite(row, rounded_up(p.head_dim, kLanes));
     }
   }
   return finite;
