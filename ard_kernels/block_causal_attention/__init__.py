@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 
@@ -14,7 +14,8 @@ from ard_kernels.block_causal_attention.op import forward_op, packed_op
 from ard_kernels.common.arguments import check_scale, described
 from ard_kernels.common.autocast import cast_to_autocast
 from ard_kernels.common.backends import resolve
-from ard_kernels.common.segments import check_segment_length, segment_count
+from ard_kernels.common.kinds import once_per_kind
+from ard_kernels.common.segments import check_segment_length
 
 __all__ = [
     "SegmentMask",
@@ -24,6 +25,16 @@ __all__ = [
     "segment_attention",
     "segment_attention_packed",
 ]
+
+
+class _Checked(NamedTuple):
+    """What the checks of a call give."""
+
+    code: str  # the mask, as ops take it
+    q_lengths: list[int]
+    k_lengths: list[int]
+    scale: float
+    apart: bool  # all tensors can be read in place
 
 
 @overload
@@ -76,18 +87,28 @@ def segment_attention(
     Raises:
         ValueError: a shape, dtype, device, length, mask or backend outside this contract.
     """
+    if not isinstance(mask, SegmentMask):
+        raise ValueError(f"segment_attention: mask is {described(mask)}; expected an ard_kernels.SegmentMask")
+    settings = mask.code, segment_length, key_segment_length, scale, layout
+    checked = once_per_kind(_check_segment_attention, (q, k, v), *settings)
+    return _attend("segment_attention", q, k, v, checked, layout, return_lse, backend)
+
+
+def _check_segment_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, code: str, segment_length: int | Sequence[int],
+    key_segment_length: int | Sequence[int] | None, scale: float | None, layout: str,
+) -> _Checked:  # fmt: skip
     op = "segment_attention"
     spec.check_qkv(op, q, k, v, layout, own_tokens=True)
-    if not isinstance(mask, SegmentMask):
-        raise ValueError(f"{op}: mask is {described(mask)}; expected an ard_kernels.SegmentMask")
     token_dim = layout.index("t")
     tokens, k_tokens = q.shape[token_dim], k.shape[token_dim]
     q_lengths = check_segment_length(op, segment_length, "q", tokens, (token_dim, q.shape, layout))
     name = "segment_length" if key_segment_length is None else "key_segment_length"
     key_segment_length = segment_length if key_segment_length is None else key_segment_length
     k_lengths = check_segment_length(op, key_segment_length, "k", k_tokens, (token_dim, k.shape, layout), name)
-    spec.check_mask(op, mask, segment_count(q_lengths, tokens), segment_count(k_lengths, k_tokens))
-    return _attend(op, q, k, v, mask.code, q_lengths, k_lengths, scale, layout, return_lse, backend)
+    spec.check_code(op, code, q_lengths, k_lengths, (tokens, k_tokens))
+    apart = [spec.rows_apart(x, token_dim) for x in (q, k, v)]
+    return _Checked(code, q_lengths, k_lengths, check_scale(op, scale, q.shape[-1]), all(apart))
 
 
 @overload
@@ -133,31 +154,36 @@ def block_causal_attention(
 
     Source: ARD, arXiv 2504.11295, Sec. 3 and Fig. 4 (masks M1 window=1, M2 window=2, M3 window=1 sink=1, M4 None).
     """
+    checked = once_per_kind(_check_block_causal, (q, k, v), segment_length, window, sink, scale, layout)
+    spec.warn_of_tokens("block_causal_attention", window, checked.q_lengths, q.shape[layout.index("t")])
+    return _attend("block_causal_attention", q, k, v, checked, layout, return_lse, backend)
+
+
+def _check_block_causal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment_length: int | Sequence[int], window: int | None,
+    sink: int, scale: float | None, layout: str,
+) -> _Checked:  # fmt: skip
     op = "block_causal_attention"
     spec.check_qkv(op, q, k, v, layout)
     token_dim = layout.index("t")
     lengths = check_segment_length(op, segment_length, "q", q.shape[token_dim], (token_dim, q.shape, layout))
-    code = _causal(op, window, sink, lengths, q.shape[token_dim])
-    return _attend(op, q, k, v, code, lengths, lengths, scale, layout, return_lse, backend)
-
-
-def _causal(op: str, window: int | None, sink: int, lengths: list[int], tokens: int) -> str:
-    window, sink = spec.check_window(op, window, sink)
-    spec.warn_of_tokens(op, window, lengths, tokens)
-    return causal_code(window, sink)
+    code = causal_code(*spec.check_window(op, window, sink))
+    apart = [spec.rows_apart(x, token_dim) for x in (q, k, v)]
+    return _Checked(code, lengths, lengths, check_scale(op, scale, q.shape[-1]), all(apart))
 
 
 def _attend(
-    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, code: str, q_lengths: list[int], k_lengths: list[int],
-    scale: float | None, layout: str, return_lse: bool, backend: str | None,
+    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, checked: _Checked, layout: str, return_lse: bool,
+    backend: str | None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The rest of the unpacked forms, behind the checks of shapes and mask."""
-    scale, token_dim = check_scale(op, scale, q.shape[-1]), layout.index("t")
-    q, k, v = (x if spec.rows_apart(x, token_dim) else x.contiguous() for x in cast_to_autocast(q, k, v))
+    """The unpacked forms behind their checks."""
+    q, k, v = cast_to_autocast(q, k, v)
+    if not checked.apart:
+        q, k, v = (x if spec.rows_apart(x, layout.index("t")) else x.contiguous() for x in (q, k, v))
     chosen = resolve(op, backend, q.device, q.dtype, q.shape[-1])
     if layout == "bthd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out, lse = forward_op(q, k, v, code, q_lengths, k_lengths, scale, chosen)
+    out, lse = forward_op(q, k, v, checked.code, checked.q_lengths, checked.k_lengths, checked.scale, chosen)
     if layout == "bthd":
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
@@ -196,12 +222,20 @@ def segment_attention_packed(
         ValueError: as `segment_attention`.
     """
     op = "segment_attention_packed"
-    spec.check_packed(op, qkv)
     if not isinstance(mask, SegmentMask):
         raise ValueError(f"{op}: mask is {described(mask)}; expected an ard_kernels.SegmentMask")
+    checked = once_per_kind(_check_segment_packed, (qkv,), mask.code, segment_length, scale)
+    return _attend_packed(op, qkv, checked, return_lse, backend)
+
+
+def _check_segment_packed(
+    qkv: torch.Tensor, code: str, segment_length: int | Sequence[int], scale: float | None
+) -> _Checked:
+    op = "segment_attention_packed"
+    spec.check_packed(op, qkv)
     lengths = check_segment_length(op, segment_length, "qkv", qkv.shape[1], (1, qkv.shape))
-    spec.check_mask(op, mask, *[segment_count(lengths, qkv.shape[1])] * 2)
-    return _attend_packed(op, qkv, mask.code, lengths, scale, return_lse, backend)
+    spec.check_code(op, code, lengths, lengths, (qkv.shape[1], qkv.shape[1]))
+    return _Checked(code, lengths, lengths, check_scale(op, scale, qkv.shape[-1]), spec.rows_apart(qkv, 1))
 
 
 @overload
@@ -237,21 +271,28 @@ def block_causal_attention_packed(
         ValueError: as `block_causal_attention`.
     """
     op = "block_causal_attention_packed"
+    checked = once_per_kind(_check_block_causal_packed, (qkv,), segment_length, window, sink, scale)
+    spec.warn_of_tokens(op, window, checked.q_lengths, qkv.shape[1])
+    return _attend_packed(op, qkv, checked, return_lse, backend)
+
+
+def _check_block_causal_packed(
+    qkv: torch.Tensor, segment_length: int | Sequence[int], window: int | None, sink: int, scale: float | None
+) -> _Checked:
+    op = "block_causal_attention_packed"
     spec.check_packed(op, qkv)
     lengths = check_segment_length(op, segment_length, "qkv", qkv.shape[1], (1, qkv.shape))
-    code = _causal(op, window, sink, lengths, qkv.shape[1])
-    return _attend_packed(op, qkv, code, lengths, scale, return_lse, backend)
+    code = causal_code(*spec.check_window(op, window, sink))
+    return _Checked(code, lengths, lengths, check_scale(op, scale, qkv.shape[-1]), spec.rows_apart(qkv, 1))
 
 
 def _attend_packed(
-    op: str, qkv: torch.Tensor, code: str, lengths: list[int], scale: float | None, return_lse: bool,
-    backend: str | None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The rest of the packed forms, behind the checks of shape and mask."""
-    scale = check_scale(op, scale, qkv.shape[-1])
+    op: str, qkv: torch.Tensor, checked: _Checked, return_lse: bool, backend: str | None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The packed forms behind their checks."""
     (qkv,) = cast_to_autocast(qkv)
-    qkv = qkv if spec.rows_apart(qkv, 1) else qkv.contiguous()
+    qkv = qkv if checked.apart else qkv.contiguous()
     chosen = resolve(op.removesuffix("_packed"), backend, qkv.device, qkv.dtype, qkv.shape[-1])
-    out, lse = packed_op(qkv, code, lengths, scale, chosen)
+    out, lse = packed_op(qkv, checked.code, checked.q_lengths, checked.scale, chosen)
     out = out.transpose(1, 2)
     return (out, lse) if return_lse else out

@@ -58,6 +58,7 @@ def tiles_of(offsets: Sequence[int], ranges: Sequence[Sequence[Run]], across: bo
     """The tiles of rows of segments `offsets` that see `ranges`, across segments or not."""
     made = Tiles([], [], [])
     masks: dict[tuple[int, ...], int] = {}
+    whole: dict[int, tuple[int, int]] = {}  # the pieces of tiles within a segment, which share them
     begins = [0, offsets[-1]] if across else offsets
     cuts = [
         (start, min(start + TILE_ROWS, stop))
@@ -66,6 +67,9 @@ def tiles_of(offsets: Sequence[int], ranges: Sequence[Sequence[Run]], across: bo
     ]
     for start, stop in cuts:
         first, last = bisect_right(offsets, start) - 1, bisect_left(offsets, stop)
+        if last - first == 1 and first in whole:
+            made.tiles.append((start, stop, *whole[first]))
+            continue
         ends = [min(end, stop) - max(begin, start) for begin, end in pairwise(offsets[first : last + 1])]
         first_piece = len(made.pieces)
         for a, b, holders in seen_pieces(ranges[first:last]):
@@ -78,6 +82,8 @@ def tiles_of(offsets: Sequence[int], ranges: Sequence[Sequence[Run]], across: bo
                     made.unseen.extend(key)
             made.pieces.append((a, b, at))
         made.tiles.append((start, stop, first_piece, len(made.pieces)))
+        if last - first == 1:
+            whole[first] = made.tiles[-1][2:]
     return made
 
 

@@ -79,7 +79,8 @@ def view(x_BRC: Tensor | None) -> tuple[int, ...] | None:
 
 def heads_view(x_BHTD: Tensor) -> tuple[int, ...]:
     """What the extension takes as a (B, H, T, D) tensor with a contiguous last dim."""
-    return x_BHTD.data_ptr(), *x_BHTD.stride()[:3]
+    batch, head, token, _ = x_BHTD.stride()
+    return x_BHTD.data_ptr(), batch, head, token
 
 
 def dtype_code(dtype: torch.dtype) -> int:

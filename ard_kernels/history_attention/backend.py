@@ -1,4 +1,4 @@
-"""What a backend of history attention provides: kernels for the whole op, or an append before PyTorch's attention."""
+"""What a backend of history attention provides: kernels for the whole op, and its append alone."""
 
 from __future__ import annotations
 

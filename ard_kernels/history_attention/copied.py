@@ -20,7 +20,7 @@ from ard_kernels.block_causal_attention.mask import first_window_segment
 from ard_kernels.common.library import forward_mode, private
 from ard_kernels.history_attention import places, torch_impl
 from ard_kernels.history_attention.cache import HistoryCache
-from ard_kernels.history_attention.op import OP, attention_of
+from ard_kernels.history_attention.op import OP
 from ard_kernels.history_attention.spec import check_apart, refuse_recomputation
 
 
@@ -47,7 +47,7 @@ def attend_to_copy(
         for rows, own in ((cache.keys, k), (cache.values, v))
     )
     key_lengths = [*(b - a for a, b in held), *lengths]
-    shared: dict[str, Any] = {"scale": scale, "return_lse": True, "backend": attention_of(backend)}
+    shared: dict[str, Any] = {"scale": scale, "return_lse": True, "backend": backend}
     shared |= {"segment_length": list(lengths), "key_segment_length": key_lengths}
 
     def attend(query: Tensor, mask: list[list[bool]]) -> tuple[Tensor, Tensor]:

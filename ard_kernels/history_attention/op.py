@@ -30,7 +30,7 @@ else:
 OP = "history_attention"
 WHOLE = SegmentMask([[True]])
 
-KERNELS: dict[str, Kernels] = {"cuda": cuda, "triton": triton_impl}
+KERNELS: dict[str, Kernels] = {"cuda": cuda, "triton": triton_impl, "cpu": cpu}
 APPENDS: dict[str, Append] = {
     "cuda": cuda.append, "triton": torch_impl.append, "cpu": cpu.append, "torch": torch_impl.append
 }  # fmt: skip
@@ -39,11 +39,6 @@ register_backend(OP, "cuda", cuda.refuses)
 register_backend(OP, "triton", triton_support.refuses)
 register_backend(OP, "cpu", cpu.refuses)
 register_backend(OP, "torch", serves_everything)
-
-
-def attention_of(backend: str) -> str:
-    """The backend of segment attention: PyTorch's serves the one whose kernel is an append."""
-    return "torch" if backend == "cpu" else backend
 
 
 def check_memory(keys: Tensor, values: Tensor, workspace: Tensor, positions: Tensor) -> None:
@@ -85,7 +80,7 @@ def _history(
         out = empty_output(q)
         KERNELS[backend].forward(*inputs, out, workspace, place, scale)
     else:  # PyTorch's attention makes its own output: see block_causal_attention/op.py
-        out = torch_impl.forward(*inputs, place, scale, APPENDS[backend])
+        out = torch_impl.forward(*inputs, place, scale)
     if not keys.is_inference():  # kernels write behind autograd's back: what has saved the keys shall notice
         torch.autograd.graph.increment_version((keys, values))
     if commit:
@@ -101,7 +96,7 @@ def _with_sink_query(
     APPENDS[backend](k, v, cache_k, cache_v, place.start)
 
     def attend(query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        shared: dict[str, Any] = {"scale": scale, "return_lse": True, "backend": attention_of(backend)}
+        shared: dict[str, Any] = {"scale": scale, "return_lse": True, "backend": backend}
         shared |= {"segment_length": query.shape[2], "key_segment_length": stop - start}
         return segment_attention(query, cache_k[:, :, start:stop], cache_v[:, :, start:stop], WHOLE, **shared)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ard_kernels.block_causal_attention.torch_impl import as_output, attend, gather
-from ard_kernels.history_attention.backend import Append
 from ard_kernels.history_attention.places import Place
 
 
@@ -16,7 +15,7 @@ def append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, start: int) -
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, place: Place, scale: float, append: Append
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, place: Place, scale: float
 ) -> Tensor:
     """`Kernels.forward` of backend.py, but out (B, H, L, D) with (B, L, H, D) memory is made here, and returned."""
     append(k, v, cache_k, cache_v, place.start)

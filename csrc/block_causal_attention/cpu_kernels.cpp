@@ -203,6 +203,23 @@ void multiply_lanes(float* x, int64_t rows, int64_t lanes, const float* by) {
       store_lanes(x + i * lanes + c, load_lanes(x + i * lanes + c) * load_lanes(by + c));
 }
 
+// Tiles that see the same keys go through them together, so many at a time: each block of keys comes from memory once
+// for all of them.
+constexpr int64_t kTogether = 4;
+
+// Calls run(head, first, count) for the tiles of a unit.
+template <class Run>
+void for_tiles(const AttentionCall& p, const AttentionTiles& tiles, const AttentionUnit& unit, Run run) {
+  for (int64_t head = unit.kv_head * p.group(); head < (unit.kv_head + 1) * p.group(); ++head) {
+    for (int64_t first = unit.first_tile, i = first; first < unit.last_tile; first = i) {
+      while (i < unit.last_tile && i - first < kTogether &&
+             tiles.tiles[i].first_piece == tiles.tiles[first].first_piece)
+        ++i;
+      run(head, first, i - first);
+    }
+  }
+}
+
 // Memory that a unit takes from, piece after piece.
 struct Bump {
   float* next;
@@ -215,19 +232,33 @@ struct Bump {
 
 int64_t scratch_floats(const AttentionCall& p, bool backward) {
   const int64_t tile = padded_dim(p.head_dim) * kRows + 32, keys = p.keys * p.head_dim + 32;
-  return 2 * keys + (backward ? 6 : 3) * tile + (backward ? 2 : 1) * (kKeyBlock * kRows + 32);
+  return 2 * keys + (1 + (backward ? 5 : 2) * kTogether) * tile + 2 * (kKeyBlock * kRows + 32);
 }
 
-// The keys or values of a unit. Rows that lie apart are brought together when several tiles read them.
-Rows keys_of(const AttentionCall& p, const HeadsView& x, const AttentionUnit& unit, Bump& scratch) {
-  const bool once = (unit.last_tile - unit.first_tile) * p.group() <= 1;
-  return read_rows(Head(p, x, unit.batch, unit.kv_head), 0, p.keys, p.head_dim, once || x.stride_token == p.head_dim,
-                   {scratch.take(p.keys * p.head_dim), p.head_dim});
+// The keys or values of a unit, those that its tiles see. Rows that lie apart are brought together when several tiles
+// read them.
+Rows keys_of(const AttentionCall& p, const HeadsView& x, const AttentionTiles& tiles, const AttentionUnit& unit,
+             Bump& scratch) {
+  int64_t first = p.keys, stop = 0;
+  for (int64_t i = unit.first_tile; i < unit.last_tile; ++i) {
+    const Tile& tile = tiles.tiles[i];
+    if (tile.first_piece == tile.stop_piece) continue;
+    const int64_t start = tiles.pieces[tile.first_piece].start, end = tiles.pieces[tile.stop_piece - 1].stop;
+    first = start < first ? start : first, stop = end > stop ? end : stop;
+  }
+  const Rows packed{scratch.take(p.keys * p.head_dim), p.head_dim};
+  if (first >= stop) return packed;
+  const bool once = (unit.last_tile - unit.first_tile) * p.group() <= 1, together = x.stride_token == p.head_dim;
+  const Rows seen = read_rows(Head(p, x, unit.batch, unit.kv_head), first, stop - first, p.head_dim, once || together,
+                              {packed.row(first), packed.step});
+  return {seen.data - first * seen.step, seen.step};
 }
 
-struct ForwardBuffers {
-  Rows k, v, rows;
-  float *q_lanes, *out_lanes, *weights;
+struct ForwardTile {
+  Tile tile;
+  int64_t rows, lanes;
+  float *q_lanes, *out_lanes;
+  Softmax softmax;
 };
 
 // What the sums of a softmax end in: a row's lse, and in `fade` what its output is to be multiplied by.
@@ -239,135 +270,150 @@ void finish(Softmax& softmax, const AttentionTiles& tiles, const Tile& tile, flo
     store_lanes(softmax.fade + c, 1 / sum);
   }
   for (int64_t r = 0; r < tile.stop - tile.start; ++r) {
-    lse[r] = logs[r];
-    if (softmax.sum[r] != 0) continue;
-    // A row that sees nothing; of one whose scores are all -inf a softmax makes NaN.
-    lse[r] = -kInfinity;
-    softmax.fade[r] = sees_a_key(tiles, tile, r) ? kInfinity - kInfinity : 0;
+    if (softmax.sum[r] == 0) {  // a row that sees nothing; of one whose scores are all -inf a softmax makes NaN
+      logs[r] = -kInfinity;
+      softmax.fade[r] = sees_a_key(tiles, tile, r) ? kInfinity - kInfinity : 0;
+    }
+    if (lse) lse[r] = logs[r];
   }
 }
 
-bool forward_tile(const AttentionCall& p, const AttentionTiles& tiles, const Tile& tile, int64_t batch, int64_t head,
-                  const ForwardBuffers& at) {
-  const int64_t rows = tile.stop - tile.start, lanes = lanes_of(tile), D = p.head_dim;
-  const Rows q = read_rows(Head(p, p.q, batch, head), tile.start, rows, D, true, at.rows);
-  to_lanes(q, rows, D, p.scale * kLog2e, lanes, at.q_lanes);
-  Softmax softmax;
-  bool first = true;
-  for_key_blocks(tiles, tile, [&](const KeyBlock& block) {
-    product(block.count, lanes, D, {at.k.row(block.start), at.k.step, 1}, at.q_lanes, lanes, at.weights, lanes, false);
-    hide(block, lanes, -kInfinity, at.weights);
-    if (softmax.take(at.weights, block.count, lanes, first) && !first)
-      multiply_lanes(at.out_lanes, D, lanes, softmax.fade);
-    product(D, lanes, block.count, {at.v.row(block.start), 1, at.v.step}, at.weights, lanes, at.out_lanes, lanes,
-            !first);
-    first = false;
-  });
-  float* lse = p.lse + (batch * p.heads + head) * p.rows + tile.start;
-  if (first) {
-    std::memset(at.out_lanes, 0, D * lanes * sizeof(float));
-    for (int64_t r = 0; r < lanes; ++r) softmax.fade[r] = 0;
-    for (int64_t r = 0; r < rows; ++r) lse[r] = -kInfinity;
-  } else {
-    finish(softmax, tiles, tile, lse);
-  }
-  write_lanes(Head(p, p.out, batch, head), tile.start, rows, D, lanes, at.out_lanes, softmax.fade, at.rows);
-  return !tiles.has_unseen() || are_finite(at.out_lanes, D * lanes);
+// The weights and what they take of the values, of one block of keys.
+void attend(const KeyBlock& block, const Rows& k, const Rows& v, int64_t D, bool first, float* weights,
+            ForwardTile& at) {
+  const int64_t n = block.count, lanes = at.lanes;
+  product(n, lanes, D, {k.row(block.start), k.step, 1}, at.q_lanes, lanes, weights, lanes, false);
+  hide(block, lanes, -kInfinity, weights);
+  if (at.softmax.take(weights, n, lanes, first) && !first) multiply_lanes(at.out_lanes, D, lanes, at.softmax.fade);
+  product(D, lanes, n, {v.row(block.start), 1, v.step}, weights, lanes, at.out_lanes, lanes, !first);
 }
 
 bool forward(const AttentionCall& p, const AttentionTiles& tiles, const AttentionUnit& unit, float* memory) {
-  const int64_t step = padded_dim(p.head_dim);
+  const int64_t D = p.head_dim, step = padded_dim(D);
   Bump scratch{memory};
-  ForwardBuffers at;
-  at.rows = {scratch.take(kRows * step), step};
-  at.q_lanes = scratch.take(kRows * step), at.out_lanes = scratch.take(kRows * step);
-  at.weights = scratch.take(kKeyBlock * kRows);
-  at.k = keys_of(p, p.k, unit, scratch), at.v = keys_of(p, p.v, unit, scratch);
+  const Rows rows{scratch.take(kRows * step), step};
+  float* weights = scratch.take(kKeyBlock * kRows);
+  ForwardTile together[kTogether];
+  for (ForwardTile& at : together) at.q_lanes = scratch.take(kRows * step), at.out_lanes = scratch.take(kRows * step);
+  const Rows k = keys_of(p, p.k, tiles, unit, scratch), v = keys_of(p, p.v, tiles, unit, scratch);
   bool finite = true;
-  for (int64_t head = unit.kv_head * p.group(); head < (unit.kv_head + 1) * p.group(); ++head)
-    for (int64_t i = unit.first_tile; i < unit.last_tile; ++i)
-      finite = forward_tile(p, tiles, tiles.tiles[i], unit.batch, head, at) && finite;
+  for_tiles(p, tiles, unit, [&](int64_t head, int64_t first_tile, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      ForwardTile& at = together[i];
+      at.tile = tiles.tiles[first_tile + i], at.rows = at.tile.stop - at.tile.start, at.lanes = lanes_of(at.tile);
+      const Rows q = read_rows(Head(p, p.q, unit.batch, head), at.tile.start, at.rows, D, true, rows);
+      to_lanes(q, at.rows, D, p.scale * kLog2e, at.lanes, at.q_lanes);
+    }
+    bool first = true;
+    for_key_blocks(tiles, together[0].tile, [&](const KeyBlock& block) {
+      for (int64_t i = 0; i < count; ++i) attend(block, k, v, D, first, weights, together[i]);
+      first = false;
+    });
+    for (int64_t i = 0; i < count; ++i) {
+      ForwardTile& at = together[i];
+      if (first) {
+        std::memset(at.out_lanes, 0, D * at.lanes * sizeof(float));
+        at.softmax = Softmax{};
+      }
+      finish(at.softmax, tiles, at.tile,
+             p.lse ? p.lse + (unit.batch * p.heads + head) * p.rows + at.tile.start : nullptr);
+      write_lanes(Head(p, p.out, unit.batch, head), at.tile.start, at.rows, D, at.lanes, at.out_lanes, at.softmax.fade,
+                  rows);
+      finite = finite && (!tiles.has_unseen() || are_finite(at.out_lanes, D * at.lanes));
+    }
+  });
   return finite;
 }
 
-struct BackwardBuffers {
-  Rows k, v, q_rows, grad_rows, rows;
-  float *q_lanes, *grad_lanes, *dq_lanes, *weights, *dscores;
-  Rows dk, dv;  // sums of all keys
+struct BackwardTile {
+  Tile tile;
+  int64_t rows, lanes;
+  Rows q_buffer, grad_buffer, q, grad;  // where rows are copied to, where they are
+  float *q_lanes, *grad_lanes, *dq_lanes;
+  float base[kRows], delta[kRows];
 };
 
 // Of each row: lse in units of log 2, and delta = sum over D of grad_out * out, less the gradient of lse.
-void row_statistics(const AttentionCall& p, const AttentionGradients& g, const Tile& tile, int64_t batch, int64_t head,
-                    const Rows& grad, const Rows& buffer, float* base, float* delta) {
-  const int64_t rows = tile.stop - tile.start, at = (batch * p.heads + head) * p.rows + tile.start;
-  const Rows out = read_rows(Head(p, p.out, batch, head), tile.start, rows, p.head_dim, true, buffer);
-  for (int64_t r = 0; r < rows; ++r) {
+void row_statistics(const AttentionCall& p, const AttentionGradients& g, int64_t batch, int64_t head,
+                    const Rows& buffer, BackwardTile& at) {
+  const int64_t first = (batch * p.heads + head) * p.rows + at.tile.start;
+  const Rows out = read_rows(Head(p, p.out, batch, head), at.tile.start, at.rows, p.head_dim, true, buffer);
+  for (int64_t r = 0; r < at.lanes; ++r) {
+    at.base[r] = at.delta[r] = 0;
+    if (r >= at.rows) continue;
     Block sum{};
     for (int64_t d = 0; d < p.head_dim; d += kBlock) {
       Block of_grad, of_out;
-      std::memcpy(&of_grad, grad.row(r) + d, sizeof(Block)), std::memcpy(&of_out, out.row(r) + d, sizeof(Block));
+      std::memcpy(&of_grad, at.grad.row(r) + d, sizeof(Block)), std::memcpy(&of_out, out.row(r) + d, sizeof(Block));
       sum += of_grad * of_out;
     }
     float total = 0;
     for (int64_t i = 0; i < kBlock / 2; ++i) total += sum[i] + sum[i + kBlock / 2];
-    delta[r] = g.grad_lse ? total - g.grad_lse[at + r] : total;
-    base[r] = p.lse[at + r] * kLog2e;
+    at.delta[r] = g.grad_lse ? total - g.grad_lse[first + r] : total;
+    at.base[r] = p.lse[first + r] * kLog2e;
   }
-  for (int64_t r = rows; r < lanes_of(tile); ++r) base[r] = delta[r] = 0;
 }
 
-bool backward_tile(const AttentionCall& p, const AttentionGradients& g, const AttentionTiles& tiles, const Tile& tile,
-                   int64_t batch, int64_t head, const BackwardBuffers& at) {
-  const int64_t rows = tile.stop - tile.start, lanes = lanes_of(tile), D = p.head_dim;
-  const int64_t dim_lanes = rounded_up(D, kLanes);
-  const bool in_place = dim_lanes == D;  // rows are read a register at a time
-  const Rows q = read_rows(Head(p, p.q, batch, head), tile.start, rows, D, in_place, at.q_rows);
-  const Rows grad = read_rows(Head(p, g.grad_out, batch, head), tile.start, rows, D, in_place, at.grad_rows);
-  float base[kRows], delta[kRows];
-  row_statistics(p, g, tile, batch, head, grad, at.rows, base, delta);
-  to_lanes(q, rows, D, p.scale * kLog2e, lanes, at.q_lanes);
-  to_lanes(grad, rows, D, 1, lanes, at.grad_lanes);
-  bool first = true;
-  for_key_blocks(tiles, tile, [&](const KeyBlock& block) {
-    const int64_t n = block.count;
-    const Broadcast k_rows{at.k.row(block.start), at.k.step, 1}, v_rows{at.v.row(block.start), at.v.step, 1};
-    product(n, lanes, D, k_rows, at.q_lanes, lanes, at.weights, lanes, false);
-    product(n, lanes, D, v_rows, at.grad_lanes, lanes, at.dscores, lanes, false);
-    for (int64_t c = 0; c < lanes; c += kLanes) {
-      const Lanes own_base = load_lanes(base + c), own_delta = load_lanes(delta + c);
-      for (int64_t j = 0; j < n; ++j) {
-        float *weight = at.weights + j * lanes + c, *dscore = at.dscores + j * lanes + c;
-        const Lanes w = exp2_lanes(load_lanes(weight) - own_base);
-        store_lanes(weight, w), store_lanes(dscore, w * (load_lanes(dscore) - own_delta));
-      }
+// All that one block of keys gives and gets.
+void attend_backward(const KeyBlock& block, const Rows& k, const Rows& v, const Rows& dk, const Rows& dv, int64_t D,
+                     bool first, float* weights, float* dscores, BackwardTile& at) {
+  const int64_t n = block.count, lanes = at.lanes, dim_lanes = rounded_up(D, kLanes), start = block.start;
+  product(n, lanes, D, {k.row(start), k.step, 1}, at.q_lanes, lanes, weights, lanes, false);
+  product(n, lanes, D, {v.row(start), v.step, 1}, at.grad_lanes, lanes, dscores, lanes, false);
+  for (int64_t c = 0; c < lanes; c += kLanes) {
+    const Lanes base = load_lanes(at.base + c), delta = load_lanes(at.delta + c);
+    for (int64_t j = 0; j < n; ++j) {
+      float *weight = weights + j * lanes + c, *dscore = dscores + j * lanes + c;
+      const Lanes w = exp2_lanes(load_lanes(weight) - base);
+      store_lanes(weight, w), store_lanes(dscore, w * (load_lanes(dscore) - delta));
     }
-    hide(block, lanes, 0, at.weights), hide(block, lanes, 0, at.dscores);
-    product(n, dim_lanes, rows, {at.weights, lanes, 1}, grad.data, grad.step, at.dv.row(block.start), at.dv.step, true);
-    product(n, dim_lanes, rows, {at.dscores, lanes, 1}, q.data, q.step, at.dk.row(block.start), at.dk.step, true);
-    product(D, lanes, n, {at.k.row(block.start), 1, at.k.step}, at.dscores, lanes, at.dq_lanes, lanes, !first);
-    first = false;
-  });
-  if (first) std::memset(at.dq_lanes, 0, D * lanes * sizeof(float));
-  for (int64_t r = 0; r < lanes; ++r) delta[r] = p.scale;
-  write_lanes(Head(p, g.dq, batch, head), tile.start, rows, D, lanes, at.dq_lanes, delta, at.rows);
-  return !tiles.has_unseen() || are_finite(at.dq_lanes, D * lanes);
+  }
+  hide(block, lanes, 0, weights), hide(block, lanes, 0, dscores);
+  product(n, dim_lanes, at.rows, {weights, lanes, 1}, at.grad.data, at.grad.step, dv.row(start), dv.step, true);
+  product(n, dim_lanes, at.rows, {dscores, lanes, 1}, at.q.data, at.q.step, dk.row(start), dk.step, true);
+  product(D, lanes, n, {k.row(start), 1, k.step}, dscores, lanes, at.dq_lanes, lanes, !first);
 }
 
 bool backward(const AttentionCall& p, const AttentionGradients& g, const AttentionTiles& tiles,
               const AttentionUnit& unit, float* sums, float* memory) {
-  const int64_t step = padded_dim(p.head_dim);
+  const int64_t D = p.head_dim, step = padded_dim(D);
+  const bool in_place = D % kLanes == 0;  // rows are read a register at a time
   Bump scratch{memory};
-  BackwardBuffers at;
-  for (Rows* rows : {&at.q_rows, &at.grad_rows, &at.rows}) *rows = {scratch.take(kRows * step), step};
-  for (float** lanes : {&at.q_lanes, &at.grad_lanes, &at.dq_lanes}) *lanes = scratch.take(kRows * step);
-  at.weights = scratch.take(kKeyBlock * kRows), at.dscores = scratch.take(kKeyBlock * kRows);
-  at.dk = {sums, step}, at.dv = {sums + p.keys * step, step};
-  at.k = keys_of(p, p.k, unit, scratch), at.v = keys_of(p, p.v, unit, scratch);
+  const Rows rows{scratch.take(kRows * step), step}, dk{sums, step}, dv{sums + p.keys * step, step};
+  float *weights = scratch.take(kKeyBlock * kRows), *dscores = scratch.take(kKeyBlock * kRows);
+  BackwardTile together[kTogether];
+  for (BackwardTile& at : together) {
+    for (Rows* buffer : {&at.q_buffer, &at.grad_buffer}) *buffer = {scratch.take(kRows * step), step};
+    for (float** lanes : {&at.q_lanes, &at.grad_lanes, &at.dq_lanes}) *lanes = scratch.take(kRows * step);
+  }
+  const Rows k = keys_of(p, p.k, tiles, unit, scratch), v = keys_of(p, p.v, tiles, unit, scratch);
   std::memset(sums, 0, 2 * p.keys * step * sizeof(float));
   bool finite = true;
-  for (int64_t head = unit.kv_head * p.group(); head < (unit.kv_head + 1) * p.group(); ++head)
-    for (int64_t i = unit.first_tile; i < unit.last_tile; ++i)
-      finite = backward_tile(p, g, tiles, tiles.tiles[i], unit.batch, head, at) && finite;
+  for_tiles(p, tiles, unit, [&](int64_t head, int64_t first_tile, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      BackwardTile& at = together[i];
+      at.tile = tiles.tiles[first_tile + i], at.rows = at.tile.stop - at.tile.start, at.lanes = lanes_of(at.tile);
+      at.q = read_rows(Head(p, p.q, unit.batch, head), at.tile.start, at.rows, D, in_place, at.q_buffer);
+      at.grad = read_rows(Head(p, g.grad_out, unit.batch, head), at.tile.start, at.rows, D, in_place, at.grad_buffer);
+      row_statistics(p, g, unit.batch, head, rows, at);
+      to_lanes(at.q, at.rows, D, p.scale * kLog2e, at.lanes, at.q_lanes);
+      to_lanes(at.grad, at.rows, D, 1, at.lanes, at.grad_lanes);
+    }
+    bool first = true;
+    for_key_blocks(tiles, together[0].tile, [&](const KeyBlock& block) {
+      for (int64_t i = 0; i < count; ++i)
+        attend_backward(block, k, v, dk, dv, D, first, weights, dscores, together[i]);
+      first = false;
+    });
+    for (int64_t i = 0; i < count; ++i) {
+      BackwardTile& at = together[i];
+      if (first) std::memset(at.dq_lanes, 0, D * at.lanes * sizeof(float));
+      float factor[kRows];
+      for (float& each : factor) each = p.scale;
+      write_lanes(Head(p, g.dq, unit.batch, head), at.tile.start, at.rows, D, at.lanes, at.dq_lanes, factor, rows);
+      finite = finite && (!tiles.has_unseen() || are_finite(at.dq_lanes, D * at.lanes));
+    }
+  });
   return finite;
 }
 

@@ -34,7 +34,7 @@ struct AttentionCall {
   float scale;
   int threads;
   HeadsView q, k, v, out;
-  float* lse;
+  float* lse;  // nullptr: not wanted
 
   int64_t group() const { return heads / kv_heads; }
 };
