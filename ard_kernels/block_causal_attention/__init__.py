@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 
 from ard_kernels.block_causal_attention import spec
+from ard_kernels.block_causal_attention.cpu import measured_slower
 from ard_kernels.block_causal_attention.mask import SegmentMask, causal_code
 from ard_kernels.block_causal_attention.merge import merge_attention
 from ard_kernels.block_causal_attention.op import forward_op, packed_op
@@ -180,7 +181,8 @@ def _attend(
     q, k, v = cast_to_autocast(q, k, v)
     if not checked.apart:
         q, k, v = (x if spec.rows_apart(x, layout.index("t")) else x.contiguous() for x in (q, k, v))
-    chosen = resolve(op, backend, q.device, q.dtype, q.shape[-1])
+    slow = measured_slower((q, k, v), checked.q_lengths)
+    chosen = resolve(op, backend, q.device, q.dtype, q.shape[-1], slow)
     if layout == "bthd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out, lse = forward_op(q, k, v, checked.code, checked.q_lengths, checked.k_lengths, checked.scale, chosen)
@@ -292,7 +294,8 @@ def _attend_packed(
     """The packed forms behind their checks."""
     (qkv,) = cast_to_autocast(qkv)
     qkv = qkv if checked.apart else qkv.contiguous()
-    chosen = resolve(op.removesuffix("_packed"), backend, qkv.device, qkv.dtype, qkv.shape[-1])
+    slow = measured_slower((qkv,), checked.q_lengths)
+    chosen = resolve(op.removesuffix("_packed"), backend, qkv.device, qkv.dtype, qkv.shape[-1], slow)
     out, lse = packed_op(qkv, checked.code, checked.q_lengths, checked.scale, chosen)
     out = out.transpose(1, 2)
     return (out, lse) if return_lse else out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +14,17 @@ from ard_kernels.block_causal_attention.spec import Segments
 from ard_kernels.common import extension
 
 refuses = extension.refuses_cpu
+
+
+def measured_slower(tensors: Sequence[Tensor], lengths: Sequence[int]) -> str | None:
+    """ "cpu" where PyTorch's kernel is the faster one, for `resolve`.
+
+    With bf16 and segments of 64 tokens or more its forward takes 0.5 to 1.0 of our time on a chip with AMX, its forward
+    and backward 1.1 to 7.5 times ours. In fp32 and fp16 it is nowhere faster: docs/performance.md.
+    """
+    if tensors[0].dtype != torch.bfloat16 or max(lengths) < 64:
+        return None
+    return None if torch.is_grad_enabled() and any([x.requires_grad for x in tensors]) else "cpu"
 
 
 @lru_cache(maxsize=1024)
@@ -43,6 +54,4 @@ def backward(
     forward_views = map(extension.heads_view, (q, k, v, out))
     views = map(extension.heads_view, (dq, dk, dv))
     grads = extension.heads_view(grad_out), extension.pointer(grad_lse)
-    _run(
-        extension.module.attention_backward, q, k, segments, scale, *forward_views, lse.data_ptr(), *grads, *views
-    )
+    _run(extension.module.attention_backward, q, k, segments, scale, *forward_views, lse.data_ptr(), *grads, *views)

@@ -85,13 +85,19 @@ def check_backend(op: str, backend: str, device: torch.device, dtype: torch.dtyp
         raise ValueError(f"{op}: backend {backend!r} cannot run on {device.type} {dtype}: {reason}")
 
 
-def resolve(op: str, requested: str | None, device: torch.device, dtype: torch.dtype, width: int | None) -> str:
-    """Name of the backend to run. An explicit choice that cannot serve raises; nothing falls back silently."""
+def resolve(
+    op: str, requested: str | None, device: torch.device, dtype: torch.dtype, width: int | None, slow: str | None = None
+) -> str:
+    """Name of the backend to run. An explicit choice that cannot serve raises; nothing falls back silently.
+
+    slow: a backend that is chosen where no other serves, as it has been measured slower for this call.
+    """
     explicit = requested or _override or _environment
     if explicit is None:
         if forward_mode() and has_backend(op, "torch"):  # the one with derivatives in forward mode: see library.py
             return "torch"
-        for backend in automatic_order(op, device, dtype, width):
+        order = automatic_order(op, device, dtype, width)
+        for backend in [*(b for b in order if b != slow), *(b for b in order if b == slow)]:
             if backend in _refusals[op] and _refusals[op][backend](device, dtype, width) is None:
                 return backend
         raise RuntimeError(f"{op}: no backend serves {device.type} tensors of {dtype}; see ard_kernels.backends()")

@@ -9,9 +9,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
+from ard_kernels.common.library import private
+
 _PLAIN = (Tensor, Parameter)
 _VALUES = frozenset((int, float, str, bool, type(None)))  # what a key can hold: no tensor, whose value may change
 _MOST_KEPT = 1024
+_jit_trace = private("_C._get_tracing_state")  # sizes are tensors then
 
 _results: dict[tuple, Any] = {}
 
@@ -33,7 +36,7 @@ def once_per_kind(check: Callable[..., Any], tensors: Sequence[Any], *settings: 
 def _kind_of(check: Callable[..., Any], tensors: Sequence[Any], settings: Sequence[Any]) -> tuple | None:
     """None for what no key describes: lengths in a list, subclasses of Tensor, what a compiler traces."""
     types = tuple(map(type, settings))
-    if is_compiling() or not _VALUES.issuperset(types):
+    if is_compiling() or _jit_trace is None or _jit_trace() is not None or not _VALUES.issuperset(types):
         return None
     fields = [check, types, settings]  # 1, 1.0 and True are one key without their types
     for x in tensors:

@@ -9,6 +9,7 @@ import torch
 from torch.compiler import is_compiling
 
 from ard_kernels.block_causal_attention import block_causal_attention, block_causal_attention_packed
+from ard_kernels.block_causal_attention.cpu import measured_slower
 from ard_kernels.block_causal_attention.spec import check_qkv, check_window, rows_apart
 from ard_kernels.common.arguments import check_int, check_scale, described, is_int
 from ard_kernels.common.autocast import cast_to_autocast
@@ -108,7 +109,7 @@ def history_attention(
         q, k, v, *sunk = (x.transpose(1, 2) for x in (q, k, v, *sunk))
     q_sink = sunk[0] if sunk else None
     check_segment(op, k, cache.keys)
-    chosen = resolve(op, backend, q.device, q.dtype, q.shape[-1])
+    chosen = resolve(op, backend, q.device, q.dtype, q.shape[-1], measured_slower((q, k, v, *sunk), lengths))
     if len(lengths) > 1 or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *sunk))):
         attend = attend_outside_of_graphs if is_compiling() else attend_to_copy
         out = attend(q, k, v, q_sink, cache, layer, lengths, window, sink, scale, commit, chosen)

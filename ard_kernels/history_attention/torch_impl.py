@@ -14,9 +14,7 @@ def append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, start: int) -
     cache_v[:, :, start : start + v.shape[2]] = v
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, place: Place, scale: float
-) -> Tensor:
+def forward(q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, place: Place, scale: float) -> Tensor:
     """`Kernels.forward` of backend.py, but out (B, H, L, D) with (B, L, H, D) memory is made here, and returned."""
     append(k, v, cache_k, cache_v, place.start)
     runs = place.runs  # one: a view of the cache, two: a copy of what is seen

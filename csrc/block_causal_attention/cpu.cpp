@@ -1,9 +1,9 @@
 // Attention over segments on the CPU: cuts the work into units, always the same for a shape, picks the ISA, runs units
 // in parallel. Results are bit-equal for any number of threads.
-#include "../common/isa.h"
-#include "../common/scratch.h"
 #include <algorithm>
 
+#include "../common/isa.h"
+#include "../common/scratch.h"
 #include "cpu_kernels.h"
 
 namespace ard {
@@ -83,10 +83,9 @@ bool for_units(const AttentionCall& p, const AttentionTiles& tiles, int64_t cuts
 bool attention_forward_cpu(const AttentionCall& p, const AttentionTiles& tiles) {
   const AttentionKernels& kernels = kernels_in_use();
   const int64_t cuts = cuts_for(p, tiles, kForwardUnits, kForwardRows);
-  const bool finite = for_units(p, tiles, cuts, kernels.scratch_floats(p, false),
-                                [&](const AttentionUnit& unit, int64_t, float* scratch) {
-                                  return kernels.forward(p, tiles, unit, scratch);
-                                });
+  const bool finite = for_units(
+      p, tiles, cuts, kernels.scratch_floats(p, false),
+      [&](const AttentionUnit& unit, int64_t, float* scratch) { return kernels.forward(p, tiles, unit, scratch); });
   return finite || tiles.unseen.empty();
 }
 

@@ -12,7 +12,6 @@ namespace py = pybind11;
 
 namespace {
 
-
 AttentionCall call_of(const py::tuple& shape, int dtype, float scale, int threads, const HeadsView& q,
                       const HeadsView& k, const HeadsView& v, const HeadsView& out, uintptr_t lse) {
   AttentionCall p;
@@ -35,22 +34,22 @@ void bind_attention_cpu(py::module_& m) {
         made.unseen = std::move(unseen);
         return made;
       }));
-  m.def("attention_forward", [](const AttentionTiles& tiles, const py::tuple& shape, int dtype, float scale, int threads,
-                                const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
-                                uintptr_t lse) {
-    const AttentionCall p = call_of(shape, dtype, scale, threads, q, k, v, out, lse);
-    py::gil_scoped_release release;
-    return attention_forward_cpu(p, tiles);
-  });
-  m.def("attention_backward", [](const AttentionTiles& tiles, const py::tuple& shape, int dtype, float scale, int threads,
-                                 const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
-                                 uintptr_t lse, const HeadsView& grad_out, uintptr_t grad_lse, const HeadsView& dq,
-                                 const HeadsView& dk, const HeadsView& dv) {
-    const AttentionCall p = call_of(shape, dtype, scale, threads, q, k, v, out, lse);
-    const AttentionGradients g{grad_out, dq, dk, dv, pointer<const float>(grad_lse)};
-    py::gil_scoped_release release;
-    return attention_backward_cpu(p, g, tiles);
-  });
+  m.def("attention_forward",
+        [](const AttentionTiles& tiles, const py::tuple& shape, int dtype, float scale, int threads, const HeadsView& q,
+           const HeadsView& k, const HeadsView& v, const HeadsView& out, uintptr_t lse) {
+          const AttentionCall p = call_of(shape, dtype, scale, threads, q, k, v, out, lse);
+          py::gil_scoped_release release;
+          return attention_forward_cpu(p, tiles);
+        });
+  m.def("attention_backward",
+        [](const AttentionTiles& tiles, const py::tuple& shape, int dtype, float scale, int threads, const HeadsView& q,
+           const HeadsView& k, const HeadsView& v, const HeadsView& out, uintptr_t lse, const HeadsView& grad_out,
+           uintptr_t grad_lse, const HeadsView& dq, const HeadsView& dk, const HeadsView& dv) {
+          const AttentionCall p = call_of(shape, dtype, scale, threads, q, k, v, out, lse);
+          const AttentionGradients g{grad_out, dq, dk, dv, pointer<const float>(grad_lse)};
+          py::gil_scoped_release release;
+          return attention_backward_cpu(p, g, tiles);
+        });
 }
 
 }  // namespace ard

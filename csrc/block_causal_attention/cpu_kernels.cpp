@@ -212,8 +212,9 @@ template <class Run>
 void for_tiles(const AttentionCall& p, const AttentionTiles& tiles, const AttentionUnit& unit, Run run) {
   for (int64_t head = unit.kv_head * p.group(); head < (unit.kv_head + 1) * p.group(); ++head) {
     for (int64_t first = unit.first_tile, i = first; first < unit.last_tile; first = i) {
-      while (i < unit.last_tile && i - first < kTogether &&
-             tiles.tiles[i].first_piece == tiles.tiles[first].first_piece)
+      const Tile& like = tiles.tiles[first];
+      while (i < unit.last_tile && i - first < kTogether && tiles.tiles[i].first_piece == like.first_piece &&
+             tiles.tiles[i].stop_piece == like.stop_piece)
         ++i;
       run(head, first, i - first);
     }
@@ -401,8 +402,7 @@ bool backward(const AttentionCall& p, const AttentionGradients& g, const Attenti
     }
     bool first = true;
     for_key_blocks(tiles, together[0].tile, [&](const KeyBlock& block) {
-      for (int64_t i = 0; i < count; ++i)
-        attend_backward(block, k, v, dk, dv, D, first, weights, dscores, together[i]);
+      for (int64_t i = 0; i < count; ++i) attend_backward(block, k, v, dk, dv, D, first, weights, dscores, together[i]);
       first = false;
     });
     for (int64_t i = 0; i < count; ++i) {

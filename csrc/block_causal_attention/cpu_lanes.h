@@ -69,8 +69,8 @@ ARD_INLINE void load_transposed(const float* const (&rows)[kBlock], Block (&x)[k
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     const float* row = rows[i % 4] + i / 4 * 4;
-    four[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)),
-                                   _mm_loadu_ps(rows[i % 4 + 4] + i / 4 * 4), 1);
+    four[i] =
+        _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)), _mm_loadu_ps(rows[i % 4 + 4] + i / 4 * 4), 1);
   }
 #pragma GCC unroll 2
   for (int i = 0; i < 8; i += 4) {

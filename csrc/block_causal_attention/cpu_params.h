@@ -14,7 +14,7 @@ constexpr int64_t kTileRows = 64, kLaneStep = 16;
 
 struct AttentionTiles {
   struct Tile {
-    int32_t start, stop;         // rows
+    int32_t start, stop;  // rows
     int32_t first_piece, stop_piece;
   };
   struct Piece {

@@ -77,7 +77,7 @@ inline void product(int64_t rows, int64_t lanes, int64_t depth, const Broadcast&
   for (int64_t left = lanes / kLanes; left > 0;) {
     const int64_t vecs = left <= kMost ? left : left < 2 * kMost ? (left + 1) / 2 : kMost;
     if (vecs == 5) product_columns<kMost>(rows, depth, a, b, b_step, c, c_step, add);
-    if (vecs == 4) product_columns<kMost < 4 ? kMost : 4>(rows, depth, a, b, b_step, c, c_step, add);
+    if (vecs == 4) product_columns < kMost<4 ? kMost : 4>(rows, depth, a, b, b_step, c, c_step, add);
     if (vecs == 3) product_columns<3>(rows, depth, a, b, b_step, c, c_step, add);
     if (vecs == 2) product_columns<2>(rows, depth, a, b, b_step, c, c_step, add);
     if (vecs == 1) product_columns<1>(rows, depth, a, b, b_step, c, c_step, add);
