@@ -20,7 +20,7 @@ namespace ard {
 namespace {
 
 constexpr int64_t kRows = kTileRows;
-constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
+constexpr float kLn2 = 0.69314718055994530942f;
 const float kInfinity = __builtin_inff();
 
 using Tile = AttentionTiles::Tile;
@@ -154,10 +154,12 @@ bool sees_a_key(const AttentionTiles& tiles, const Tile& tile, int64_t lane) {
   return false;
 }
 
-// Running softmax of the lanes: scores (count, lanes), in units of log 2, become weights relative to 2^base.
+// Running softmax of the lanes: scores (count, lanes) become weights relative to e^base. In units of log 2 weights
+// would cost as much, but lse and base would be rounded on their way to the other unit: of scores of 1000 that is 2e-5
+// of dv.
 struct Softmax {
-  // A base grows when weights would pass 2^kSlack, so earlier ones are rarely worked on again.
-  static constexpr float kSlack = 8;
+  // A base grows when weights would pass e^kSlack, so earlier ones are rarely worked on again.
+  static constexpr float kSlack = 5.5f;
   float base[kRows], sum[kRows], fade[kRows];  // fade: what earlier weights are to be multiplied by
 
   // Returns whether any fade is not 1.
@@ -171,11 +173,11 @@ struct Softmax {
       const Lanes from = after == -kInfinity ? Lanes{} : after;
       Lanes total{};
       for (int64_t j = 0; j < count; ++j, own += lanes) {
-        const Lanes weight = exp2_lanes(load_lanes(own) - from);
+        const Lanes weight = exp_lanes(load_lanes(own) - from);
         store_lanes(own, weight);
         total += weight;
       }
-      const Lanes faded = exp2_lanes(before - from);
+      const Lanes faded = exp_lanes(before - from);
       store_lanes(base + c, after), store_lanes(fade + c, faded);
       store_lanes(sum + c, first ? total : load_lanes(sum + c) * faded + total);
       fades |= faded != 1.0f;
@@ -266,7 +268,7 @@ void finish(Softmax& softmax, const AttentionTiles& tiles, const Tile& tile, flo
   float logs[kRows];
   for (int64_t c = 0; c < lanes_of(tile); c += kLanes) {
     const Lanes sum = load_lanes(softmax.sum + c);
-    store_lanes(logs + c, (load_lanes(softmax.base + c) + log2_lanes(sum)) * kLn2);
+    store_lanes(logs + c, load_lanes(softmax.base + c) + log2_lanes(sum) * kLn2);
     store_lanes(softmax.fade + c, 1 / sum);
   }
   for (int64_t r = 0; r < tile.stop - tile.start; ++r) {
@@ -302,7 +304,7 @@ bool forward(const AttentionCall& p, const AttentionTiles& tiles, const Attentio
       ForwardTile& at = together[i];
       at.tile = tiles.tiles[first_tile + i], at.rows = at.tile.stop - at.tile.start, at.lanes = lanes_of(at.tile);
       const Rows q = read_rows(Head(p, p.q, unit.batch, head), at.tile.start, at.rows, D, true, rows);
-      to_lanes(q, at.rows, D, p.scale * kLog2e, at.lanes, at.q_lanes);
+      to_lanes(q, at.rows, D, p.scale, at.lanes, at.q_lanes);
     }
     bool first = true;
     for_key_blocks(tiles, together[0].tile, [&](const KeyBlock& block) {
@@ -333,7 +335,7 @@ struct BackwardTile {
   float base[kRows], delta[kRows];
 };
 
-// Of each row: lse in units of log 2, and delta = sum over D of grad_out * out, less the gradient of lse.
+// Of each row: lse, and delta = sum over D of grad_out * out, less the gradient of lse.
 void row_statistics(const AttentionCall& p, const AttentionGradients& g, int64_t batch, int64_t head,
                     const Rows& buffer, BackwardTile& at) {
   const int64_t first = (batch * p.heads + head) * p.rows + at.tile.start;
@@ -350,7 +352,7 @@ void row_statistics(const AttentionCall& p, const AttentionGradients& g, int64_t
     float total = 0;
     for (int64_t i = 0; i < kBlock / 2; ++i) total += sum[i] + sum[i + kBlock / 2];
     at.delta[r] = g.grad_lse ? total - g.grad_lse[first + r] : total;
-    at.base[r] = p.lse[first + r] * kLog2e;
+    at.base[r] = p.lse[first + r];
   }
 }
 
@@ -364,7 +366,7 @@ void attend_backward(const KeyBlock& block, const Rows& k, const Rows& v, const 
     const Lanes base = load_lanes(at.base + c), delta = load_lanes(at.delta + c);
     for (int64_t j = 0; j < n; ++j) {
       float *weight = weights + j * lanes + c, *dscore = dscores + j * lanes + c;
-      const Lanes w = exp2_lanes(load_lanes(weight) - base);
+      const Lanes w = exp_lanes(load_lanes(weight) - base);
       store_lanes(weight, w), store_lanes(dscore, w * (load_lanes(dscore) - delta));
     }
   }
@@ -396,13 +398,12 @@ bool backward(const AttentionCall& p, const AttentionGradients& g, const Attenti
       at.q = read_rows(Head(p, p.q, unit.batch, head), at.tile.start, at.rows, D, in_place, at.q_buffer);
       at.grad = read_rows(Head(p, g.grad_out, unit.batch, head), at.tile.start, at.rows, D, in_place, at.grad_buffer);
       row_statistics(p, g, unit.batch, head, rows, at);
-      to_lanes(at.q, at.rows, D, p.scale * kLog2e, at.lanes, at.q_lanes);
+      to_lanes(at.q, at.rows, D, p.scale, at.lanes, at.q_lanes);
       to_lanes(at.grad, at.rows, D, 1, at.lanes, at.grad_lanes);
     }
     bool first = true;
     for_key_blocks(tiles, together[0].tile, [&](const KeyBlock& block) {
-      for (int64_t i = 0; i < count; ++i)
-        attend_backward(block, k, v, dk, dv, D, first, weights, dscores, together[i]);
+      for (int64_t i = 0; i < count; ++i) attend_backward(block, k, v, dk, dv, D, first, weights, dscores, together[i]);
       first = false;
     });
     for (int64_t i = 0; i < count; ++i) {
