@@ -209,14 +209,16 @@ void multiply_lanes(float* x, int64_t rows, int64_t lanes, const float* by) {
 // for all of them.
 constexpr int64_t kTogether = 4;
 
+// Whether two tiles see the same keys, as those do that have the same pieces. One without any begins where the next
+// does.
+bool alike(const Tile& a, const Tile& b) { return a.first_piece == b.first_piece && a.stop_piece == b.stop_piece; }
+
 // Calls run(head, first, count) for the tiles of a unit.
 template <class Run>
 void for_tiles(const AttentionCall& p, const AttentionTiles& tiles, const AttentionUnit& unit, Run run) {
   for (int64_t head = unit.kv_head * p.group(); head < (unit.kv_head + 1) * p.group(); ++head) {
     for (int64_t first = unit.first_tile, i = first; first < unit.last_tile; first = i) {
-      while (i < unit.last_tile && i - first < kTogether &&
-             tiles.tiles[i].first_piece == tiles.tiles[first].first_piece)
-        ++i;
+      while (i < unit.last_tile && i - first < kTogether && alike(tiles.tiles[i], tiles.tiles[first])) ++i;
       run(head, first, i - first);
     }
   }
