@@ -62,10 +62,11 @@ def rounding_of_gradients(q, k, v, out, lse, sees, grad_out, scale):
     return (ds @ k.abs()).norm().item(), (ds.mT @ q.abs()).norm().item(), (error.mT @ grad_out.abs()).norm().item()
 
 
-def check_norms(got, other, exact, factor: float, floor: float) -> None:
+def check_norms(got, other, exact, factor: float, floor: float, label: str = "") -> None:
     """The rule of oracle.py, and a floor: `other` is one draw of a random variable where numbers are few."""
     allowed = factor * error_norm(other, exact) + rounding_floor(exact, got.dtype) + floor
-    assert error_norm(got, exact) <= allowed, (error_norm(got, exact), error_norm(other, exact), floor)
+    error = error_norm(got, exact)
+    assert error <= allowed, f"{label}: error {error:.3e} > {allowed:.3e}, with a floor of {floor:.3e}"
 
 
 def check(
