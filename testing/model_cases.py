@@ -49,7 +49,7 @@ def parameters(cases_of: Callable[[str], list[tuple[Case, bool]]]) -> list:
         )
         for where in DEVICES
         for case, slow in cases_of(where)
-        for marks in on_devices(*BACKENDS)
+        for marks in on_devices("cpu", *BACKENDS)
         for backend, device in (marks.values,)
         if device == where and takes(backend, case)
     ]

@@ -117,7 +117,7 @@ def test_numbers_of_numpy():
     assert torch.equal(attend(segment_length=n(4), window=n(1), sink=n(0), scale=np.float32(0.5)), expected)
     torch.testing.assert_close(attend(scale=torch.tensor(0.5), window=1, segment_length=np.array([4, 4])), expected)
     cache = HistoryCache(*map(n, (1, 1, 2, 8, 16)))
-    assert torch.equal(sample(cache=cache, layer=n(0)), attend(segment_length=8))
+    assert torch.equal(sample(cache=cache, layer=n(0), backend="torch"), attend(segment_length=8, backend="torch"))
     assert HistoryRouting(n(4), n(2)).mask(n(3)) == {"window": 1, "sink": 0}
 
 
@@ -201,7 +201,7 @@ def test_heads_that_overlap_by_all_but_one_element(strides, poisoned):
     """PyTorch's CPU kernel, left alone with such a q, does not write all of its output."""
     q = torch.randn(512).as_strided((3, 2, 5, 16), strides)
     packed = torch.stack([q.transpose(1, 2)] * 3, 2)
-    expected = block_causal_attention_packed(packed, segment_length=5).transpose(1, 2)
-    cache = HistoryCache(1, 3, 2, 16, 5)
-    assert torch.equal(block_causal_attention(q, q, q, segment_length=5), expected)
-    assert torch.equal(history_attention(q, q, q, cache, layer=0), expected)
+    for backend in ("cpu", "torch"):
+        expected = block_causal_attention_packed(packed, segment_length=5, backend=backend).transpose(1, 2)
+        assert torch.equal(block_causal_attention(q, q, q, segment_length=5, backend=backend), expected)
+    assert torch.equal(history_attention(q, q, q, HistoryCache(1, 3, 2, 16, 5), layer=0, backend="torch"), expected)

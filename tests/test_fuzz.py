@@ -264,8 +264,6 @@ AUTOMATIC = [
 @pytest.mark.parametrize("room", ROOMS)
 def test_drawn_calls(room, backend, device, most):
     cases, failures = max(2, round(most * ROOMS[room] * SHARES[backend])), []
-    if room == "attention" and backend == "cpu":
-        pytest.skip("attention has no backend of that name")
     for seed in range(cases):
         case = Case(seed, backend, device)
         try:

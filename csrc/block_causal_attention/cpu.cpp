@@ -40,41 +40,48 @@ int threads_for(const AttentionCall& p, const AttentionTiles& tiles) {
   return p.batch * p.heads * p.head_dim * pairs < kParallelWork ? 1 : p.threads;
 }
 
+// nullptr where there is no memory: no exception may leave a parallel region.
 class Scratch {
  public:
   explicit Scratch(int64_t floats) {
     static thread_local std::unique_ptr<float[], AlignedDelete> kept;
     static thread_local int64_t kept_floats = 0;
-    if (floats <= kKeptFloats) {
-      if (floats > kept_floats) kept = make_scratch(floats), kept_floats = floats;
-      data_ = kept.get();
-    } else {
-      own_ = make_scratch(floats);
-      data_ = own_.get();
+    try {
+      if (floats <= kKeptFloats) {
+        if (floats > kept_floats) kept = make_scratch(floats), kept_floats = floats;
+        data_ = kept.get();
+      } else {
+        own_ = make_scratch(floats);
+        data_ = own_.get();
+      }
+    } catch (const std::bad_alloc&) {
     }
   }
   float* get() const { return data_; }
 
  private:
   std::unique_ptr<float[], AlignedDelete> own_;
-  float* data_;
+  float* data_ = nullptr;
 };
 
-// Calls run(unit, number) for `cuts` units of each key head, and returns whether all returned true.
+// Calls run(unit, number, scratch) for `cuts` units of each key head, and returns whether all returned true.
 template <class Run>
 bool for_units(const AttentionCall& p, const AttentionTiles& tiles, int64_t cuts, int64_t scratch_floats, Run run) {
   const int64_t count = static_cast<int64_t>(tiles.tiles.size()), units = p.batch * p.kv_heads * cuts;
-  bool good = true;
-#pragma omp parallel num_threads(threads_for(p, tiles)) reduction(&& : good)
+  bool good = true, room = true;
+#pragma omp parallel num_threads(threads_for(p, tiles)) reduction(&& : good, room)
   {
     const Scratch scratch(scratch_floats);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < units; ++i) {
+      room = room && scratch.get();
+      if (!room) continue;
       const int64_t head = i / cuts, cut = i % cuts;
       const AttentionUnit unit{head / p.kv_heads, head % p.kv_heads, count * cut / cuts, count * (cut + 1) / cuts};
       good = run(unit, i, scratch.get()) && good;
     }
   }
+  if (!room) throw std::bad_alloc();
   return good;
 }
 
@@ -97,8 +104,8 @@ bool attention_backward_cpu(const AttentionCall& p, const AttentionGradients& g,
   if (cuts == 1) {
     finite = for_units(p, tiles, 1, floats + sum_floats, [&](const AttentionUnit& unit, int64_t, float* scratch) {
       float* rest = scratch + sum_floats;
-      return kernels.backward(p, g, tiles, unit, scratch, rest) &
-             kernels.reduce(p, g, unit.batch, unit.kv_head, scratch, 1, rest);
+      const bool good = kernels.backward(p, g, tiles, unit, scratch, rest);  // first: reduce reads its sums
+      return kernels.reduce(p, g, unit.batch, unit.kv_head, scratch, 1, rest) && good;
     });
   } else {
     const auto sums = make_scratch(p.batch * p.kv_heads * cuts * sum_floats);

@@ -20,7 +20,7 @@ namespace ard {
 namespace {
 
 constexpr int64_t kRows = kTileRows;
-constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
+constexpr float kLn2 = 0.69314718055994530942f;
 const float kInfinity = __builtin_inff();
 
 using Tile = AttentionTiles::Tile;
@@ -154,10 +154,12 @@ bool sees_a_key(const AttentionTiles& tiles, const Tile& tile, int64_t lane) {
   return false;
 }
 
-// Running softmax of the lanes: scores (count, lanes), in units of log 2, become weights relative to 2^base.
+// Running softmax of the lanes: scores (count, lanes) become weights relative to e^base. In units of log 2 weights
+// would cost as much, but lse and base would be rounded on their way to the other unit: of scores of 1000 that is 2e-5
+// of dv.
 struct Softmax {
-  // A base grows when weights would pass 2^kSlack, so earlier ones are rarely worked on again.
-  static constexpr float kSlack = 8;
+  // A base grows when weights would pass e^kSlack, so earlier ones are rarely worked on again.
+  static constexpr float kSlack = 5.5f;
   float base[kRows], sum[kRows], fade[kRows];  // fade: what earlier weights are to be multiplied by
 
   // Returns whether any fade is not 1.
@@ -171,11 +173,11 @@ struct Softmax {
       const Lanes from = after == -kInfinity ? Lanes{} : after;
       Lanes total{};
       for (int64_t j = 0; j < count; ++j, own += lanes) {
-        const Lanes weight = exp2_lanes(load_lanes(own) - from);
+        const Lanes weight = exp_lanes(load_lanes(own) - from);
         store_lanes(own, weight);
         total += weight;
       }
-      const Lanes faded = exp2_lanes(before - from);
+      const Lanes faded = exp_lanes(before - from);
       store_lanes(base + c, after), store_lanes(fade + c, faded);
       store_lanes(sum + c, first ? total : load_lanes(sum + c) * faded + total);
       fades |= faded != 1.0f;
@@ -207,15 +209,16 @@ void multiply_lanes(float* x, int64_t rows, int64_t lanes, const float* by) {
 // for all of them.
 constexpr int64_t kTogether = 4;
 
+// Whether two tiles see the same keys, as those do that have the same pieces. One without any begins where the next
+// does.
+bool alike(const Tile& a, const Tile& b) { return a.first_piece == b.first_piece && a.stop_piece == b.stop_piece; }
+
 // Calls run(head, first, count) for the tiles of a unit.
 template <class Run>
 void for_tiles(const AttentionCall& p, const AttentionTiles& tiles, const AttentionUnit& unit, Run run) {
   for (int64_t head = unit.kv_head * p.group(); head < (unit.kv_head + 1) * p.group(); ++head) {
     for (int64_t first = unit.first_tile, i = first; first < unit.last_tile; first = i) {
-      const Tile& like = tiles.tiles[first];
-      while (i < unit.last_tile && i - first < kTogether && tiles.tiles[i].first_piece == like.first_piece &&
-             tiles.tiles[i].stop_piece == like.stop_piece)
-        ++i;
+      while (i < unit.last_tile && i - first < kTogether && alike(tiles.tiles[i], tiles.tiles[first])) ++i;
       run(head, first, i - first);
     }
   }
@@ -267,7 +270,7 @@ void finish(Softmax& softmax, const AttentionTiles& tiles, const Tile& tile, flo
   float logs[kRows];
   for (int64_t c = 0; c < lanes_of(tile); c += kLanes) {
     const Lanes sum = load_lanes(softmax.sum + c);
-    store_lanes(logs + c, (load_lanes(softmax.base + c) + log2_lanes(sum)) * kLn2);
+    store_lanes(logs + c, load_lanes(softmax.base + c) + log2_lanes(sum) * kLn2);
     store_lanes(softmax.fade + c, 1 / sum);
   }
   for (int64_t r = 0; r < tile.stop - tile.start; ++r) {
@@ -303,7 +306,7 @@ bool forward(const AttentionCall& p, const AttentionTiles& tiles, const Attentio
       ForwardTile& at = together[i];
       at.tile = tiles.tiles[first_tile + i], at.rows = at.tile.stop - at.tile.start, at.lanes = lanes_of(at.tile);
       const Rows q = read_rows(Head(p, p.q, unit.batch, head), at.tile.start, at.rows, D, true, rows);
-      to_lanes(q, at.rows, D, p.scale * kLog2e, at.lanes, at.q_lanes);
+      to_lanes(q, at.rows, D, p.scale, at.lanes, at.q_lanes);
     }
     bool first = true;
     for_key_blocks(tiles, together[0].tile, [&](const KeyBlock& block) {
@@ -334,7 +337,7 @@ struct BackwardTile {
   float base[kRows], delta[kRows];
 };
 
-// Of each row: lse in units of log 2, and delta = sum over D of grad_out * out, less the gradient of lse.
+// Of each row: lse, and delta = sum over D of grad_out * out, less the gradient of lse.
 void row_statistics(const AttentionCall& p, const AttentionGradients& g, int64_t batch, int64_t head,
                     const Rows& buffer, BackwardTile& at) {
   const int64_t first = (batch * p.heads + head) * p.rows + at.tile.start;
@@ -351,7 +354,7 @@ void row_statistics(const AttentionCall& p, const AttentionGradients& g, int64_t
     float total = 0;
     for (int64_t i = 0; i < kBlock / 2; ++i) total += sum[i] + sum[i + kBlock / 2];
     at.delta[r] = g.grad_lse ? total - g.grad_lse[first + r] : total;
-    at.base[r] = p.lse[first + r] * kLog2e;
+    at.base[r] = p.lse[first + r];
   }
 }
 
@@ -365,7 +368,7 @@ void attend_backward(const KeyBlock& block, const Rows& k, const Rows& v, const 
     const Lanes base = load_lanes(at.base + c), delta = load_lanes(at.delta + c);
     for (int64_t j = 0; j < n; ++j) {
       float *weight = weights + j * lanes + c, *dscore = dscores + j * lanes + c;
-      const Lanes w = exp2_lanes(load_lanes(weight) - base);
+      const Lanes w = exp_lanes(load_lanes(weight) - base);
       store_lanes(weight, w), store_lanes(dscore, w * (load_lanes(dscore) - delta));
     }
   }
@@ -397,7 +400,7 @@ bool backward(const AttentionCall& p, const AttentionGradients& g, const Attenti
       at.q = read_rows(Head(p, p.q, unit.batch, head), at.tile.start, at.rows, D, in_place, at.q_buffer);
       at.grad = read_rows(Head(p, g.grad_out, unit.batch, head), at.tile.start, at.rows, D, in_place, at.grad_buffer);
       row_statistics(p, g, unit.batch, head, rows, at);
-      to_lanes(at.q, at.rows, D, p.scale * kLog2e, at.lanes, at.q_lanes);
+      to_lanes(at.q, at.rows, D, p.scale, at.lanes, at.q_lanes);
       to_lanes(at.grad, at.rows, D, 1, at.lanes, at.grad_lanes);
     }
     bool first = true;

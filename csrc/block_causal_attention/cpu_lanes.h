@@ -1,4 +1,4 @@
-// What attention on the CPU does to lanes besides products: 2^x, and rows of tensors into lanes and back.
+// What attention on the CPU does to lanes besides products: e^x, and rows of tensors into lanes and back.
 #pragma once
 
 #include "../common/rows.h"
@@ -27,14 +27,13 @@ ARD_INLINE Lanes at_least(const Lanes& x, const Lanes& least) {
 #endif
 }
 
-// 2^x for x up to 127, within 1 unit in the last place; 0 below -126.5, NaN of NaN. The whole part of x goes into the
-// exponent, -127 as the exponent of 0; on [-1/2, 1/2] 2^x is a polynomial (degree 6, relative error 2e-9 before
-// rounding).
-ARD_INLINE Lanes exp2_lanes(const Lanes& x) {
+// e^x for x up to 88, 0 below -87.7, NaN of NaN. Of x / log 2 the whole part goes into the exponent, -127 as the
+// exponent of 0; on [-1/2, 1/2] 2^f is a polynomial (degree 6, relative error 2e-9 before rounding).
+ARD_INLINE Lanes exp_lanes(const Lanes& x) {
   const Lanes magic = Lanes{} + 12582912.0f;  // 1.5 * 2^23: a sum with it is a whole number
-  const Lanes held = at_least(x, Lanes{} - 127.0f);
-  const Lanes shifted = held + magic;
-  const Lanes f = held - (shifted - magic);
+  const Lanes held = at_least(x, Lanes{} - 88.02969f);
+  const Lanes shifted = held * 1.44269504088896340736f + magic;
+  const Lanes f = held * 1.44269504088896340736f - (shifted - magic);
   Lanes y = Lanes{} + 1.535336050e-4f;
   y = y * f + 1.339887502e-3f;
   y = y * f + 9.618436918e-3f;

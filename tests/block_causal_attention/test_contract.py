@@ -16,7 +16,7 @@ from ard_kernels.common import extension, gpu_support
 from testing.devices import on_devices
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-SERVED = on_devices(torch=[(16, FP32)], triton=[(16, FP32)], cuda=[(64, BF16)])
+SERVED = on_devices(torch=[(16, FP32)], cpu=[(16, FP32)], triton=[(16, FP32)], cuda=[(64, BF16)])
 
 
 def qkv(*shape, dtype=torch.float32, grad=False, device="cpu"):
@@ -53,9 +53,9 @@ BAD = {
         "'cuda' .argument backend. cannot",
     ),
     "cpu": (
-        lambda q: (q, q, q),
+        lambda q: (q.double(),) * 3,
         {"segment_length": 100, "backend": "cpu"},
-        "on the CPU is the torch backend",
+        "'cpu' .argument backend. cannot run on (cpu .*: float64 is served by|cuda .*: tensors are on cuda)",
     ),
 }
 
@@ -86,7 +86,12 @@ def test_double_backward_is_refused(backend, device, D, dtype):
 
 @pytest.mark.parametrize(
     ("backend", "device", "length", "heads", "dtype"),
-    on_devices(torch=[(16, 4, FP32), (64, 4, FP32)], triton=[(8, 1, FP32)], cuda=[(16, 1, BF16)]),
+    on_devices(
+        torch=[(16, 4, FP32), (64, 4, FP32)],
+        cpu=[(16, 4, FP32), (64, 4, BF16)],
+        triton=[(8, 1, FP32)],
+        cuda=[(16, 1, BF16)],
+    ),
 )
 def test_bit_equal_over_runs_and_threads(backend, device, length, heads, dtype, thread_counts):
     q, k, v = qkv(2, heads, 4 * length, 72, dtype=dtype, grad=True, device=device)
@@ -98,7 +103,7 @@ def test_bit_equal_over_runs_and_threads(backend, device, length, heads, dtype, 
 
     first = run()
     for count in thread_counts():
-        for _ in range(3 if backend == "torch" else 1):
+        for _ in range(3 if backend in ("torch", "cpu") else 1):
             assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{count} threads"
 
 
@@ -155,7 +160,8 @@ def test_compiles_to_one_graph(backend, device, D, dtype, dynamic):
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "D", "dtype"), on_devices(torch=[(16, FP32)], triton=[(16, FP32)], cuda=[(72, FP16)])
+    ("backend", "device", "D", "dtype"),
+    on_devices(torch=[(16, FP32)], cpu=[(16, FP32)], triton=[(16, FP32)], cuda=[(72, FP16)]),
 )
 def test_compiles_with_inductor(backend, device, D, dtype):
     def layer(q, k, v):
@@ -165,7 +171,7 @@ def test_compiles_with_inductor(backend, device, D, dtype):
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(q, k, v), layer(q, k, v))
 
 
-@pytest.mark.parametrize(("backend", "device"), on_devices("torch", "triton", "cuda"))
+@pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton", "cuda"))
 def test_autocast_casts_as_sdpa_does(backend, device):
     q, k, v = qkv(1, 2, 32, 64, device=device)
     with torch.autocast(device, torch.bfloat16):
@@ -182,7 +188,7 @@ def test_autocast_casts_as_sdpa_does(backend, device):
 )
 @pytest.mark.parametrize(
     ("backend", "device", "D", "dtype"),
-    on_devices(torch=[(16, FP32), (16, BF16)], triton=[(16, BF16)], cuda=[(72, BF16)]),
+    on_devices(torch=[(16, FP32), (16, BF16)], cpu=[(16, FP32), (16, BF16)], triton=[(16, BF16)], cuda=[(72, BF16)]),
 )
 def test_opcheck(backend, device, D, lengths, window, sink, dtype):
     q, k, v = qkv(2, 1, 16, D, dtype=dtype, grad=True, device=device)
@@ -199,7 +205,7 @@ def test_opcheck(backend, device, D, lengths, window, sink, dtype):
 
 
 def test_use_backend_and_environment(monkeypatch):
-    q, k, v = qkv(1, 1, 32, 16)
+    q, k, v = qkv(1, 1, 32, 16, dtype=torch.float64)
     with ard_kernels.use_backend("cpu"), pytest.raises(ValueError, match=r"'cpu' \(use_backend\) cannot run"):
         block_causal_attention(q, k, v, segment_length=16)
     with ard_kernels.use_backend("cpu"), ard_kernels.use_backend("torch"):
@@ -223,7 +229,8 @@ def test_backends_lists_a_reason_for_every_refusal(device):
 def test_the_interpreter_is_never_the_automatic_choice(monkeypatch):
     module = sys.modules["ard_kernels.common.backends"]
     assert ard_kernels.backends("cpu")["block_causal_attention"]["triton"].available
-    assert module.resolve("block_causal_attention", None, torch.device("cpu"), torch.float32, 16) == "torch"
+    assert module.resolve("block_causal_attention", None, torch.device("cpu"), torch.float32, 16) == "cpu"
+    assert module.resolve("block_causal_attention", None, torch.device("cpu"), torch.float64, 16) == "torch"
     monkeypatch.setattr(ard_kernels.common.triton_support, "INTERPRETING", False)
     q, k, v = qkv(1, 1, 32, 16)
     with pytest.raises(ValueError, match="runs in Triton's interpreter only"):

@@ -21,11 +21,12 @@ from testing.oracle import BACKWARD_FACTOR, assert_all_close, assert_close
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES, HALVES = (FP32, BF16, FP16), (BF16, FP16)
+WIDTHS = [(FP32, 24), (BF16, 24)]
 CUDA_HEAD_DIMS = cuda.HEAD_DIMS  # 16-bit dtypes only
 MASKS = {"M1": (1, 0), "M2": (2, 0), "M3": (1, 1), "M4": (None, 0), "window2_sink1": (2, 1)}
 KINDS = ["packed", "contiguous", "offset", "transposed_last"]
 each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-on_every_backend = pytest.mark.parametrize(("backend", "device"), on_devices("torch", "triton", "cuda"))
+on_every_backend = pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton", "cuda"))
 
 
 def make_qkv(B, H, T, D, dtype, kind="packed", device="cpu"):
@@ -73,6 +74,7 @@ def every_mask(*first, rest=()):
     ("backend", "device", "D", "dtype", "mask"),
     on_devices(
         torch=every_mask(*((72, dtype) for dtype in DTYPES)),
+        cpu=every_mask(*((72, dtype) for dtype in DTYPES), rest=[(8, FP32), (256, BF16)]),
         triton=every_mask((72, BF16), rest=[(72, FP32), (64, BF16), (128, FP16)]),
         cuda=every_mask((72, BF16), rest=[(72, FP16)]),
     ),
@@ -114,10 +116,11 @@ def test_layouts_of_segments_alone(backend, device, kind, mask, monkeypatch, poi
 # What a drawn case of each backend may have, and how many are drawn in the fast and in the slow tests.
 DRAWN = {
     "torch": {"longest": 40, "segments": 12, "sizes": 3, "dims": [8, 16, 24, 72, 80], "dtypes": DTYPES},
+    "cpu": {"longest": 90, "segments": 12, "sizes": 3, "dims": range(8, 257, 8), "dtypes": DTYPES},
     "triton": {"longest": 24, "segments": 4, "sizes": 1, "dims": [8, 16, 24, 40, 64, 72, 96, 112], "dtypes": DTYPES},
     "cuda": {"longest": 90, "segments": 5, "sizes": 2, "dims": CUDA_HEAD_DIMS, "dtypes": HALVES},
 }
-EXAMPLES = {"torch": (60, 400), "triton": (8, 30), "cuda": (12, 60)}
+EXAMPLES = {"torch": (60, 400), "cpu": (60, 400), "triton": (8, 30), "cuda": (12, 60)}
 
 
 @on_every_backend
@@ -172,7 +175,10 @@ def test_any_scale_of_each_chip(backend, device, scale, lengths, chip):
     any_scale(backend, device, lengths, scale, 72, BF16)
 
 
-@pytest.mark.parametrize(("backend", "device", "scale"), on_devices(torch=[-0.7, 0.0], triton=[-0.7, 0.0, 1.5]))
+@pytest.mark.parametrize(
+    ("backend", "device", "scale"),
+    on_devices(torch=[-0.7, 0.0], cpu=[-0.7, 0.0, 1.5], triton=[-0.7, 0.0, 1.5]),
+)
 @pytest.mark.parametrize("lengths", [[32], [20, 12, 32]], ids=["full_tiles", "masked_tiles"])
 def test_any_scale(backend, device, scale, lengths):
     any_scale(backend, device, lengths, scale, 16, FP32)
@@ -225,7 +231,7 @@ def test_many_heads_in_groups(backend, device, monkeypatch):
 
 @pytest.mark.parametrize(
     ("backend", "device", "dtype", "D"),
-    on_devices(torch=[(FP32, 24), (BF16, 24)], triton=[(FP32, 24), (BF16, 24)], cuda=[(FP16, 72)]),
+    on_devices(torch=WIDTHS, cpu=WIDTHS, triton=WIDTHS, cuda=[(FP16, 72)]),
 )
 @pytest.mark.parametrize(
     ("lengths", "mask"),
@@ -288,7 +294,7 @@ def test_layouts_agree(backend, device, mask):
     assert other.is_contiguous(), "(B, T, H, D) memory: reshape to (B, T, C) is free"
 
 
-@pytest.mark.parametrize(("backend", "device"), on_devices("torch", "triton"))
+@pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton"))
 def test_expanded_inputs_and_gradients(backend, device):
     q = torch.randn(1, 1, 48, 16, device=device, requires_grad=True)
     x = q.expand(2, 3, 48, 16)
@@ -298,7 +304,7 @@ def test_expanded_inputs_and_gradients(backend, device):
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "dtype"), on_devices(torch=[FP32, BF16], triton=[FP32, BF16], cuda=[BF16])
+    ("backend", "device", "dtype"), on_devices(torch=[FP32, BF16], cpu=[FP32, BF16], triton=[FP32, BF16], cuda=[BF16])
 )
 @pytest.mark.parametrize("length", [4, 36])
 def test_tokens_that_overlap_in_memory(backend, device, length, dtype):
@@ -321,15 +327,16 @@ def test_tokens_that_overlap_in_memory(backend, device, length, dtype):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "grad_out"])
 @pytest.mark.parametrize("length", [1, 4, 16, 64])
-def test_what_is_not_finite_reaches_who_sees_it_and_nobody_else(which, length, value, device):
-    """Whatever the shape, and so whatever the calls that the torch backend makes of it."""
+@pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu"))
+def test_what_is_not_finite_reaches_who_sees_it_and_nobody_else(backend, device, which, length, value):
+    """Whatever the shape, and so whatever calls the torch backend makes of it, or tiles the cpu backend."""
     tensors = [torch.randn(1, 2, 4 * length, 16, device=device) for _ in range(4)]
     spoiled = [x.clone() for x in tensors]
     spoiled[which][:, :, 2 * length] = value  # of segment 2, which segments 0 and 1 do not see
     results = []
     for *inputs, grad_out in (tensors, spoiled):
         leaves = [x.requires_grad_() for x in inputs]
-        out = block_causal_attention(*leaves, segment_length=length, backend="torch")
+        out = block_causal_attention(*leaves, segment_length=length, backend=backend)
         results.append([out.detach(), *torch.autograd.grad(out, leaves, grad_out)])
     for name, clean, got in zip(["out", "dq", "dk", "dv"], *results, strict=True):
         # queries before segment 2 see nothing of it; keys after it are not seen by it
@@ -344,7 +351,7 @@ def test_many_tiny_segments_share_calls():
     """One token a segment: not a call for each, of PyTorch's kernel for the CPU."""
     q, k, v = (torch.randn(1, 2, 512, 16, requires_grad=True) for _ in range(3))
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        block_causal_attention(q, k, v, segment_length=1, window=3).sum().backward()
+        block_causal_attention(q, k, v, segment_length=1, window=3, backend="torch").sum().backward()
     calls = {event.key: event.count for event in profiler.key_averages() if "flash_attention" in event.key}
     assert sum(calls.values()) == 2 * 512 // GROUP
 

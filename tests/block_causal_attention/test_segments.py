@@ -19,85 +19,25 @@ from ard_kernels import (
 from ard_kernels.block_causal_attention import cuda, torch_impl
 from ard_kernels.block_causal_attention.reference import segment_attention as reference
 from ard_kernels.common import extension
-from testing import plain
+from testing.attention_checks import check, leaves
 from testing.devices import SIMULATED, on_devices
-from testing.oracle import BACKWARD_FACTOR, assert_all_close, assert_close, error_norm, rounding_floor
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-SERVED = on_devices(torch=[(16, FP32)], triton=[(16, FP32)], cuda=[(64, BF16)])
+SERVED = on_devices(torch=[(16, FP32)], cpu=[(16, FP32)], triton=[(16, FP32)], cuda=[(64, BF16)])
 HOLES = SegmentMask([[1, 0, 1, 0, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 1], [0, 1, 0, 0, 0]])  # row 1 and column 3: empty
-
-
-def leaves(device, dtype, B, H, kv_heads, T, k_tokens, D):
-    shapes = (B, H, T, D), *[(B, kv_heads, k_tokens, D)] * 2
-    return [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
-
-
-def rounding_of_gradients(q, k, v, out, lse, sees, grad_out):
-    """Norms of what fp32 roundings of the scores, their lse, do.v and do.out may change in dq, dk and dv.
-
-    With one key the last two are the same number, and dq and dk nothing but what is left of it; plain PyTorch has 0.
-    """
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scale, lse = q.shape[-1] ** -0.5, lse.masked_fill(lse.isinf(), 0)[..., None]
-    scores = q @ k.mT * scale
-    error = torch.finfo(torch.float32).eps * (1 + scores.abs() + lse.abs()) * (scores - lse).exp().masked_fill(~sees, 0)
-    ds = error * (grad_out.abs() @ v.abs().mT + (grad_out * out).abs().sum(-1, keepdim=True)) * scale
-    return (ds @ k.abs()).norm().item(), (ds.mT @ q.abs()).norm().item(), (error.mT @ grad_out.abs()).norm().item()
-
-
-def check(backend, device, mask, q_lengths, k_lengths, B=1, kv_heads=1, share=1, D=16, dtype=FP32, drawn=False):
-    """Values and gradients, with a gradient of lse, under the 1.5x / 2x rule; exact zeros of what sees nothing.
-
-    drawn: gradients may also err by `rounding_of_gradients`, since a query may see a single key.
-    """
-    q, k, v = inputs = leaves(device, dtype, B, kv_heads * share, kv_heads, sum(q_lengths), sum(k_lengths), D)
-    how = {"segment_length": q_lengths, "key_segment_length": k_lengths, "backend": backend}
-    sees = mask.dense(q_lengths, k_lengths, device)
-    results = [segment_attention(q, k, v, mask, return_lse=True, **how)]
-    results += [plain.segment_attention(q, k, v, sees), reference(q, k, v, sees)]
-    (out, lse), (plain_out, _), (expected, expected_lse) = results
-    assert_close(out, plain_out, expected, label="out")
-    blind = ~sees.any(-1)
-    assert (lse[..., blind] == float("-inf")).all() and not out[:, :, blind].any()
-    tolerance = {"rtol": 1e-5, "atol": 2e-2 if dtype != FP32 else 1e-4}
-    torch.testing.assert_close(lse[..., ~blind], expected_lse[..., ~blind].float(), **tolerance)
-    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-    grad_lse[..., blind] = float("nan")  # what merging makes of it must not matter
-    grads = []
-    for each_out, each_lse in results:
-        lse_share = torch.where(blind, 0, grad_lse).to(each_lse.dtype)
-        if each_out is out:
-            lse_share = grad_lse
-        else:
-            each_lse = each_lse.masked_fill(blind, 0)
-        grads.append(torch.autograd.grad((each_out, each_lse), inputs, (grad_out.to(each_out.dtype), lse_share)))
-    ours, plains, exact = grads[0], grads[1], [g.double() for g in grads[2]]
-    if drawn:
-        wide = (x.detach().double() for x in (q, k, v, expected, expected_lse))
-        floors = rounding_of_gradients(*wide, sees, grad_out.double())
-        for got, other, reference_grad, floor in zip(ours, plains, exact, floors, strict=True):
-            allowed = (
-                BACKWARD_FACTOR * error_norm(other, reference_grad) + rounding_floor(reference_grad, dtype) + floor
-            )
-            assert error_norm(got, reference_grad) <= allowed
-    else:
-        assert_all_close(ours, plains, exact, factor=BACKWARD_FACTOR, label="grad")
-    assert not grads[0][0][:, :, blind].any()
-    for grad in grads[0][1:]:
-        assert not grad[:, :, ~sees.any(0)].any()
 
 
 # What a drawn case of each backend may have, and how many are drawn in the fast, the slow and the exhaustive tests.
 DRAWN = {
     "torch": {"longest": 40, "segments": 8, "dims": [8, 16, 72], "dtypes": (FP32, BF16, FP16)},
+    "cpu": {"longest": 90, "segments": 9, "dims": range(8, 257, 8), "dtypes": (FP32, BF16, FP16)},
     "triton": {"longest": 24, "segments": 3, "dims": [8, 16, 72], "dtypes": (FP32, BF16)},
     "cuda": {"longest": 80, "segments": 5, "dims": cuda.HEAD_DIMS, "dtypes": (BF16, FP16)},
 }
-EXAMPLES = {"torch": (100, 500, 2000), "triton": (5, 30, 500), "cuda": (10, 60, 500)}
+EXAMPLES = {"torch": (100, 500, 2000), "cpu": (100, 500, 2000), "triton": (5, 30, 500), "cuda": (10, 60, 500)}
 
 
-@pytest.mark.parametrize(("backend", "device"), on_devices("torch", "triton", "cuda"))
+@pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton", "cuda"))
 @pytest.mark.parametrize(
     "tier",
     [
@@ -211,7 +151,8 @@ def test_a_gradient_of_lse_alone(backend, device, D, dtype):
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "D", "dtype"), on_devices(torch=[(16, FP16)], triton=[(16, FP16)], cuda=[(64, FP16)])
+    ("backend", "device", "D", "dtype"),
+    on_devices(torch=[(16, FP16)], cpu=[(16, FP16)], triton=[(16, FP16)], cuda=[(64, FP16)]),
 )
 def test_a_gradient_of_lse_beyond_fp16(backend, device, D, dtype):
     """As a GradScaler makes it, whose first factor is 65536."""
@@ -229,7 +170,10 @@ def test_a_gradient_of_lse_beyond_fp16(backend, device, D, dtype):
 @pytest.mark.parametrize(
     ("backend", "device", "D", "dtype", "tolerance"),
     on_devices(
-        torch=[(16, FP32, 1e-5), (16, torch.float64, 1e-12)], triton=[(16, FP32, 1e-5)], cuda=[(64, BF16, 3e-2)]
+        torch=[(16, FP32, 1e-5), (16, torch.float64, 1e-12)],
+        cpu=[(16, FP32, 1e-5)],
+        triton=[(16, FP32, 1e-5)],
+        cuda=[(64, BF16, 3e-2)],
     ),
 )
 def test_merged_parts_equal_the_whole(backend, device, D, dtype, tolerance, layout):
@@ -341,7 +285,7 @@ def test_values_are_like_keys(device):
     ("backend", "device", "D", "dtype"),
     [
         param
-        if "torch" in param.id
+        if param.id.startswith(("torch", "cpu"))
         else pytest.param(*param.values, id=param.id, marks=[*param.marks, pytest.mark.slow])
         for param in SERVED
     ],
@@ -406,7 +350,7 @@ def test_flop_counter_counts_the_pairs_of_the_mask(device):
 @pytest.mark.parametrize(("backend", "device", "D", "dtype"), SERVED)
 def test_bit_equal_over_runs_and_threads(backend, device, D, dtype, thread_counts):
     L = 8 if backend == "triton" else 20
-    heads = (4, 2) if backend == "torch" else (2, 1)  # with fewer, PyTorch's matmuls take the threads
+    heads = (4, 2) if backend in ("torch", "cpu") else (2, 1)  # with fewer, PyTorch's matmuls take the threads
     q, k, v = leaves(device, dtype, 2 if backend == "torch" else 1, *heads, 6 * L, 6 * L, D)
     mask, how = SegmentMask.teacher_forcing(3), {"segment_length": L, "return_lse": True, "backend": backend}
 

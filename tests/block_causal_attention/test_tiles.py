@@ -6,11 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ard_kernels.block_causal_attention.mask import SegmentMask, mask_of
-from ard_kernels.block_causal_attention.spec import Segments, block_causal, visibility
+from ard_kernels.block_causal_attention.spec import block_causal
 from ard_kernels.block_causal_attention.tiles import column_tiles, heads_per_group, make_tables, schedule
 from ard_kernels.block_causal_attention.triton_impl import head_of, parts_of
-from testing.drawing import FEW_AND_MANY
+from testing.drawing import FEW_AND_MANY, dense, drawn_segments
 from testing.waves import efficiency, makespan
 
 BLOCKS = st.sampled_from([1, 4, 16, 32])
@@ -48,35 +47,7 @@ def visits(tables, shape, block, sees=sees):
     return count
 
 
-def any_mask(draw, q_segments, k_segments):
-    rows = st.lists(st.booleans(), min_size=k_segments, max_size=k_segments)
-    return SegmentMask(draw(st.lists(rows, min_size=q_segments, max_size=q_segments))).code
-
-
-@st.composite
-def drawn_segments(draw):
-    """(Segments, T_q, T_k): block-causal ones as before, or any mask over lengths of both sides."""
-    if draw(st.booleans()):
-        lengths = draw(
-            st.one_of(
-                st.lists(st.integers(1, 40), min_size=1, max_size=6),
-                st.tuples(st.integers(1, 24), st.integers(1, 6)).map(lambda p: [p[0]] * p[1]),
-            )
-        )
-        window, sink = draw(st.one_of(st.none(), st.integers(1, 6))), draw(st.integers(0, 5))
-        return block_causal(lengths, window, sink), sum(lengths), sum(lengths)
-    q_lengths, k_lengths = (draw(st.lists(st.integers(1, 30), min_size=1, max_size=7)) for _ in range(2))
-    mask = any_mask(draw, len(q_lengths), len(k_lengths))
-    return Segments(mask, tuple(q_lengths), tuple(k_lengths)), sum(q_lengths), sum(k_lengths)
-
-
 draw_tables = given(case=drawn_segments(), blocks=st.tuples(BLOCKS, BLOCKS), by_key=st.booleans())
-
-
-def dense(case):
-    seen = visibility(*case)
-    mask = mask_of(case[0].mask, len(seen.q_offsets) - 1)
-    return mask.dense(np.diff(seen.q_offsets), np.diff(seen.k_offsets)).numpy()
 
 
 @FEW_AND_MANY
