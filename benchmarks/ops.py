@@ -156,8 +156,10 @@ class Job:
 
 
 def our_backends(case: Case, device: torch.device) -> list[str]:
-    """On a GPU all of ours that serve; on the CPU the one that the library runs by itself."""
+    """On a GPU all of ours that serve; on the CPU the one that the library runs by itself, or those it chooses from."""
     if device.type == "cpu" and not TINY:
+        if case.dtype == torch.bfloat16:
+            return ["cpu", "torch"]
         return [resolve(case.registered_op, None, device, case.dtype, case.width)]
     return [b for b in BACKENDS if refusal(case.registered_op, b, device, case.dtype, case.width) is None]
 
@@ -282,14 +284,23 @@ def gpu_jobs() -> list[Job]:
 
 
 def cpu_jobs() -> list[Job]:
-    """fp32: attention at every size as fast as the best peer, 1.1x with the backward; memory-bound ops 1.3x to 2.5x."""
+    """fp32 but for some attention in bf16, of which both backends are timed: `measured_slower` says when which is taken."""
     fp32, both = {"dtype": torch.float32}, ("forward", "forward+backward")
-    goals = {"forward": 1.0, "forward+backward": 1.1}
-    shapes = [(256, 72, 16), (256, 64, 16), (64, 72, 16), (16, 72, 16), (4, 72, 16)]  # L, D, H
-    found = [attention_job(1, L, D, "M4", way, goals[way], H=H, **fp32) for L, D, H in shapes for way in both]
-    found += [attention_job(1, 256, 72, "M4", way, goals[way], op=PACKED, **fp32) for way in both]
+    # B, H, L, D and the goals of both directions; B 64 is a batch of the demo's.
+    shapes = [
+        ((1, 16, 256, 72), (1.15, 1.3)), ((1, 16, 64, 72), (1.3, 1.4)), ((1, 16, 16, 72), (1.5, 1.5)),
+        ((16, 16, 16, 72), (1.0, 1.0)), ((1, 16, 4, 72), (1.5, 1.5)), ((64, 4, 16, 16), (1.5, 1.5)),
+        ((64, 4, 4, 16), (1.5, 1.5)), ((1, 16, 256, 64), (1.0, 1.0)), ((1, 16, 256, 128), (1.0, 1.0)),
+        ((1, 4, 1024, 72), (1.0, 1.0)),
+    ]  # fmt: skip
+    found = [
+        attention_job(B, L, D, "M4", way, goal, H=H, **fp32)
+        for (B, H, L, D), goals in shapes
+        for way, goal in zip(both, goals, strict=True)
+    ]
+    found += [attention_job(1, 256, 72, "M4", way, 1.15, op=PACKED, **fp32) for way in both]
     found += [attention_job(1, 256, 72, mask, "forward", 1.0, **fp32) for mask in ("M1", "M3")]
-    found += [attention_job(1, 1024, 72, "M4", way, 1.0, H=4, **fp32) for way in both]
+    found += [attention_job(1, L, 72, "M4", way, 1.0) for L in (256, 64, 16) for way in both]
     found += stream_jobs({way: (1.0, None) for way in both}, True, torch.float32)
     goals = {"forward": 1.5, "forward+backward": 2.5}
     found += [adaln_job(op, 4, 256, 1152, torch.float32, way, goals[way], **fp32) for op in ADALN for way in both]

@@ -48,7 +48,8 @@ def milliseconds(value: float) -> str:
 
 def work(row: Row) -> str:
     shape, backend = row.shape.removeprefix(row.op).strip(), row.facts.get("backend")
-    on = f", {backend}" if backend in BACKENDS else ""  # a GPU has a row for each of ours
+    several = backend in BACKENDS or row.dtype == "bfloat16"  # rows for each of ours: see `our_backends`
+    on = f", {backend}" if several and backend else ""
     return f"`{row.op}` {shape}, {row.direction}{on}"
 
 

@@ -1,9 +1,9 @@
-"""Attention over segments as a composition of PyTorch ops: no T x T mask (but for tiny T).
+"""Attention over segments as a composition of PyTorch ops: no T x T mask.
 
-Forward, one attention call per group of query segments over the keys they see. Backward, one call per group of *key*
-segments and run of queries that see them (block-causal masks have one run): dK and dV of the group are complete after
-its last call, and only dQ is accumulated (half the additions of a loop over query segments). This is exact because each
-call gets the global output and log-sum-exp. Which calls: `plan.py`.
+Forward, one attention call per query segment over the keys it sees. Backward, one call per *key* segment and run of
+queries that see it (block-causal masks have one run): dK and dV of the segment are complete after its last call, and
+only dQ is accumulated (half the additions of a loop over query segments). This is exact because each call gets the
+global output and log-sum-exp. Which calls: `plan.py`.
 
 Query heads that share a head of keys and values are more queries of that head, token by token, so that a range of
 tokens stays a range: no copy of keys or values is made, and one of the queries.
@@ -17,7 +17,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ard_kernels.block_causal_attention.plan import Block, Plan, TokenRanges, make_plan
+from ard_kernels.block_causal_attention.mask import Run
+from ard_kernels.block_causal_attention.plan import Block, make_plan
 from ard_kernels.block_causal_attention.spec import Segments, empty_output, visibility
 from ard_kernels.common.autocast import without_autocast
 from ard_kernels.common.dtypes import accumulation_dtype
@@ -40,35 +41,31 @@ def _fused(device: torch.device) -> bool:
     return device.type == "cpu" and _FLASH_FORWARD is not None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T + mask) v and lse (B, H, T). The CPU has a fused kernel; elsewhere fp32 matmuls."""
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v and lse (B, H, T). The CPU has a fused kernel; elsewhere fp32 matmuls."""
     if _fused(q.device):
-        if mask is None and k.shape[2] < FEWEST_KEYS:
-            mask = q.new_zeros(q.shape[2], k.shape[2])
+        mask = q.new_zeros(q.shape[2], k.shape[2]) if k.shape[2] < FEWEST_KEYS else None
         return _FLASH_FORWARD(q, k, v, attn_mask=mask, scale=scale)
-    return _attend(q, k, v, scale, mask)
+    return _attend(q, k, v, scale)
 
 
 @without_autocast
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`attend` by matmuls."""
     acc = accumulation_dtype(q.dtype)
     scores = q.to(acc) @ k.to(acc).transpose(-1, -2) * scale
-    if mask is not None:
-        scores = scores + mask
     lse = scores.logsumexp(-1)
     return ((scores - lse[..., None]).exp() @ v.to(acc)).to(q.dtype), lse
 
 
 def attend_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
-    mask: Tensor | None,
-) -> Gradients:  # fmt: skip
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Gradients:
     """(dq, dk, dv) of `attend` restricted to these queries and keys, given the *global* out and lse of the queries."""
     if not _fused(q.device):
-        return _attend_backward(grad_out, grad_lse, q, k, v, out, lse, scale, mask)
+        return _attend_backward(grad_out, grad_lse, q, k, v, out, lse, scale)
     if grad_lse is None:
-        return _FLASH_BACKWARD(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
+        return _FLASH_BACKWARD(grad_out, q, k, v, out, lse, 0.0, False, scale=scale)
     # ds = p (do v^T + dlse - delta): dlse as two more numbers of do, which add up to it times those of v beside them.
     most = (grad_lse / LSE_UNITS[0]).to(q.dtype)
     rest = (grad_lse - most.to(grad_lse.dtype) * LSE_UNITS[0]) / LSE_UNITS[1]
@@ -76,9 +73,7 @@ def attend_backward(
     wide_q, wide_k, wide_v, wide_out = (
         _widen(x, by) for x, by in ((q, 0), (k, 0), (v, v.new_tensor(LSE_UNITS)), (out, 0))
     )
-    dq, dk, dv = _FLASH_BACKWARD(
-        wide_grad, wide_q, wide_k, wide_v, wide_out, lse, 0.0, False, attn_mask=mask, scale=scale
-    )
+    dq, dk, dv = _FLASH_BACKWARD(wide_grad, wide_q, wide_k, wide_v, wide_out, lse, 0.0, False, scale=scale)
     D = q.shape[-1]
     return dq[..., :D], dk[..., :D], dv[..., :D]
 
@@ -107,27 +102,18 @@ def _of_queries(segments: Segments, group: int) -> Segments:
 
 @without_autocast
 def _attend_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
-    mask: Tensor | None,
-) -> Gradients:  # fmt: skip
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Gradients:
     """`attend_backward` by matmuls."""
     acc = accumulation_dtype(q.dtype)
     q_, k_, v_, grad_out_ = q.to(acc), k.to(acc), v.to(acc), grad_out.to(acc)
     scores = q_ @ k_.transpose(-1, -2) * scale
-    if mask is not None:
-        scores = scores + mask
     p = (scores - lse[..., None]).exp()
     delta = (grad_out_ * out.to(acc)).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta = delta - grad_lse[..., None]
     ds = p * (grad_out_ @ v_.transpose(-1, -2) - delta) * scale
     return (ds @ k_).to(q.dtype), (ds.transpose(-1, -2) @ q_).to(q.dtype), (p.transpose(-1, -2) @ grad_out_).to(q.dtype)
-
-
-def _plan(q: Tensor, k: Tensor, segments: Segments, grouped: bool | None) -> Plan:
-    """grouped: see `make_plan`; None: where PyTorch's kernel is fused."""
-    grouped = _fused(q.device) if grouped is None else grouped
-    return make_plan(q.shape[2], k.shape[2], q.dtype, q.device, segments, grouped)
 
 
 def _fold(x_BHTD: Tensor, length: int) -> Tensor:
@@ -140,7 +126,7 @@ def _unfold(x: Tensor, batch: int) -> Tensor:
     return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def gather(x_BHTD: Tensor, ranges: TokenRanges) -> Tensor:
+def gather(x_BHTD: Tensor, ranges: list[Run]) -> Tensor:
     parts = [x_BHTD[:, :, start:stop] for start, stop in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -166,35 +152,25 @@ def _finished(grads: Sequence[Tensor], into: Gradients | None) -> Gradients:
     return into
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, grouped: bool | None = None
-) -> tuple[Tensor, Tensor]:
-    """q (B, H, T, D), k, v, not empty -> out (B, H, T, D) with (B, T, H, D) memory, lse (B, H, T) contiguous.
-
-    grouped: see `_plan`.
-    """
+def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
+    """q (B, H, T, D), k, v, not empty -> out (B, H, T, D) with (B, T, H, D) memory, lse (B, H, T) contiguous."""
     if q.shape[1] != k.shape[1]:
         kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-        out, lse = forward(_as_queries(q, kv_heads), k, v, _of_queries(segments, group), scale, grouped)
+        out, lse = forward(_as_queries(q, kv_heads), k, v, _of_queries(segments, group), scale)
         return as_output(_as_heads(out, q.shape[2])), _as_heads(lse, q.shape[2]).contiguous()
-    plan = _plan(q, k, segments, grouped)
+    plan = make_plan(q.shape[2], k.shape[2], segments)
     if plan.folded:
         length, k_length = plan.folded
         out, lse = attend(_fold(q, length), _fold(k, k_length), _fold(v, k_length), scale)
         return as_output(_unfold(out, q.shape[0])), _unfold(lse[..., None], q.shape[0])[..., 0].contiguous()
     parts = []
-    for block in plan.forward:
-        rows = q[:, :, slice(*block.rows)]
-        if block.columns:
-            parts.append(attend(rows, gather(k, block.columns), gather(v, block.columns), scale, block.mask()))
-        else:
-            parts.append(_unseeing(rows))
+    for (start, stop), columns in plan.by_query:
+        rows = q[:, :, start:stop]
+        parts.append(attend(rows, gather(k, columns), gather(v, columns), scale) if columns else _unseeing(rows))
     outs, lses = zip(*parts, strict=True)
-    one = len(parts) == 1
-    out, lse = (as_output(outs[0]), lses[0].contiguous()) if one else (_cat_tokens(outs), torch.cat(lses, 2))
-    if any(block.make_mask for block in plan.forward) and not _finite(out):
-        return forward(q, k, v, segments, scale, grouped=False)
-    return out, lse
+    if len(parts) == 1:
+        return as_output(outs[0]), lses[0].contiguous()
+    return _cat_tokens(outs), torch.cat(lses, 2)
 
 
 def _unseeing(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,28 +179,17 @@ def _unseeing(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    segments: Segments,
-    scale: float,
-    into: Gradients | None = None,
-    grouped: bool | None = None,
-) -> Gradients:
-    """dq, dk, dv, written to `into` where given: tensors like q, k, v of any strides. grouped: as in `forward`."""
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    segments: Segments, scale: float, into: Gradients | None = None,
+) -> Gradients:  # fmt: skip
+    """dq, dk, dv, written to `into` where given: tensors like q, k, v of any strides."""
     if q.shape[1] != k.shape[1]:
         kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
         grad_g, q_g, out_g, lse_g = (_as_queries(x, kv_heads) for x in (grad_out, q, out, lse))
         dlse_g = None if grad_lse is None else _as_queries(grad_lse, kv_heads)
-        dq, dk, dv = backward(
-            grad_g, dlse_g, q_g, k, v, out_g, lse_g, _of_queries(segments, group), scale, None, grouped
-        )
+        dq, dk, dv = backward(grad_g, dlse_g, q_g, k, v, out_g, lse_g, _of_queries(segments, group), scale)
         return _finished((_as_heads(dq, q.shape[2]), dk, dv), into)
-    plan = _plan(q, k, segments, grouped)
+    plan = make_plan(q.shape[2], k.shape[2], segments)
     if plan.folded:
         length, k_length = plan.folded
         grad_f, q_f, out_f = (_fold(x, length) for x in (grad_out, q, out))
@@ -233,17 +198,12 @@ def backward(
         )
         k_f, v_f = (_fold(x, k_length) for x in (k, v))
         dlse_f = grad_lse_f[0] if grad_lse_f else None
-        shares = attend_backward(grad_f, dlse_f, q_f, k_f, v_f, out_f, lse_f, scale, None)
+        shares = attend_backward(grad_f, dlse_f, q_f, k_f, v_f, out_f, lse_f, scale)
         return _finished([_unfold(grad, q.shape[0]) for grad in shares], into)
-    whole = len(plan.backward) == 1 and plan.backward[0].columns == [(0, q.shape[2])]
-    if whole:
-        mask = plan.backward[0].mask()
-        grads = _finished(attend_backward(grad_out, grad_lse, q, k, v, out, lse, scale, mask), into)
-    else:
-        grads = into or (empty_output(q), empty_output(k), empty_output(v))
-        _accumulate(plan.backward, grad_out, grad_lse, q, k, v, out, lse, scale, grads)
-    if any(block.make_mask for block in plan.backward) and not _finite(*grads):
-        return backward(grad_out, grad_lse, q, k, v, out, lse, segments, scale, grads, grouped=False)
+    if plan.by_key == [((0, k.shape[2]), [(0, q.shape[2])])]:
+        return _finished(attend_backward(grad_out, grad_lse, q, k, v, out, lse, scale), into)
+    grads = into or (empty_output(q), empty_output(k), empty_output(v))
+    _accumulate(plan.by_key, grad_out, grad_lse, q, k, v, out, lse, scale, grads)
     return grads
 
 
@@ -251,39 +211,29 @@ def _accumulate(
     blocks: list[Block], grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     lse: Tensor, scale: float, into: Gradients,
 ) -> None:  # fmt: skip
-    """dk and dv block by block, and dq as the sum of the blocks' shares, summed in fp32 also for half precision."""
-    dq, dk, dv = into
+    """dk and dv segment by segment, and dq as the sum of their shares, summed in fp32 also for half precision."""
+    dq, *of_keys = into
     acc = accumulation_dtype(q.dtype)
     dq_sum = dq.zero_() if dq.dtype == acc else torch.zeros_like(q, dtype=acc)
-    written = 0  # keys whose dk and dv a block before has begun
-    for block in blocks:
-        keys = slice(*block.rows)
-        if not block.columns:
-            dk[:, :, keys], dv[:, :, keys] = 0, 0
-            continue
-        ((start, stop),) = block.columns
-        grad_here, q_here, out_here, lse_here = (x[:, :, start:stop] for x in (grad_out, q, out, lse))
-        dlse_here = None if grad_lse is None else grad_lse[:, :, start:stop]
-        part, *of_keys = attend_backward(
-            grad_here, dlse_here, q_here, k[:, :, keys], v[:, :, keys], out_here, lse_here, scale, block.mask()
-        )
-        for whole, share in zip((dk, dv), of_keys, strict=True):
-            if keys.stop > written:
-                whole[:, :, keys] = share
-            else:
-                whole[:, :, keys].add_(share)
-        written = keys.stop
-        dq_sum[:, :, start:stop].add_(part)
+    for (first, last), columns in blocks:
+        keys = slice(first, last)
+        if not columns:
+            for whole in of_keys:
+                whole[:, :, keys] = 0
+        for i, (start, stop) in enumerate(columns):
+            grad_here, q_here, out_here, lse_here = (x[:, :, start:stop] for x in (grad_out, q, out, lse))
+            dlse_here = None if grad_lse is None else grad_lse[:, :, start:stop]
+            part, *shares = attend_backward(
+                grad_here, dlse_here, q_here, k[:, :, keys], v[:, :, keys], out_here, lse_here, scale
+            )
+            for whole, share in zip(of_keys, shares, strict=True):
+                if i == 0:
+                    whole[:, :, keys] = share
+                else:
+                    whole[:, :, keys].add_(share)
+            dq_sum[:, :, start:stop].add_(part)
     if dq_sum is not dq:
         dq.copy_(dq_sum)
-
-
-def _finite(*tensors: Tensor) -> bool:
-    """Whether no element is NaN or infinite. False may be an overflow of the sum.
-
-    Under a mask a weight of 0 makes NaN of an infinity that its query may not see: then each segment gets its own call.
-    """
-    return all(x.sum(dtype=accumulation_dtype(x.dtype)).isfinite() for x in tensors)
 
 
 def composite(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:

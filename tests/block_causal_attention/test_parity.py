@@ -5,12 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ard_kernels import block_causal_attention, block_causal_attention_packed
 from ard_kernels.block_causal_attention import cuda, tiles, torch_impl
-from ard_kernels.block_causal_attention.plan import GROUP
 from ard_kernels.block_causal_attention.reference import block_causal_attention as reference
 from ard_kernels.block_causal_attention.triton_impl import KERNELS
 from ard_kernels.common import extension, tuning
@@ -99,20 +97,6 @@ def test_equal_segments_of_each_chip(backend, device, D, dtype, mask, chip, pois
     check(backend, device, [48], MASKS[mask], 1, 1, D, dtype)
 
 
-def alone(patch):
-    """Backend torch gives short segments, too, a call each."""
-    make = torch_impl.make_plan
-    patch.setattr(torch_impl, "make_plan", lambda *shape_and_mask: make(*shape_and_mask[:-1], False))
-
-
-@pytest.mark.parametrize(("backend", "device"), on_devices("torch"))
-@pytest.mark.parametrize("kind", KINDS)
-@each_mask
-def test_layouts_of_segments_alone(backend, device, kind, mask, monkeypatch, poisoned):
-    alone(monkeypatch)
-    check(backend, device, [24], mask, 2, 3, D=72, kind=kind)
-
-
 # What a drawn case of each backend may have, and how many are drawn in the fast and in the slow tests.
 DRAWN = {
     "torch": {"longest": 40, "segments": 12, "sizes": 3, "dims": [8, 16, 24, 72, 80], "dtypes": DTYPES},
@@ -135,16 +119,14 @@ def test_drawn_cases(backend, device, many):
         shape=st.tuples(st.integers(1, most["sizes"]), st.integers(1, most["sizes"]), st.sampled_from(most["dims"])),
         dtype=st.sampled_from(most["dtypes"]),
         kind=st.sampled_from(KINDS),
-        grouped=st.booleans(),
+        ampere=st.booleans(),
         seed=st.integers(0, 5),
     )
-    def draw(lengths, mask, shape, dtype, kind, grouped, seed):
+    def draw(lengths, mask, shape, dtype, kind, ampere, seed):
         with pytest.MonkeyPatch.context() as patch:
-            if backend == "torch" and not grouped:
-                alone(patch)
             if backend == "cuda" and SIMULATED:
                 extension.emulated.set_seed(seed)
-                patch.setattr(cuda, "architecture", lambda device: 80 if grouped else 90)
+                patch.setattr(cuda, "architecture", lambda device: 80 if ampere else 90)
             check(backend, device, lengths, mask, *shape, dtype, kind)
 
     draw()
@@ -347,15 +329,6 @@ def test_what_is_not_finite_reaches_who_sees_it_and_nobody_else(backend, device,
         assert name not in ("out", "dq") or (name == "out" and which == 3) or not got[:, :, 2 * length].isfinite().any()
 
 
-def test_many_tiny_segments_share_calls():
-    """One token a segment: not a call for each, of PyTorch's kernel for the CPU."""
-    q, k, v = (torch.randn(1, 2, 512, 16, requires_grad=True) for _ in range(3))
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        block_causal_attention(q, k, v, segment_length=1, window=3, backend="torch").sum().backward()
-    calls = {event.key: event.count for event in profiler.key_averages() if "flash_attention" in event.key}
-    assert sum(calls.values()) == 2 * 512 // GROUP
-
-
 def test_scale_and_single_segment(device):
     q, k, v = (torch.randn(1, 2, 40, 72, device=device) for _ in range(3))
     out = block_causal_attention(q, k, v, segment_length=40, scale=0.3)
@@ -372,13 +345,10 @@ def test_empty(backend, device, shape):
     assert q.grad.shape == shape
 
 
-@pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize(
     "mask", [(2, 1), *(pytest.param(mask, marks=pytest.mark.slow) for mask in list(MASKS.values())[:4])], ids=str
 )
-def test_gradcheck(mask, grouped, device, monkeypatch):
-    if not grouped:
-        alone(monkeypatch)
+def test_gradcheck(mask, device):
     how = {"segment_length": [2, 3, 4], "window": mask[0], "sink": mask[1]}
     qkv = torch.randn(1, 9, 3, 2, 8, dtype=torch.float64, device=device, requires_grad=True)
     leaves = [x.detach().transpose(1, 2).clone().requires_grad_() for x in qkv.unbind(2)]
