@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
@@ -86,10 +87,15 @@ def _nothing() -> None:
 
 
 def _begin(reported: Any) -> None:
-    """A worker has one thread; and it ends with its parent, which a pool's workers outlive if that is killed."""
+    """A worker has one thread; and it ends with its parent, which a pool's workers outlive if that is killed.
+
+    A terminal's Ctrl-C reaches it too: one that has nothing to do ends without a word, a training after its step.
+    """
     global _reported
     _reported = reported
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
