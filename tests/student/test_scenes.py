@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -254,33 +250,7 @@ def test_demo_of_scenes_is_reproducible(finished):
     before = json.loads((out / "report.json").read_text())
     shards = {path: path.stat().st_mtime_ns for path in out.rglob("shard-*")}
     config = load_config(scenes=True, changes=TINY)
-    run_demo(out, config=replace(config, demo=replace(config.demo, seeds=(0,), workers=1)))  # here, not side by side
+    run_demo(out, config=replace(config, demo=replace(config.demo, seeds=(0,), workers=1)))
     after = json.loads((out / "report.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in out.rglob("shard-*")} == shards
     assert after["students"] == before["students"][:3] and after["teacher"] == before["teacher"]
-
-
-PARENT = """
-import multiprocessing, os, sys, time
-from concurrent.futures import ProcessPoolExecutor
-from ard.demo.students import _begin
-
-if __name__ == "__main__":
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
-    print(pool.submit(os.getpid).result(), flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.mark.slow
-def test_workers_end_with_their_parent(tmp_path):
-    (tmp_path / "parent.py").write_text(PARENT)
-    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], stdout=subprocess.PIPE, text=True)
-    worker = Path("/proc") / parent.stdout.readline().strip()
-    assert worker.is_dir()
-    parent.kill()
-    parent.wait()
-    until = time.monotonic() + 10
-    while worker.is_dir() and "Z (zombie)" not in (worker / "status").read_text() and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not worker.is_dir() or "Z (zombie)" in (worker / "status").read_text()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ard.demo.scores import DISTANCES, is_tuned
+from ard.demo.workers import cores
 from ard.storage.files import atomic_path
 
 TITLES = {"digits": "handwritten digits", "scenes": "scenes of handwritten digits, from prompts"}
@@ -26,12 +27,13 @@ SHARE_HEADINGS = {
 }
 
 
-def environment() -> dict:
-    """Hardware and versions that produced a report."""
+def environment(workers: int) -> dict:
+    """Hardware and versions that produced a report; workers: processes beside this one."""
     return {
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
+        "cores": cores(),
+        "workers": workers,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -243,8 +245,9 @@ def _settings(result: dict) -> str:
             f"{gan['train']['learning_rate']:g}, the heads' {gan['discriminator_learning_rate']:g}, generator weight "
             f"{gan['factor']:g} times the adaptive one from step {gan['start']}.",
             f"- Held-out noise: seed {demo['evaluation']['seed']}.",
-            f"- Machine: {environment['cpu']}, {environment['cpu_count']} cores, {environment['torch_threads']} "
-            f"threads used, {environment['system']}; Python {environment['python']}, torch {environment['torch']}.",
+            f"- Machine: {environment['cpu']}, {environment['cores']} of {environment['cpu_count']} cores, "
+            f"{environment['workers']} processes of one thread, {environment['system']}; Python "
+            f"{environment['python']}, torch {environment['torch']}.",
         ]
     )
 

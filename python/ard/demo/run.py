@@ -19,6 +19,7 @@ from ard.demo.scores import Judge, Subject, measure_costs, summarize
 from ard.demo.settings import DemoConfig, load_config
 from ard.demo.single_digits import SingleDigits
 from ard.demo.students import Stopwatch, make_students, make_trajectories
+from ard.demo.workers import Workers, cores, one_thread
 from ard.evaluation import digit_classifier
 from ard.storage.files import write_json
 
@@ -40,6 +41,11 @@ def run_demo(
     """
     config, out = config or load_config(quick, family=family, scenes=scenes), Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    with one_thread(), Workers(min(config.demo.workers or cores(), config.demo.students)) as workers:
+        return _run(out, quick, config, workers)
+
+
+def _run(out: Path, quick: bool, config: DemoConfig, workers: Workers) -> Path:
     watch, data = Stopwatch(), digits.load()
     with watch.stage("classifier", 1) as advance:
         classifier, accuracy = digit_classifier.train_classifier(data, config.demo.classifier)
@@ -49,16 +55,17 @@ def run_demo(
         subject: Subject = kind(data, classifier, config)
         advance()
     made = subject.make_teacher(out, watch)
-    samplers = make_students(made, make_trajectories(made, out, watch), subject.real(), config, out, watch)
-    judge = Judge(made, subject, config, watch)
-    teacher_scores = judge.scores(judge.teacher_images)
-    rows = [judge.row(sampler) for sampler in samplers]
+    store = make_trajectories(made, out, watch, workers)
+    samplers = make_students(made, store, subject.real(), config, out, watch, workers)
+    judge = Judge(made, subject, config, watch, workers)
+    teacher_scores, images = judge.scores(judge.teacher_images), judge.images(samplers)
+    rows = [judge.row(sampler, own) for sampler, own in zip(samplers, images, strict=True)]
     costs = measure_costs(made, subject, samplers, config, watch)
     result = {
         "subject": subject.name,
         "quick": quick,
         "settings": {**plain(made.recipe), "demo": plain(config.demo)},
-        "environment": report.environment(),
+        "environment": report.environment(workers.count),
         "seconds_per_stage": watch.seconds,
         "classifier_held_out_accuracy": accuracy,
         "teacher": {"parameters": sum(p.numel() for p in made.teacher.parameters()), **teacher_scores},
@@ -69,7 +76,6 @@ def run_demo(
     }
     write_json(out / "report.json", result)
     pictures.write_losses(out / "losses.png", made.log, {(s.name, s.seed): s.log for s in samplers})
-    pictures.write_grid(
-        out / "grid.png", judge.teacher_images, judge.student_images, subject.captions, wide=bool(config.demo.scenes)
-    )
+    shown = {(sampler.name, sampler.seed): own for sampler, own in zip(samplers, images, strict=True)}
+    pictures.write_grid(out / "grid.png", judge.teacher_images, shown, subject.captions, wide=bool(config.demo.scenes))
     return report.write_markdown(out / "report.md", result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,13 +13,12 @@ import torch
 from torch import Tensor
 
 from ard.common.streams import noise_at
-from ard.conditions.sources import null_tensors
 from ard.data.latents import RealLatents
-from ard.data.trajectories import MakeBatch
 from ard.demo.settings import DemoConfig
-from ard.demo.students import Made, Sampler, Stopwatch
+from ard.demo.students import Made, Sampler, Stopwatch, shared_sampler, teacher_sampler
+from ard.demo.workers import Workers, report
 from ard.evaluation.metrics import FeatureStatistics, endpoint_mse, feature_statistics, frechet_distance
-from ard.training import stages
+from ard.models.student import ARDStudent
 from ard_kernels import flops
 
 DISTANCES = ("frechet_to_teacher", "endpoint_mse", "frechet_to_real")  # the smaller the better; other scores are shares
@@ -51,48 +51,34 @@ class Subject(Protocol):
         """Of all evaluated images, the shares that show what they should."""
 
 
-def teacher_sampler(made: Made) -> MakeBatch:
-    """(noise, *conditions) -> the teacher's last prediction alone."""
-    null = null_tensors(stages.source_of(made.recipe), made.recipe.trajectories.negative_prompt)
-    return stages.sampler(made.teacher, made.recipe.trajectories, (0,), torch.device("cpu"), null)
-
-
 class Judge:
     """Scores samplers on one set of held-out noise; the teacher's images from it are the reference."""
 
-    def __init__(self, made: Made, subject: Subject, config: DemoConfig, watch: Stopwatch):
+    def __init__(self, made: Made, subject: Subject, config: DemoConfig, watch: Stopwatch, workers: Workers):
         settings = config.demo.evaluation
-        self.subject, self.watch, self.batch_size = subject, watch, settings.batch_size
-        self.noise = noise_at(settings.seed, range(settings.count), made.recipe.model.image_shape)
-        self.conditions = subject.conditions(settings.count)
+        self.subject, self.watch, self.workers, self.batch_size = subject, watch, workers, settings.batch_size
+        noise = noise_at(settings.seed, range(settings.count), made.recipe.model.image_shape)
+        self.inputs = (noise, *subject.conditions(settings.count))
         self.real = self.statistics(subject.real_images)
-        sample = teacher_sampler(made)
-        self.teacher_images = self.sample("score teacher", lambda *inputs: sample(*inputs).x0[:, -1])
+        with watch.stage("teacher's images", settings.count) as advance:
+            self.teacher_images = shared_sampler(made, (0,), workers)(*self.inputs).x0[:, -1]
+            advance(settings.count)
         self.teacher = self.statistics(self.teacher_images)
-        self.student_images: dict[tuple[str, int], Tensor] = {}
 
     def statistics(self, images: Tensor) -> FeatureStatistics:
         return feature_statistics(self.subject.features(images))
 
-    def sample(self, name: str, sampler: Callable[..., Tensor]) -> Tensor:
-        """Images of all held-out noise."""
-        images = []
-        with self.watch.stage(name, len(self.noise)) as advance:
-            inputs = (self.noise, *self.conditions)
-            for batch in zip(*(tensor.split(self.batch_size) for tensor in inputs), strict=True):
-                images.append(sampler(*batch))
-                advance(len(batch[0]))
-        return torch.cat(images)
+    def images(self, samplers: Sequence[Sampler]) -> list[Tensor]:
+        """Of all held-out noise, by each sampler."""
+        with self.watch.stage("students' images", len(samplers) * len(self.inputs[0])) as advance:
+            students = [sampler.student for sampler in samplers]
+            return self.workers.run(partial(_sampled, self.inputs, self.batch_size), students, advance)
 
     def scores(self, images: Tensor) -> dict[str, float]:
         distance = frechet_distance(self.statistics(images), self.real)
         return {"frechet_to_real": distance, **self.subject.shares(images)}
 
-    def row(self, sampler: Sampler) -> dict[str, Any]:
-        images = self.sample(
-            f"score {sampler.name} seed {sampler.seed}", lambda *inputs: sampler.student.sample(*inputs)[:, -1]
-        )
-        self.student_images[sampler.name, sampler.seed] = images
+    def row(self, sampler: Sampler, images: Tensor) -> dict[str, Any]:
         return {
             "sampler": sampler.name,
             "history_layers": sampler.history_layers,
@@ -101,6 +87,15 @@ class Judge:
             "endpoint_mse": endpoint_mse(images, self.teacher_images),
             **self.scores(images),
         }
+
+
+def _sampled(inputs: tuple[Tensor, ...], batch_size: int, student: ARDStudent) -> Tensor:
+    """In a worker."""
+    images = []
+    for batch in zip(*(tensor.split(batch_size) for tensor in inputs), strict=True):
+        images.append(student.sample(*batch)[:, -1])
+        report(len(batch[0]))
+    return torch.cat(images)
 
 
 def is_tuned(name: str) -> bool:
@@ -147,7 +142,7 @@ def measure_costs(
     forwards = trajectories.sampling_steps * (1 if trajectories.cfg_scale == 1.0 else 2)
     # name, history layers, (noise, *conditions) -> samples, FLOPs of an image
     runs: list[tuple[str, int | None, Callable[..., object], int]]
-    runs = [("teacher", None, teacher_sampler(made), forwards * flops.teacher_forward(model))]
+    runs = [("teacher", None, teacher_sampler(made, (0,)), forwards * flops.teacher_forward(model))]
     for sampler in samplers[: len(config.demo.history_layers)]:  # a fine-tune changes no cost
         n = sampler.history_layers
         cost = flops.student_sampling(model, made.recipe.steps, n)

@@ -59,7 +59,7 @@ class ComparisonConfig(Ranged):
     seeds: tuple[int, ...]  # of the data order; replace those of the recipe's training
     evaluation: EvaluationConfig
     scenes: ScenesConfig | None = None  # instead of single digits
-    workers: int = 1  # processes that train students side by side, of one thread each; 1: this one, with its threads
+    workers: int | None = None  # processes of one thread each; as many as there are cores by default
 
     RANGES: ClassVar = {"history_layers": "[0, 1024]", "seeds": SEED, "workers": "[1, 64]"}
 
@@ -69,6 +69,11 @@ class ComparisonConfig(Ranged):
             raise ValueError(f"demo.history_layers is {list(self.history_layers)}; expected 0 first, then others")
         if not self.seeds:
             raise ValueError("demo.seeds is empty; expected at least one seed")
+
+    @property
+    def students(self) -> int:
+        """That are trained beside each other."""
+        return len(self.history_layers) * len(self.seeds)
 
 
 @dataclass(frozen=True)

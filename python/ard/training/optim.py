@@ -53,6 +53,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.AdamW, tensors: dict
         optimizer.state[parameter] = state
 
 
-def clip_gradients(model: nn.Module, limit: float) -> float:
+def clip_gradients(optimizer: torch.optim.AdamW, limit: float) -> float:
     """Scales the gradients to a 2-norm of at most ``limit`` over all parameters; returns the norm before."""
-    return float(whole(nn.utils.clip_grad_norm_(trainable(model).values(), limit)))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return float(whole(nn.utils.clip_grad_norm_(parameters, limit)))

@@ -111,7 +111,7 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 batch = objective.batch(self.step, config.batch_size)
                 scalars = self._backward(batch, received)
-                scalars.update(objective.reduce(), grad_norm=clip_gradients(self.model, config.grad_clip))
+                scalars.update(objective.reduce(), grad_norm=clip_gradients(self.optimizer, config.grad_clip))
                 self._require_finite(scalars, batch)
                 self.optimizer.step()
                 self.ema.update(self.model, self.step)

@@ -1,0 +1,106 @@
+"""Processes of one thread each that share out jobs: side by side where there are cores, with the same bits however many
+there are."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+POLL = 1.0  # seconds between two looks at what the workers have reported
+_reported: Any = None  # in a worker: the counter that `report` adds to
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums over two threads round otherwise than over one; and threads that wait for each other waste cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Workers:
+    """``count`` processes, which end with the context, or with this process."""
+
+    def __init__(self, count: int):
+        context = multiprocessing.get_context("spawn")
+        self.count, self._reported = count, context.Value("q", 0)
+        self._pool = ProcessPoolExecutor(count, context, _begin, (self._reported,))
+        for _ in range(count):  # starts one each, which imports torch (4 s) while this process does something else
+            self._pool.submit(_nothing)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(
+        self,
+        function: Callable[[Job], Result],
+        jobs: Sequence[Job],
+        advance: Callable[[int], None] = lambda count: None,
+        size: Callable[[Job], int] = lambda job: 1,
+    ) -> list[Result]:
+        """``function`` of every job, in their order; the largest begin first. advance: gets what they `report`."""
+        shown = self._reported.value
+        futures: dict[int, Future[Result]] = {}
+        for number in sorted(range(len(jobs)), key=lambda number: -size(jobs[number])):
+            futures[number] = self._pool.submit(function, jobs[number])
+        waiting = set(futures.values())
+        while waiting:
+            finished, waiting = wait(waiting, POLL, FIRST_EXCEPTION)
+            for future in finished:
+                future.result()  # raises what the job has raised
+            advance(self._reported.value - shown)
+            shown = self._reported.value
+        return [futures[number].result() for number in range(len(jobs))]
+
+
+def report(count: int) -> None:
+    """In a worker: so much more is done."""
+    with _reported.get_lock():
+        _reported.value += count
+
+
+def _nothing() -> None:
+    pass
+
+
+def _begin(reported: Any) -> None:
+    """A worker has one thread; and it ends with its parent, which a pool's workers outlive if that is killed.
+
+    A terminal's Ctrl-C reaches it too: one that has nothing to do ends without a word, a training after its step.
+    """
+    global _reported
+    _reported = reported
+    torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
