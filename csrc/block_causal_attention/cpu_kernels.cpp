@@ -57,12 +57,17 @@ constexpr int64_t kRowsAhead = 8;
 // Tokens [first, first + count) as fp32: in place where that is allowed and they are, else copied to `buffer`, with
 // zeros behind a row's end.
 Rows read_rows(const Head& x, int64_t first, int64_t count, int64_t D, bool in_place, const Rows& buffer) {
+  const auto prefetch = [&](int64_t r) {
+    const char* row = x.row(first + (r < count ? r : count - 1));
+    for (int64_t i = 0; i < D * size_of(x.dtype); i += 64) __builtin_prefetch(row + i);
+  };
   if (in_place && x.dtype == DType::kFloat32) {
+    if (x.step != D)
+      for (int64_t r = 0; r < count; ++r) prefetch(r);
     return {static_cast<float*>(static_cast<void*>(x.row(first))), x.step};
   }
   for (int64_t r = 0; r < count; ++r) {
-    const char* ahead = x.row(first + (r + kRowsAhead < count ? r + kRowsAhead : r));
-    for (int64_t i = 0; i < D * size_of(x.dtype); i += 64) __builtin_prefetch(ahead + i);
+    prefetch(r + kRowsAhead);
     float* to = buffer.row(r);
     const float* from = widen_row(x.row(first + r), x.dtype, D, to);
     if (from != to)
@@ -252,7 +257,7 @@ Rows keys_of(const AttentionCall& p, const HeadsView& x, const AttentionTiles& t
   }
   const Rows packed{scratch.take(p.keys * p.head_dim), p.head_dim};
   if (first >= stop) return packed;
-  const bool once = (unit.last_tile - unit.first_tile) * p.group() <= 1, together = x.stride_token == p.head_dim;
+  const bool once = (unit.last_tile - unit.first_tile) * p.group() <= 4, together = x.stride_token == p.head_dim;
   const Rows seen = read_rows(Head(p, x, unit.batch, unit.kv_head), first, stop - first, p.head_dim, once || together,
                               {packed.row(first), packed.step});
   return {seen.data - first * seen.step, seen.step};
@@ -337,24 +342,23 @@ struct BackwardTile {
   float base[kRows], delta[kRows];
 };
 
-// Of each row: lse, and delta = sum over D of grad_out * out, less the gradient of lse.
+// Of each row: lse, and delta = sum over D of grad_out * out, less the gradient of lse. Summed as `product` sums the
+// scores' gradients, so that the difference to them is exactly 0 where a row sees one key.
 void row_statistics(const AttentionCall& p, const AttentionGradients& g, int64_t batch, int64_t head,
                     const Rows& buffer, BackwardTile& at) {
-  const int64_t first = (batch * p.heads + head) * p.rows + at.tile.start;
-  const Rows out = read_rows(Head(p, p.out, batch, head), at.tile.start, at.rows, p.head_dim, true, buffer);
+  const int64_t first = (batch * p.heads + head) * p.rows + at.tile.start, D = p.head_dim;
+  float* const out_lanes = at.dq_lanes;  // not in use yet
+  const Rows out = read_rows(Head(p, p.out, batch, head), at.tile.start, at.rows, D, true, buffer);
+  to_lanes(out, at.rows, D, 1, at.lanes, out_lanes);
+  for (int64_t c = 0; c < at.lanes; c += kLanes) {
+    Lanes sum{};
+    for (int64_t d = 0; d < D; ++d)
+      sum += load_lanes(out_lanes + d * at.lanes + c) * load_lanes(at.grad_lanes + d * at.lanes + c);
+    store_lanes(at.delta + c, sum);
+  }
   for (int64_t r = 0; r < at.lanes; ++r) {
-    at.base[r] = at.delta[r] = 0;
-    if (r >= at.rows) continue;
-    Block sum{};
-    for (int64_t d = 0; d < p.head_dim; d += kBlock) {
-      Block of_grad, of_out;
-      std::memcpy(&of_grad, at.grad.row(r) + d, sizeof(Block)), std::memcpy(&of_out, out.row(r) + d, sizeof(Block));
-      sum += of_grad * of_out;
-    }
-    float total = 0;
-    for (int64_t i = 0; i < kBlock / 2; ++i) total += sum[i] + sum[i + kBlock / 2];
-    at.delta[r] = g.grad_lse ? total - g.grad_lse[first + r] : total;
-    at.base[r] = p.lse[first + r];
+    at.base[r] = r < at.rows ? p.lse[first + r] : 0;
+    if (g.grad_lse && r < at.rows) at.delta[r] -= g.grad_lse[first + r];
   }
 }
 
@@ -399,9 +403,9 @@ bool backward(const AttentionCall& p, const AttentionGradients& g, const Attenti
       at.tile = tiles.tiles[first_tile + i], at.rows = at.tile.stop - at.tile.start, at.lanes = lanes_of(at.tile);
       at.q = read_rows(Head(p, p.q, unit.batch, head), at.tile.start, at.rows, D, in_place, at.q_buffer);
       at.grad = read_rows(Head(p, g.grad_out, unit.batch, head), at.tile.start, at.rows, D, in_place, at.grad_buffer);
-      row_statistics(p, g, unit.batch, head, rows, at);
       to_lanes(at.q, at.rows, D, p.scale, at.lanes, at.q_lanes);
       to_lanes(at.grad, at.rows, D, 1, at.lanes, at.grad_lanes);
+      row_statistics(p, g, unit.batch, head, rows, at);
     }
     bool first = true;
     for_key_blocks(tiles, together[0].tile, [&](const KeyBlock& block) {
