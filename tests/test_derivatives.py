@@ -191,6 +191,12 @@ def test_a_named_backend_refuses_tangents(backend, device):
         torch.func.jvp(lambda x: adaln_modulate(x, row, row, segment_length=4, backend=backend), (x,), (x,))
 
 
+def test_attention_on_a_named_backend_refuses_tangents():
+    q = torch.randn(1, 2, 8, 8)
+    with pytest.raises(NotImplementedError, match="segment_attention on backend 'cpu' has no forward-mode"):
+        torch.func.jvp(lambda q: block_causal_attention(q, q, q, segment_length=4, backend="cpu"), (q,), (q,))
+
+
 def test_sampling_refuses_tangents(device):
     q = torch.randn(1, 2, 4, 8, device=device)
     cache = HistoryCache(1, 1, 2, 8, 8, device=device)
