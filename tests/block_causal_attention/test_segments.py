@@ -63,6 +63,7 @@ def test_drawn_masks(backend, device, tier):
     @settings(max_examples=EXAMPLES[backend][tier])
     @given(case=cases(), other=st.booleans(), seed=st.integers(0, 5))
     def draw(case, other, seed):
+        torch.manual_seed(seed)
         with pytest.MonkeyPatch.context() as patch:
             if backend == "torch" and other:
                 patch.setattr(torch_impl, "_fused", lambda device: False)
