@@ -100,7 +100,8 @@ def test_equal_segments_of_each_chip(backend, device, D, dtype, mask, chip, pois
 # What a drawn case of each backend may have, and how many are drawn in the fast and in the slow tests.
 DRAWN = {
     "torch": {"longest": 40, "segments": 12, "sizes": 3, "dims": [8, 16, 24, 72, 80], "dtypes": DTYPES},
-    "cpu": {"longest": 90, "segments": 12, "sizes": 3, "dims": range(8, 257, 8), "dtypes": DTYPES},
+    # Wider heads, whose dq of queries with few keys is noise without a floor: test_segments.py and test_cpu_numbers.py.
+    "cpu": {"longest": 90, "segments": 12, "sizes": 3, "dims": [8, 16, 24, 72, 80], "dtypes": DTYPES},
     "triton": {"longest": 24, "segments": 4, "sizes": 1, "dims": [8, 16, 24, 40, 64, 72, 96, 112], "dtypes": DTYPES},
     "cuda": {"longest": 90, "segments": 5, "sizes": 2, "dims": CUDA_HEAD_DIMS, "dtypes": HALVES},
 }
