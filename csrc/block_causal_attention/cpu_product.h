@@ -4,7 +4,8 @@
 //
 // Numbers of a are broadcast from wherever they lie, rows of b and c are whole registers. A block of c stays in
 // registers while p runs: 16 sums or more, as two multiply-adds a cycle of latency 4 need 8, and each loaded number
-// serves 4. Sums run over p in order, so results do not depend on how blocks are cut.
+// serves 4. Sums run over p in order, so results do not depend on how blocks are cut; what is there already is added at
+// the end, so that a long sum is one of partial sums and rounds less.
 #pragma once
 
 #include "../common/vec.h"
@@ -33,7 +34,7 @@ __attribute__((noinline)) void product_block(const Broadcast& a, const float* b,
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVecs; ++v) sum[i][v] = add ? load_lanes(c + i * c_step + v * kLanes) : Lanes{};
+    for (int v = 0; v < kVecs; ++v) sum[i][v] = Lanes{};
   const float* from = a.data;
   const int64_t step = a.step, depth_step = a.depth_step;
   for (int64_t p = 0; p < depth; ++p) {
@@ -52,7 +53,10 @@ __attribute__((noinline)) void product_block(const Broadcast& a, const float* b,
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVecs; ++v) store_lanes(c + i * c_step + v * kLanes, sum[i][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      float* to = c + i * c_step + v * kLanes;
+      store_lanes(to, add ? load_lanes(to) + sum[i][v] : sum[i][v]);
+    }
 }
 
 template <int kVecs>
