@@ -62,7 +62,7 @@ test-other-python:
 else
 test-other-python: $(OTHER)/.installed
 	$(OTHER)/bin/pytest -n $(WORKERS) -m 'not slow and not exhaustive' -k '$(QUICK)' tests/test_library.py tests/test_package.py \
-	  tests/block_causal_attention tests/history_attention tests/segment_adaln tests/qk_norm_rope
+	  tests/block_causal_attention tests/history_attention tests/segment_adaln tests/qk_norm_rope tests/gelu
 endif
 
 # The other torch, 5 GB of it, stands once and alone in its environment; that of the tests and that in which dist tries
@@ -108,7 +108,7 @@ test-sanitize: install
 	rm -rf $(SANITIZED)
 	ARD_SANITIZE=1 ARD_BUILD_CUDA=0 $(BIN)/pip install --quiet --no-deps --target $(SANITIZED) .
 	LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONPATH=$(SANITIZED) \
-	  ARD_EXPECT_EXTENSION=$(SANITIZED) $(BIN)/pytest -n $(CORES) $(addprefix tests/,segment_adaln history_attention qk_norm_rope \
+	  ARD_EXPECT_EXTENSION=$(SANITIZED) $(BIN)/pytest -n $(CORES) $(addprefix tests/,segment_adaln history_attention qk_norm_rope gelu \
 	  block_causal_attention) -m 'not exhaustive' -k 'not compile and not triton and not cuda and not torch-on'
 
 lint: install

@@ -10,6 +10,7 @@ from ard_kernels.block_causal_attention import (
     segment_attention_packed,
 )
 from ard_kernels.common.backends import BackendStatus, backends, use_backend
+from ard_kernels.gelu import gelu
 from ard_kernels.history_attention import HistoryCache, HistoryRouting, history_attention
 from ard_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_packed
 from ard_kernels.segment_adaln import adaln_modulate, gate_residual, gate_residual_adaln
@@ -28,6 +29,7 @@ __all__ = [
     "flops",
     "gate_residual",
     "gate_residual_adaln",
+    "gelu",
     "history_attention",
     "merge_attention",
     "qk_norm_rope",

@@ -284,7 +284,7 @@ def gpu_jobs() -> list[Job]:
 
 
 def cpu_jobs() -> list[Job]:
-    """fp32 but for some attention in bf16, of which both backends are timed: `measured_slower` says when which is taken."""
+    """fp32 but for some attention in bf16, of which both backends are timed: `measured_slower` follows from it."""
     fp32, both = {"dtype": torch.float32}, ("forward", "forward+backward")
     # B, H, L, D and the goals of both directions; B 64 is a batch of the demo's.
     shapes = [

@@ -6,6 +6,7 @@
 #include "block_causal_attention/cpu_bindings.h"
 #include "common/isa.h"
 #include "common/python.h"
+#include "gelu/kernels.h"
 #include "gpu_bindings.h"
 #include "history_attention/params.h"
 #include "qk_norm_rope/python.h"
@@ -60,6 +61,14 @@ PYBIND11_MODULE(_C, m) {
         append_cpu({k, v, cache_k, cache_v, batch, heads, tokens, row_bytes, element_bytes, threads});
       },
       py::call_guard<py::gil_scoped_release>());
+  m.def("gelu_forward", [](uintptr_t x, uintptr_t y, int64_t n, int dtype, int threads) {
+    py::gil_scoped_release release;
+    gelu_forward_cpu(pointer<void>(x), pointer<void>(y), n, static_cast<DType>(dtype), threads);
+  });
+  m.def("gelu_backward", [](uintptr_t grad, uintptr_t x, uintptr_t dx, int64_t n, int dtype, int threads) {
+    py::gil_scoped_release release;
+    gelu_backward_cpu(pointer<void>(grad), pointer<void>(x), pointer<void>(dx), n, static_cast<DType>(dtype), threads);
+  });
   bind_attention_cpu(m);
   bind_qk_norm_rope_cpu(m);
   m.def("cpu_isa", &isa);

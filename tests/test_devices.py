@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from testing.cases import OPS
-from testing.rooms import ROOMS
+from testing.rooms import GPU_ROOMS, ROOMS
 
 ROOT = Path(__file__).parents[1]
 A_GPU_IN_SIGHT = "import torch\ntorch.cuda.is_available = lambda: True\n"
@@ -50,7 +50,7 @@ def collected_beside_a_gpu(folder):
 
 def test_a_gpu_gets_every_kind_of_test_and_no_simulation(tmp_path):
     collected = collected_beside_a_gpu(tmp_path)
-    for room, backend in itertools.product(ROOMS, ("triton", "cuda")):
+    for room, backend in itertools.product(GPU_ROOMS, ("triton", "cuda")):
         on_gpu = [line for line in collected if room in line and f"{backend}-on-cuda" in line]
         wanted = PARITY[room] + GRADIENTS[room] + [f"test_{name}" for name in CONTRACT[room]]
         for name in wanted:

@@ -50,6 +50,7 @@ def imports(path: Path) -> set[str]:
         ("common", ()),
         ("block_causal_attention", ("common",)),
         ("segment_adaln", ("common",)),
+        ("gelu", ("common",)),
         ("qk_norm_rope", ("common", "block_causal_attention")),
         ("history_attention", ("common", "block_causal_attention")),
     ],

@@ -13,14 +13,6 @@
 namespace ard {
 namespace {
 
-ARD_INLINE Lanes load_lanes(const float* from) {
-  Lanes lanes;
-  std::memcpy(&lanes, from, sizeof lanes);
-  return lanes;
-}
-
-ARD_INLINE void store_lanes(float* to, const Lanes& lanes) { std::memcpy(to, &lanes, sizeof lanes); }
-
 // What is broadcast: number (i, p) at data[i * step + p * depth_step].
 struct Broadcast {
   const float* data;

@@ -18,6 +18,14 @@ constexpr int64_t kLanes = 4;
 #endif
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 
+ARD_INLINE Lanes load_lanes(const float* from) {
+  Lanes lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+ARD_INLINE void store_lanes(float* to, const Lanes& lanes) { std::memcpy(to, &lanes, sizeof lanes); }
+
 // Halves down to one register each: of a vector type wider than a register GCC makes copies in memory, of an array of
 // registers too (AVX2: 1.4 to 1.9 times the time of adaLN rows).
 template <int64_t kSize>

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ard_kernels
 from ard.models.config import ClassConfig, ModelConfig
 
 # packed q, k, v (B, T, 3, H, D) -> out (B, T, H, D)
@@ -118,7 +119,7 @@ class TwoLayers(nn.Module):
         self.fc1, self.fc2 = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(y), approximate="tanh"))
+        return self.fc2(ard_kernels.gelu(self.fc1(y)))
 
 
 class Mlp(TwoLayers):

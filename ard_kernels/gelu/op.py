@@ -1,0 +1,76 @@
+"""`ard::gelu` and its backward: schema, dispatch on the resolved backend, fake, gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, empty_like
+
+from ard_kernels.common.backends import check_backend, register_backend, serves_everything
+from ard_kernels.common.library import define_op
+from ard_kernels.gelu import cpu, torch_impl
+from ard_kernels.gelu.backend import Kernels
+
+OP = "gelu"
+KERNELS: dict[str, Kernels] = {"cpu": cpu, "torch": torch_impl}
+register_backend(OP, "cpu", cpu.refuses)
+register_backend(OP, "torch", serves_everything)
+
+
+def forward(x: Tensor, backend: str) -> Tensor:
+    """y."""
+    y = empty_like(x)
+    if x.numel():
+        KERNELS[backend].forward(_alike(x, y), y)
+    return y
+
+
+def backward(grad: Tensor, x: Tensor, backend: str) -> Tensor:
+    """dx."""
+    dx = empty_like(x)
+    if x.numel():
+        KERNELS[backend].backward(_alike(grad, dx), _alike(x, dx), dx)
+    return dx
+
+
+def _alike(x: Tensor, like: Tensor) -> Tensor:
+    """x in the memory order of `like`, which has no gaps: then elements are where they are in that."""
+    return x if x.stride() == like.stride() else empty_like(like).copy_(x)
+
+
+def _check(x: Tensor, backend: str) -> None:
+    check_backend(OP, backend, x.device, x.dtype, 0)
+
+
+def _check_backward(grad: Tensor, x: Tensor, backend: str) -> None:
+    _check(x, backend)
+    if grad.shape != x.shape or grad.dtype != x.dtype or grad.device != x.device:
+        got = f"{grad.dtype} of shape {tuple(grad.shape)} on {grad.device}"
+        raise ValueError(f"{OP}: grad is {got}; expected x's {x.dtype} of shape {tuple(x.shape)} on {x.device}")
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, ctx.backend = inputs
+    ctx.save_for_backward(x)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return backward_op(grad, *ctx.saved_tensors, ctx.backend), None
+
+
+backward_op = define_op(
+    "gelu_backward(Tensor grad, Tensor x, str backend) -> Tensor",
+    backward,
+    lambda grad, x, backend: empty_like(x),
+    check=_check_backward,
+)
+gelu_op = define_op(
+    "gelu(Tensor x, str backend) -> Tensor",
+    forward,
+    lambda x, backend: empty_like(x),
+    check=_check,
+    backward=_autograd,
+    setup_context=_setup_context,
+    composite=lambda x, backend: F.gelu(x, approximate="tanh"),
+)
