@@ -24,6 +24,7 @@ TINY = {
     "distill": {"steps": 8, "batch_size": 8, "log_every": 4},
     "gan": {"start": 2, "train": {"steps": 4, "batch_size": 8, "log_every": 2}},
     "demo": {
+        "teacher_threads": 1,
         "classifier": {"steps": 40},
         "history_layers": [0, 1],
         "seeds": [0, 1],

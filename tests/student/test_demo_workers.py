@@ -14,7 +14,7 @@ import pytest
 import torch
 from ard.common.progress import progress_bar
 from ard.demo import workers as room
-from ard.demo.workers import Workers, cores, one_thread, report
+from ard.demo.workers import Workers, cores, report, threads
 
 
 def wait_and_report(steps: int) -> tuple[int, int]:
@@ -61,11 +61,11 @@ def test_the_error_of_a_job_is_raised(two):
     assert two.run(wait_and_report, [1]) == [(1, 1)]
 
 
-def test_one_thread_is_given_back():
+def test_threads_are_given_back():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with pytest.raises(KeyError), one_thread():
+        with pytest.raises(KeyError), threads(1):
             assert torch.get_num_threads() == 1
             raise KeyError
         assert torch.get_num_threads() == 2
@@ -96,7 +96,12 @@ def test_the_demo_has_the_same_bits_with_one_worker_and_with_two(tmp_path):
         "trajectories": {"count": 300, "shard_size": 300, "sampling_steps": 2, "keep": [1, 0]},  # two parts
         "distill": {"steps": 4, "batch_size": 8},
         "gan": {"start": 1, "train": {"steps": 2, "batch_size": 8}},
-        "demo": {"classifier": {"steps": 20}, "history_layers": [0, 1], "evaluation": {"count": 40}},
+        "demo": {
+            "teacher_threads": 1,
+            "classifier": {"steps": 20},
+            "history_layers": [0, 1],
+            "evaluation": {"count": 40},
+        },
     }
     found = []
     for count in (1, 2):

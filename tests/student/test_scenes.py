@@ -27,6 +27,7 @@ TINY = {
     "distill": {"steps": 6, "batch_size": 8, "log_every": 3},
     "gan": {"start": 1, "train": {"steps": 3, "batch_size": 8, "log_every": 2}},
     "demo": {
+        "teacher_threads": 1,
         "classifier": {"steps": 40},
         "history_layers": [0, 1],
         "seeds": [0, 1],

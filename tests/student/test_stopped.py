@@ -43,6 +43,7 @@ DEMO = {
     "distill": {"steps": 30, "batch_size": 8, "log_every": 4},
     "gan": {"start": 2, "train": {"steps": 20, "batch_size": 8, "log_every": 2}},
     "demo": {
+        "teacher_threads": 1,
         "classifier": {"steps": 40},
         "history_layers": [0, 1],
         "seeds": [0],

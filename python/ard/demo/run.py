@@ -19,7 +19,7 @@ from ard.demo.scores import Judge, Subject, measure_costs, summarize
 from ard.demo.settings import DemoConfig, load_config
 from ard.demo.single_digits import SingleDigits
 from ard.demo.students import Stopwatch, make_students, make_trajectories
-from ard.demo.workers import Workers, cores, one_thread
+from ard.demo.workers import Workers, cores, threads
 from ard.evaluation import digit_classifier
 from ard.storage.files import write_json
 
@@ -41,7 +41,7 @@ def run_demo(
     """
     config, out = config or load_config(quick, family=family, scenes=scenes), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with one_thread(), Workers(min(config.demo.workers or cores(), config.demo.students)) as workers:
+    with threads(1), Workers(min(config.demo.workers or cores(), config.demo.students)) as workers:
         return _run(out, quick, config, workers)
 
 
@@ -54,7 +54,8 @@ def _run(out: Path, quick: bool, config: DemoConfig, workers: Workers) -> Path:
     with watch.stage("data", 1) as advance:
         subject: Subject = kind(data, classifier, config)
         advance()
-    made = subject.make_teacher(out, watch)
+    with threads(config.demo.teacher_threads):  # nothing else is to be done meanwhile
+        made = subject.make_teacher(out, watch)
     store = make_trajectories(made, out, watch, workers)
     samplers = make_students(made, store, subject.real(), config, out, watch, workers)
     judge = Judge(made, subject, config, watch, workers)

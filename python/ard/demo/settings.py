@@ -60,8 +60,14 @@ class ComparisonConfig(Ranged):
     evaluation: EvaluationConfig
     scenes: ScenesConfig | None = None  # instead of single digits
     workers: int | None = None  # processes of one thread each; as many as there are cores by default
+    teacher_threads: int = 1  # of its training, which is alone; its bits depend on them, so not on the number of cores
 
-    RANGES: ClassVar = {"history_layers": "[0, 1024]", "seeds": SEED, "workers": "[1, 64]"}
+    RANGES: ClassVar = {
+        "history_layers": "[0, 1024]",
+        "seeds": SEED,
+        "workers": "[1, 64]",
+        "teacher_threads": "[1, 64]",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

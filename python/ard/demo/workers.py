@@ -28,10 +28,10 @@ def cores() -> int:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums over two threads round otherwise than over one; and threads that wait for each other waste cores."""
+def threads(count: int) -> Iterator[None]:
+    """So many, whatever the cores: sums over two threads round otherwise than over one."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
