@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ard import ARDStudent
 from ard.conditions.prompts import TEXTS_NAME, PromptStore, read_prompts, write_prompts
 from ard.conditions.sources import Classes, Prompts, condition_source
@@ -192,6 +193,14 @@ def test_a_teacher_without_null_text_asks_for_a_negative_prompt(tmp_path):
         stages.make_trajectories(recipe, teacher, sha256, tmp_path / "trajectories")
 
 
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit for bit; to rounding where the bits of a product's row depend on how many rows there are (MKL on some chips)."""
+    x, weight = torch.randn(64, 256), torch.randn(64, 256)
+    if all(torch.equal(F.linear(x[:n], weight), F.linear(x, weight)[:n]) for n in range(1, 64)):
+        return torch.equal(one, other)
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-3)
+
+
 def test_stages_with_text(tmp_path, pillow):
     """Trajectories stored and online, distillation and its continuation, samples: from prompts to PNGs."""
     recipe = tiny_recipe(tmp_path)
@@ -199,7 +208,7 @@ def test_stages_with_text(tmp_path, pillow):
     store = stages.make_trajectories(recipe, teacher, sha256, tmp_path / "trajectories")
     online = stages.online_trajectories(recipe, teacher, sha256, torch.device("cpu"))
     for one, other in zip(store.pairs(torch.arange(4)), online.pairs(torch.arange(4)), strict=True):
-        assert all(map(torch.equal, one, other)) if isinstance(one, tuple) else torch.equal(one, other)
+        assert all(map(same, one, other)) if isinstance(one, tuple) else same(one, other)
     with pytest.raises(ValueError, match=r"numbers of prompts; expected their store"):
         TrajectoryStore(store.folder).pairs(torch.arange(2))
     other = Prompts(tiny_prompts(tmp_path / "others", PROMPTS[::-1]))
