@@ -61,7 +61,8 @@ def provenance(*contents: dict) -> str:
 def is_headline(row: Row) -> bool:
     """Whether a row is of docs/performance.md's targets, at the model's own sizes."""
     if row.op.startswith("block_causal_attention"):
-        return "D72" in row.shape and " M4 " in row.shape and "L4 " not in row.shape
+        on_cpu_in_half = row.dtype == "bfloat16" and row.facts.get("backend") in ("cpu", "torch")
+        return "D72" in row.shape and " M4 " in row.shape and "L4 " not in row.shape and not on_cpu_in_half
     return row.op in ("adaln_modulate", "gate_residual_adaln", "student_training_step", "student_sampling")
 
 

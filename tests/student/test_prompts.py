@@ -194,7 +194,7 @@ def test_a_teacher_without_null_text_asks_for_a_negative_prompt(tmp_path):
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Bit for bit; to rounding where the bits of a product's row depend on how many rows there are (MKL on some chips)."""
+    """Bit for bit; to rounding where a product's row depends on how many rows there are (MKL on some chips)."""
     x, weight = torch.randn(64, 256), torch.randn(64, 256)
     if all(torch.equal(F.linear(x[:n], weight), F.linear(x, weight)[:n]) for n in range(1, 64)):
         return torch.equal(one, other)
