@@ -40,13 +40,15 @@ def on_cpu(rooms: Results) -> bool:
 
 
 def cpu_results(devices: dict[str, Results]) -> Results:
-    """The newest results of a CPU."""
-    newest = {
-        max(c["environment"]["date"] for c in rooms.values()): rooms for rooms in devices.values() if on_cpu(rooms)
-    }
-    if not newest:
+    """The newest result file of each room that is of a CPU."""
+    found: Results = {}
+    for rooms in devices.values():
+        for name, content in rooms.items() if on_cpu(rooms) else ():
+            if name not in found or content["environment"]["date"] > found[name]["environment"]["date"]:
+                found[name] = content
+    if not found:
         sys.exit("benchmarks.report: no results of a CPU under benchmarks/results; run make bench")
-    return newest[max(newest)]
+    return found
 
 
 def provenance(*contents: dict) -> str:
