@@ -28,7 +28,7 @@ from typing import NamedTuple
 from benchmarks.files import ROOT, write_json
 from benchmarks.gpu.journal import ENDED, Journal
 from benchmarks.gpu.processes import FAILED, adopt, output_of, watched
-from testing.rooms import ROOMS
+from testing.rooms import GPU_ROOMS, ROOMS
 
 NEEDED = ("torch", "triton", "numpy", "pytest", "xdist", "pytest_benchmark", "hypothesis", "safetensors")
 SUMMARY = "gpu_check.json"
@@ -113,7 +113,7 @@ STAGES = (
     Stage("values_tuned", 15, True, "ops on Triton again, as tuned", tests(QUICK, "triton-on-cuda", *OPS)),
     Stage(
         "kernels", 80, False, "kernels against their peers",
-        benchmarks(*ROOMS),
+        benchmarks(*GPU_ROOMS),
     ),
     Stage(
         "student", 40, False, "4-step sampling and a training step of DiT-XL/2",

@@ -128,7 +128,10 @@ def test_drawn_cases(backend, device, many):
             if backend == "cuda" and SIMULATED:
                 extension.emulated.set_seed(seed)
                 patch.setattr(cuda, "architecture", lambda device: 80 if ampere else 90)
-            check(backend, device, lengths, mask, *shape, dtype, kind)
+            # The error of a few rows is one draw of a random variable: as many of them as make a norm.
+            B, *rest = shape
+            B *= 8 if sum(lengths) < 8 and backend in ("torch", "cpu") else 1
+            check(backend, device, lengths, mask, B, *rest, dtype, kind)
 
     draw()
 
