@@ -64,18 +64,26 @@ def is_headline(row: Row) -> bool:
     """Whether a row is of docs/performance.md's targets, at the model's own sizes."""
     if row.op.startswith("block_causal_attention"):
         on_cpu_in_half = row.dtype == "bfloat16" and row.facts.get("backend") in ("cpu", "torch")
-        return "D72" in row.shape and " M4 " in row.shape and "L4 " not in row.shape and not on_cpu_in_half
+        return (
+            "D72" in row.shape
+            and " M4 " in row.shape
+            and " B16 " not in row.shape
+            and "L4 " not in row.shape
+            and not on_cpu_in_half
+        )
     return row.op in ("adaln_modulate", "gate_residual_adaln", "student_training_step", "student_sampling")
 
 
 def measured(devices: dict[str, Results]) -> str:
-    """One table per device."""
+    """A table for each GPU, and one for the CPUs."""
+    groups = [([name], rooms) for name, rooms in devices.items() if not on_cpu(rooms)]
+    groups.append(([name for name, rooms in devices.items() if on_cpu(rooms)], cpu_results(devices)))
     parts = []
-    for name, rooms in devices.items():
+    for names, rooms in groups:
         used = [content for content in rooms.values() if any(map(is_headline, content["rows"]))]
         if rows := [row for content in used for row in content["rows"] if is_headline(row)]:
-            where = f"{provenance(*used)} ([all rows, plots](docs/results/{name}.md))"
-            parts.append(f"{where}:\n\n{tables.speed_table(rows)}")
+            pages = ", ".join(f"[all rows, plots](docs/results/{name}.md)" for name in names)
+            parts.append(f"{provenance(*used)} ({pages}):\n\n{tables.speed_table(rows)}")
     return "\n\n".join(parts)
 
 

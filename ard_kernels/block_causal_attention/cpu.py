@@ -19,10 +19,10 @@ refuses = extension.refuses_cpu
 def measured_slower(tensors: Sequence[Tensor], lengths: Sequence[int]) -> str | None:
     """ "cpu" where PyTorch's kernel is the faster one, for `resolve`.
 
-    With bf16 and segments of 64 tokens or more its forward takes 0.5 to 1.0 of our time on a chip with AMX, its forward
-    and backward 1.1 to 7.5 times ours. In fp32 and fp16 it is nowhere faster: docs/performance.md.
+    With bf16 and segments of 256 tokens its forward takes 0.6 of our time on a chip with AMX, at 64 tokens 1.1, its
+    forward and backward 1.2 to 7 times ours. In fp32 and fp16 it is nowhere faster: docs/performance.md.
     """
-    if tensors[0].dtype != torch.bfloat16 or max(lengths) < 64:
+    if tensors[0].dtype != torch.bfloat16 or max(lengths) < 128:
         return None
     return None if torch.is_grad_enabled() and any([x.requires_grad for x in tensors]) else "cpu"
 
