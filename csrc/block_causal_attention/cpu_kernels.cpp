@@ -263,8 +263,8 @@ Rows keys_of(const AttentionCall& p, const HeadsView& x, const AttentionTiles& t
   return {seen.data - first * seen.step, seen.step};
 }
 
-// Sums over D are sums of partial ones, of up to 24: gradients of a row that sees few keys are small differences, and one
-// chain of 224 roundings gave 3.6 times the error of plain PyTorch (so 1.6 times). It costs 2 % at D = 72.
+// Sums over D are sums of partial ones, of up to 24: gradients of a row that sees few keys are small differences, and
+// one chain of 224 roundings gave 3.6 times the error of plain PyTorch (so 1.6 times). It costs 2 % at D = 72.
 template <class Run>
 ARD_INLINE void for_depths(int64_t D, Run run) {
   const int64_t parts = (D + 23) / 24;
