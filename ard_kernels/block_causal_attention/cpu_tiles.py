@@ -12,13 +12,14 @@ whichever computes fewer pairs of a lane and a key. Lanes come LANE_STEP at a ti
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 from ard_kernels.block_causal_attention.mask import Run
 from ard_kernels.block_causal_attention.spec import Segments, visibility
+from ard_kernels.block_causal_attention.tiles import seen_pieces
 
 TILE_ROWS, LANE_STEP = 64, 16  # kTileRows and kLaneStep of cpu_params.h
 
@@ -34,24 +35,6 @@ class Tiles(NamedTuple):
         lanes = [-(-(stop - start) // LANE_STEP) * LANE_STEP for start, stop, _, _ in self.tiles]
         keys = [sum([b - a for a, b, _ in self.pieces[first:last]]) for _, _, first, last in self.tiles]
         return sum([n * each for n, each in zip(lanes, keys, strict=True)])
-
-
-def seen_pieces(ranges: Sequence[Sequence[Run]]) -> Iterator[tuple[int, int, frozenset[int]]]:
-    """Columns that some of `ranges` holds, cut where those who hold them change: (start, stop, which of them)."""
-    if len(ranges) == 1:
-        for start, stop in ranges[0]:
-            yield start, stop, frozenset((0,))
-        return
-    changes: dict[int, set[int]] = {}
-    for i, own in enumerate(ranges):
-        for run in own:
-            for end in run:
-                changes.setdefault(end, set()).symmetric_difference_update((i,))
-    holders: frozenset[int] = frozenset()
-    for start, stop in pairwise(sorted(changes)):
-        holders ^= changes[start]
-        if holders:
-            yield start, stop, holders
 
 
 def tiles_of(offsets: Sequence[int], ranges: Sequence[Sequence[Run]], across: bool) -> Tiles:

@@ -21,7 +21,7 @@ short one.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -74,22 +74,29 @@ def heads_per_group(batch_heads: int, bytes_per_head: int) -> int:
     return -(-batch_heads // groups)
 
 
-def _pieces(ranges: Sequence[Sequence[Run]]) -> list[tuple[int, int, bool]]:
-    """Columns that some segment sees, cut where who sees them changes: (start, stop, all segments see it), merged."""
+def seen_pieces(ranges: Sequence[Sequence[Run]]) -> Iterator[tuple[int, int, frozenset[int]]]:
+    """Columns that some of `ranges` holds, cut where those who hold them change: (start, stop, which of them)."""
     if len(ranges) == 1:
-        return [(start, stop, True) for start, stop in ranges[0]]
-    seen_from: dict[int, int] = {}  # at each cut, by how many segments more the columns from there on are seen
-    for own in ranges:
-        for start, stop in own:
-            seen_from[start] = seen_from.get(start, 0) + 1
-            seen_from[stop] = seen_from.get(stop, 0) - 1
+        for start, stop in ranges[0]:
+            yield start, stop, frozenset((0,))
+        return
+    changes: dict[int, set[int]] = {}
+    for i, own in enumerate(ranges):
+        for run in own:
+            for end in run:
+                changes.setdefault(end, set()).symmetric_difference_update((i,))
+    holders: frozenset[int] = frozenset()
+    for start, stop in pairwise(sorted(changes)):
+        holders ^= changes[start]
+        if holders:
+            yield start, stop, holders
+
+
+def _pieces(ranges: Sequence[Sequence[Run]]) -> list[tuple[int, int, bool]]:
+    """Columns that some of `ranges` holds, cut where all or not all do: (start, stop, all of them), merged."""
     pieces: list[tuple[int, int, bool]] = []
-    seen = 0
-    for start, stop in pairwise(sorted(seen_from)):
-        seen += seen_from[start]
-        if seen == 0:
-            continue
-        full = seen == len(ranges)
+    for start, stop, holders in seen_pieces(ranges):
+        full = len(holders) == len(ranges)
         if pieces and pieces[-1][1] == start and pieces[-1][2] == full:
             start = pieces.pop()[0]
         pieces.append((start, stop, full))

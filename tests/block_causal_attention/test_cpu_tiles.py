@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ard_kernels.block_causal_attention.cpu_tiles import LANE_STEP, TILE_ROWS, make_tiles, seen_pieces
+from ard_kernels.block_causal_attention.cpu_tiles import LANE_STEP, TILE_ROWS, make_tiles
 from ard_kernels.block_causal_attention.spec import block_causal
+from ard_kernels.block_causal_attention.tiles import seen_pieces
 from testing.drawing import dense, drawn_segments
 
 # Ragged ones beside a tile's rows, and many that share a tile.
