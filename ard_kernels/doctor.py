@@ -9,6 +9,7 @@ import numpy
 import torch
 
 import ard_kernels
+from ard_kernels.block_causal_attention import flash
 from ard_kernels.common import extension
 from ard_kernels.common.backends import CHIPS, VERIFIED_ON_HARDWARE, has_backend
 
@@ -50,12 +51,17 @@ def report() -> str:
         lines.append(f"GPU: {properties.name}, sm_{properties.major}{properties.minor}, CUDA {torch.version.cuda}")
     else:
         lines.append("GPU: none visible to torch")
+    packages = [kind.described() for kind in flash.PACKAGES if kind.installed()]
+    lines.append(f"flash-attn: {', '.join(packages) or 'not installed'}")
     for device in devices:
         lines.append(f"\nbackends on {device} (choice: see `ard_kernels.common.backends.automatic_order`):")
         for op, table in ard_kernels.backends(device).items():
             lines.append(f"  {op}")
             for name, status in table.items():
-                lines.append(f"    {name:<7}{'available' if status.available else 'refused: ' + status.reason}")
+                said = "available" if status.available else f"refused: {status.reason}"
+                if name == "flash" and status.available:
+                    said += f", by {flash.dense(torch.device(device), 64).described()}"
+                lines.append(f"    {name:<7}{said}")
     lines.append("\nGPU kernels:")
     for op in ard_kernels.backends("cpu"):
         for name in ("cuda", "triton"):

@@ -151,4 +151,4 @@ def test_the_shipped_table_names_its_sources():
     for folder in table["sources"].values():
         assert (Path(__file__).parents[1] / folder / "gpu_check.json").is_file()
     for entries in table["backends"].values():
-        assert set(entries.values()) <= {"cuda", "triton", "torch"}
+        assert set(entries.values()) <= {"cuda", "triton", "torch", "flash"}

@@ -9,14 +9,15 @@ backend), of the packed form (mask, lengths, scale, backend).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ard_kernels.block_causal_attention import cpu, cuda, spec, torch_impl
+from ard_kernels.block_causal_attention import cpu, cuda, dense, flash, spec, torch_impl
 from ard_kernels.block_causal_attention.backend import Kernels
+from ard_kernels.block_causal_attention.dense import Dense, Gradients
 from ard_kernels.block_causal_attention.spec import Segments
 from ard_kernels.common import triton_support
 from ard_kernels.common.backends import check_backend, register_backend, serves_everything
@@ -32,9 +33,11 @@ else:
 OP = "segment_attention"
 NAMES = (OP, "block_causal_attention")  # what users call, of which the second is the first with one kind of mask
 
-# They write into outputs and gradients allocated here. PyTorch's fused CPU kernel makes its own, and so does the torch
-# backend: a copy would cost up to 9 % of a forward and 2 to 14 % of a backward (T 16 to 1024, fp32, 1 thread).
+# They write into outputs and gradients allocated here.
 KERNELS: dict[str, Kernels] = {"cuda": cuda, "triton": triton_impl, "cpu": cpu}
+# What computes the calls of torch_impl.py on a device, for a head dim. They make their own outputs, as PyTorch's fused
+# CPU kernel does: a copy would cost up to 9 % of a forward and 2 to 14 % of a backward (T 16 to 1024, fp32, 1 thread).
+COMPOSED: dict[str, Callable[[torch.device, int], Dense]] = {"torch": dense.of_pytorch, "flash": flash.dense}
 
 
 for _name in NAMES:
@@ -42,6 +45,7 @@ for _name in NAMES:
     register_backend(_name, "torch", serves_everything)
     register_backend(_name, "triton", triton_support.refuses)
     register_backend(_name, "cpu", cpu.refuses)
+    register_backend(_name, "flash", flash.refuses)
 
 
 def _check(
@@ -84,8 +88,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out and lse."""
     segments, some = Segments(mask, tuple(q_lengths), tuple(k_lengths)), q.numel() and k.numel()
-    if backend == "torch" and some:
-        return torch_impl.forward(q, k, v, segments, scale)
+    if backend in COMPOSED and some:
+        return torch_impl.forward(q, k, v, segments, scale, COMPOSED[backend](q.device, q.shape[-1]))
     out, lse = _outputs(q)
     if not some:
         return _unseeing(out, lse)
@@ -93,7 +97,7 @@ def forward(
     return out, lse
 
 
-def _gradients(q: Tensor, k: Tensor, v: Tensor) -> torch_impl.Gradients:
+def _gradients(q: Tensor, k: Tensor, v: Tensor) -> Gradients:
     """Memory for dq, dk, dv."""
     return spec.empty_output(q), spec.empty_output(k), spec.empty_output(v)
 
@@ -109,13 +113,14 @@ def _readable(grad_out: Tensor) -> Tensor:
 
 def _run_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    grads: torch_impl.Gradients | None, segments: Segments, scale: float, backend: str,
-) -> torch_impl.Gradients:  # fmt: skip
+    grads: Gradients | None, segments: Segments, scale: float, backend: str,
+) -> Gradients:  # fmt: skip
     """dq, dk, dv, in the memory of `grads` where given."""
     some = q.numel() and k.numel()
     grad_out, grad_lse = _readable(grad_out), None if grad_lse is None else grad_lse.contiguous()
-    if backend == "torch" and some:
-        return torch_impl.backward(grad_out, grad_lse, q, k, v, out, lse, segments, scale, grads)
+    if backend in COMPOSED and some:
+        calls = COMPOSED[backend](q.device, q.shape[-1])
+        return torch_impl.backward(grad_out, grad_lse, q, k, v, out, lse, segments, scale, calls, grads)
     grads = grads or _gradients(q, k, v)
     if some:
         KERNELS[backend].backward(grad_out, grad_lse, q, k, v, out, lse, *grads, segments, scale)
@@ -128,15 +133,13 @@ def _run_backward(
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     mask: str, q_lengths: Sequence[int], k_lengths: Sequence[int], scale: float, backend: str,
-) -> torch_impl.Gradients:  # fmt: skip
+) -> Gradients:  # fmt: skip
     """dq, dk, dv."""
     segments = Segments(mask, tuple(q_lengths), tuple(k_lengths))
     return _run_backward(grad_out, grad_lse, q, k, v, out, lse, None, segments, scale, backend)
 
 
-def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> torch_impl.Gradients:
+def _backward_fake(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Gradients:
     return _gradients(q, k, v)
 
 
@@ -184,7 +187,7 @@ def _backward_flops(
     return _flops(q, k, mask, q_lengths, k_lengths, matmuls=5)  # Q K^T again, dO V^T, P^T dO, dS K, dS^T Q
 
 
-def _split(qkv: Tensor) -> torch_impl.Gradients:
+def _split(qkv: Tensor) -> Gradients:
     """q, k, v (B, H, T, D) views of qkv (B, T, 3, H, D)."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
     return q, k, v

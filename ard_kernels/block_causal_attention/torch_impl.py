@@ -1,12 +1,14 @@
-"""Attention over segments as a composition of PyTorch ops: no T x T mask.
+"""Attention over segments as a composition of calls without a mask, dense.py: no T x T mask.
 
-Forward, one attention call per query segment over the keys it sees. Backward, one call per *key* segment and run of
+The calls are PyTorch's own in backend torch, those of a flash-attn package in backend flash.
+
+Forward, one call per query segment over the keys it sees. Backward, one call per *key* segment and run of
 queries that see it (block-causal masks have one run): dK and dV of the segment are complete after its last call, and
 only dQ is accumulated (half the additions of a loop over query segments). This is exact because each call gets the
 global output and log-sum-exp. Which calls: `plan.py`.
 
-Query heads that share a head of keys and values are more queries of that head, token by token, so that a range of
-tokens stays a range: no copy of keys or values is made, and one of the queries.
+Where calls take no grouped heads, query heads that share a head of keys and values are more queries of that head, token
+by token, so that a range of tokens stays a range: no copy of keys or values is made, and one of the queries.
 """
 
 from __future__ import annotations
@@ -17,72 +19,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ard_kernels.block_causal_attention.dense import Dense, Gradients, Matmuls
 from ard_kernels.block_causal_attention.mask import Run
 from ard_kernels.block_causal_attention.plan import Block, make_plan
 from ard_kernels.block_causal_attention.spec import Segments, empty_output, visibility
-from ard_kernels.common.autocast import without_autocast
 from ard_kernels.common.dtypes import accumulation_dtype
-from ard_kernels.common.library import private
-
-# With fewer keys than a vector has lanes, PyTorch's kernel makes 0 of a NaN (torch 2.13), but not so under a mask.
-FEWEST_KEYS = 16
-# What the two numbers that make a gradient of lse count: fp16 ends at 65504, and a GradScaler begins with 65536.
-LSE_UNITS = 2.0**10, 2.0**-10
-
-Gradients = tuple[Tensor, Tensor, Tensor]
-
-# What scaled_dot_product_attention calls on the CPU; called directly for its log-sum-exp and its backward. None in a
-# version of torch that has them under other names: matmuls serve there too.
-_FLASH_FORWARD = private("ops.aten._scaled_dot_product_flash_attention_for_cpu.default")
-_FLASH_BACKWARD = private("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default")
-
-
-def _fused(device: torch.device) -> bool:
-    return device.type == "cpu" and _FLASH_FORWARD is not None
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v and lse (B, H, T). The CPU has a fused kernel; elsewhere fp32 matmuls."""
-    if _fused(q.device):
-        mask = q.new_zeros(q.shape[2], k.shape[2]) if k.shape[2] < FEWEST_KEYS else None
-        return _FLASH_FORWARD(q, k, v, attn_mask=mask, scale=scale)
-    return _attend(q, k, v, scale)
-
-
-@without_autocast
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`attend` by matmuls."""
-    acc = accumulation_dtype(q.dtype)
-    scores = q.to(acc) @ k.to(acc).transpose(-1, -2) * scale
-    lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp() @ v.to(acc)).to(q.dtype), lse
-
-
-def attend_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> Gradients:
-    """(dq, dk, dv) of `attend` restricted to these queries and keys, given the *global* out and lse of the queries."""
-    if not _fused(q.device):
-        return _attend_backward(grad_out, grad_lse, q, k, v, out, lse, scale)
-    if grad_lse is None:
-        return _FLASH_BACKWARD(grad_out, q, k, v, out, lse, 0.0, False, scale=scale)
-    # ds = p (do v^T + dlse - delta): dlse as two more numbers of do, which add up to it times those of v beside them.
-    most = (grad_lse / LSE_UNITS[0]).to(q.dtype)
-    rest = (grad_lse - most.to(grad_lse.dtype) * LSE_UNITS[0]) / LSE_UNITS[1]
-    wide_grad = _widen(grad_out, torch.stack((most, rest.to(q.dtype)), -1))
-    wide_q, wide_k, wide_v, wide_out = (
-        _widen(x, by) for x, by in ((q, 0), (k, 0), (v, v.new_tensor(LSE_UNITS)), (out, 0))
-    )
-    dq, dk, dv = _FLASH_BACKWARD(wide_grad, wide_q, wide_k, wide_v, wide_out, lse, 0.0, False, scale=scale)
-    D = q.shape[-1]
-    return dq[..., :D], dk[..., :D], dv[..., :D]
-
-
-def _widen(x: Tensor, by: Tensor | int) -> Tensor:
-    """x (..., D) as (..., D + 8) with `by` in the first two new places."""
-    wide = torch.nn.functional.pad(x, (0, 8))
-    wide[..., x.shape[-1] : x.shape[-1] + 2] = by
-    return wide
 
 
 def _as_queries(x: Tensor, kv_heads: int) -> Tensor:
@@ -98,22 +39,6 @@ def _as_heads(x: Tensor, tokens: int) -> Tensor:
 def _of_queries(segments: Segments, group: int) -> Segments:
     """The segments of `_as_queries`, of `group` heads."""
     return segments._replace(q_lengths=tuple([length * group for length in segments.q_lengths]))
-
-
-@without_autocast
-def _attend_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> Gradients:
-    """`attend_backward` by matmuls."""
-    acc = accumulation_dtype(q.dtype)
-    q_, k_, v_, grad_out_ = q.to(acc), k.to(acc), v.to(acc), grad_out.to(acc)
-    scores = q_ @ k_.transpose(-1, -2) * scale
-    p = (scores - lse[..., None]).exp()
-    delta = (grad_out_ * out.to(acc)).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        delta = delta - grad_lse[..., None]
-    ds = p * (grad_out_ @ v_.transpose(-1, -2) - delta) * scale
-    return (ds @ k_).to(q.dtype), (ds.transpose(-1, -2) @ q_).to(q.dtype), (p.transpose(-1, -2) @ grad_out_).to(q.dtype)
 
 
 def _fold(x_BHTD: Tensor, length: int) -> Tensor:
@@ -152,21 +77,24 @@ def _finished(grads: Sequence[Tensor], into: Gradients | None) -> Gradients:
     return into
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, dense: Dense) -> tuple[Tensor, Tensor]:
     """q (B, H, T, D), k, v, not empty -> out (B, H, T, D) with (B, T, H, D) memory, lse (B, H, T) contiguous."""
-    if q.shape[1] != k.shape[1]:
+    if q.shape[1] != k.shape[1] and not dense.grouped:
         kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-        out, lse = forward(_as_queries(q, kv_heads), k, v, _of_queries(segments, group), scale)
+        out, lse = forward(_as_queries(q, kv_heads), k, v, _of_queries(segments, group), scale, dense)
         return as_output(_as_heads(out, q.shape[2])), _as_heads(lse, q.shape[2]).contiguous()
     plan = make_plan(q.shape[2], k.shape[2], segments)
     if plan.folded:
         length, k_length = plan.folded
-        out, lse = attend(_fold(q, length), _fold(k, k_length), _fold(v, k_length), scale)
+        out, lse = dense.attend(_fold(q, length), _fold(k, k_length), _fold(v, k_length), scale)
         return as_output(_unfold(out, q.shape[0])), _unfold(lse[..., None], q.shape[0])[..., 0].contiguous()
     parts = []
     for (start, stop), columns in plan.by_query:
         rows = q[:, :, start:stop]
-        parts.append(attend(rows, gather(k, columns), gather(v, columns), scale) if columns else _unseeing(rows))
+        if columns:
+            parts.append(dense.attend(rows, gather(k, columns), gather(v, columns), scale))
+        else:
+            parts.append(_unseeing(rows))
     outs, lses = zip(*parts, strict=True)
     if len(parts) == 1:
         return as_output(outs[0]), lses[0].contiguous()
@@ -180,14 +108,14 @@ def _unseeing(q: Tensor) -> tuple[Tensor, Tensor]:
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    segments: Segments, scale: float, into: Gradients | None = None,
+    segments: Segments, scale: float, dense: Dense, into: Gradients | None = None,
 ) -> Gradients:  # fmt: skip
     """dq, dk, dv, written to `into` where given: tensors like q, k, v of any strides."""
-    if q.shape[1] != k.shape[1]:
+    if q.shape[1] != k.shape[1] and not dense.grouped:
         kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
         grad_g, q_g, out_g, lse_g = (_as_queries(x, kv_heads) for x in (grad_out, q, out, lse))
         dlse_g = None if grad_lse is None else _as_queries(grad_lse, kv_heads)
-        dq, dk, dv = backward(grad_g, dlse_g, q_g, k, v, out_g, lse_g, _of_queries(segments, group), scale)
+        dq, dk, dv = backward(grad_g, dlse_g, q_g, k, v, out_g, lse_g, _of_queries(segments, group), scale, dense)
         return _finished((_as_heads(dq, q.shape[2]), dk, dv), into)
     plan = make_plan(q.shape[2], k.shape[2], segments)
     if plan.folded:
@@ -198,18 +126,18 @@ def backward(
         )
         k_f, v_f = (_fold(x, k_length) for x in (k, v))
         dlse_f = grad_lse_f[0] if grad_lse_f else None
-        shares = attend_backward(grad_f, dlse_f, q_f, k_f, v_f, out_f, lse_f, scale)
+        shares = dense.attend_backward(grad_f, dlse_f, q_f, k_f, v_f, out_f, lse_f, scale)
         return _finished([_unfold(grad, q.shape[0]) for grad in shares], into)
     if plan.by_key == [((0, k.shape[2]), [(0, q.shape[2])])]:
-        return _finished(attend_backward(grad_out, grad_lse, q, k, v, out, lse, scale), into)
+        return _finished(dense.attend_backward(grad_out, grad_lse, q, k, v, out, lse, scale), into)
     grads = into or (empty_output(q), empty_output(k), empty_output(v))
-    _accumulate(plan.by_key, grad_out, grad_lse, q, k, v, out, lse, scale, grads)
+    _accumulate(plan.by_key, grad_out, grad_lse, q, k, v, out, lse, scale, dense, grads)
     return grads
 
 
 def _accumulate(
     blocks: list[Block], grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-    lse: Tensor, scale: float, into: Gradients,
+    lse: Tensor, scale: float, dense: Dense, into: Gradients,
 ) -> None:  # fmt: skip
     """dk and dv segment by segment, and dq as the sum of their shares, summed in fp32 also for half precision."""
     dq, *of_keys = into
@@ -223,7 +151,7 @@ def _accumulate(
         for i, (start, stop) in enumerate(columns):
             grad_here, q_here, out_here, lse_here = (x[:, :, start:stop] for x in (grad_out, q, out, lse))
             dlse_here = None if grad_lse is None else grad_lse[:, :, start:stop]
-            part, *shares = attend_backward(
+            part, *shares = dense.attend_backward(
                 grad_here, dlse_here, q_here, k[:, :, keys], v[:, :, keys], out_here, lse_here, scale
             )
             for whole, share in zip(of_keys, shares, strict=True):
@@ -243,7 +171,7 @@ def composite(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float)
     for (start, stop), ranges in zip(pairwise(seen.q_offsets), seen.keys, strict=True):
         rows = q[:, :, start:stop]
         if ranges:
-            out, lse = _attend(_as_queries(rows, k.shape[1]), gather(k, ranges), gather(v, ranges), scale)
+            out, lse = Matmuls.attend(_as_queries(rows, k.shape[1]), gather(k, ranges), gather(v, ranges), scale)
             parts.append((_as_heads(out, stop - start), _as_heads(lse, stop - start)))
         else:
             parts.append(_unseeing(rows))

@@ -17,7 +17,7 @@ from ard_kernels.common import tuning
 from ard_kernels.common.gpu_support import architecture
 from ard_kernels.common.library import forward_mode
 
-BACKENDS = ("cuda", "triton", "cpu", "torch")
+BACKENDS = ("cuda", "triton", "cpu", "torch", "flash")
 
 # GPU kernels that `make gpu-check` has passed with: (op, backend) -> {chip: device and date}; the results are committed
 # under benchmarks/results/<device>. `doctor` says of all others that they are not yet verified on hardware.
@@ -70,7 +70,7 @@ def refusal(op: str, backend: str, device: torch.device, dtype: torch.dtype, wid
 def automatic_order(op: str, device: torch.device, dtype: torch.dtype, width: int | None) -> tuple[str, ...]:
     """The backends that may be chosen without being named, the preferred first.
 
-    Never emulated or interpreted kernels; CUDA C++ only where committed results show it correct and fastest.
+    Never emulated or interpreted kernels; cuda and flash only where committed results show them correct and fastest.
     """
     if device.type != "cuda":
         return ("cpu", "torch")

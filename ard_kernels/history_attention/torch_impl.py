@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ard_kernels.block_causal_attention.torch_impl import as_output, attend, gather
+from ard_kernels.block_causal_attention import dense
+from ard_kernels.block_causal_attention.torch_impl import as_output, gather
 from ard_kernels.history_attention.places import Place
 
 
@@ -18,4 +19,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, p
     """`Kernels.forward` of backend.py, but out (B, H, L, D) with (B, L, H, D) memory is made here, and returned."""
     append(k, v, cache_k, cache_v, place.start)
     runs = place.runs  # one: a view of the cache, two: a copy of what is seen
-    return as_output(attend(q, gather(cache_k, runs), gather(cache_v, runs), scale)[0])
+    calls = dense.of_pytorch(q.device, q.shape[-1])
+    out, _lse = calls.attend(q, gather(cache_k, runs), gather(cache_v, runs), scale)
+    return as_output(out)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from ard_kernels import block_causal_attention, block_causal_attention_packed
-from ard_kernels.block_causal_attention import cuda, tiles, torch_impl
+from ard_kernels.block_causal_attention import cuda, dense, tiles
 from ard_kernels.block_causal_attention.reference import block_causal_attention as reference
 from ard_kernels.block_causal_attention.triton_impl import KERNELS
 from ard_kernels.common import extension, tuning
@@ -239,7 +239,7 @@ def test_packed_equals_three_tensors(backend, device, dtype, D, lengths, mask, p
 @each_mask
 def test_matmul_path_of_devices_without_the_fused_kernel(mask, device, monkeypatch):
     """The composition that serves every non-CPU device, run on CPU tensors, too."""
-    monkeypatch.setattr(torch_impl, "_fused", lambda device: False)
+    monkeypatch.setattr(dense, "_fused", lambda device: False)
     check("torch", device, [16], mask, 2, 3, D=72)
     check("torch", device, [5, 9, 30], mask, 2, 3, D=72, dtype=BF16)
 
@@ -256,7 +256,7 @@ def test_autocast_leaves_the_matmuls_in_float32(device, monkeypatch):
         tangent = torch.func.jvp(lambda q: run(q)[0], (q.detach(),), (k.detach(),))[1]
         return [out, lse, tangent, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
 
-    monkeypatch.setattr(torch_impl, "_fused", lambda device: False)
+    monkeypatch.setattr(dense, "_fused", lambda device: False)
     expected = results()
     with torch.autocast(device.type, torch.bfloat16):
         got = results()

@@ -16,7 +16,7 @@ from ard_kernels import (
     segment_attention,
     segment_attention_packed,
 )
-from ard_kernels.block_causal_attention import cuda, torch_impl
+from ard_kernels.block_causal_attention import cuda, dense
 from ard_kernels.block_causal_attention.reference import segment_attention as reference
 from ard_kernels.common import extension
 from testing.attention_checks import check, leaves
@@ -66,7 +66,7 @@ def test_drawn_masks(backend, device, tier):
         torch.manual_seed(seed)
         with pytest.MonkeyPatch.context() as patch:
             if backend == "torch" and other:
-                patch.setattr(torch_impl, "_fused", lambda device: False)
+                patch.setattr(dense, "_fused", lambda device: False)
             if backend == "cuda" and SIMULATED:
                 extension.emulated.set_seed(seed)
                 patch.setattr(cuda, "architecture", lambda device: 80 if other else 90)
@@ -126,7 +126,7 @@ def test_packed_equals_three_tensors(backend, device, D, dtype):
 def test_gradcheck(share, fused, device, monkeypatch):
     """fp64, of out and lse, over every kind of row."""
     if not fused:
-        monkeypatch.setattr(torch_impl, "_fused", lambda device: False)
+        monkeypatch.setattr(dense, "_fused", lambda device: False)
     q, k, v = leaves(device, torch.float64, 1, share, 1, 9, 12, 8)
     seeing = ~torch.tensor([s in (1,) for s, n in enumerate((2, 3, 1, 3)) for _ in range(n)], device=device)
 
