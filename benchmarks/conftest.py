@@ -21,7 +21,7 @@ from benchmarks.files import ROOT, write_json
 from benchmarks.gpu.journal import ENDED, Journal
 from benchmarks.measure import Group, Measurement, describe
 from benchmarks.results import Row, environment, results_folder
-from benchmarks.tables import candidate_errors_table, speed_table
+from benchmarks.tables import candidate_errors_table, right_table, speed_table
 from benchmarks.timing import DEVICE, TINY, keep_freed_memory
 
 ROOMS = pytest.StashKey["dict[Path, Room]"]()
@@ -228,5 +228,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if checked := [row for row in rows if "errors" in row.facts]:
         terminalreporter.section("every candidate against fp64")
         terminalreporter.write_line(candidate_errors_table(checked))
+        terminalreporter.section("who is right where, of attention")
+        terminalreporter.write_line(right_table(checked))
     for room in rooms if not config.option.collectonly else ():
         terminalreporter.write_line(room.write())

@@ -35,6 +35,11 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return math.inf if math.isnan(off) else off
 
 
+def allowed(dtype: torch.dtype) -> float:
+    """The error up to which a candidate is right: 16-bit outputs are rounded once, fp32 sums at every term."""
+    return (64 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
+
+
 def exact_adaln(case: Case, inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor] | None) -> Exact:
     """Outputs, or with grad_outputs the inputs' gradients."""
     wide = [x.detach().double().requires_grad_(grad_outputs is not None) for x in inputs]

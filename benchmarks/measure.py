@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch._functorch import config as functorch_config
 
+from benchmarks.exact import allowed
 from benchmarks.ops import Job, jobs, our_backends
 from benchmarks.results import Row, compared, goal
 from benchmarks.timing import DEVICE, TINY, Timing, ceilings, interleaved, make_timer, rotating, sets_needed
@@ -141,9 +142,7 @@ def measure(job: Job, device: torch.device, how: How) -> Measurement:
     sets, grad_outputs = make_sets(job, device)
     peers = job.op.peers(case, device, how.compiled)
     ours = {backend: partial(job.op.ours, case, device, backend) for backend in backends}
-    exact = job.op.exact(case, sets[0], grad_outputs)
-    # 16-bit outputs are rounded once, fp32 sums at every term
-    limit = (64 if case.dtype == torch.float32 else 4) * torch.finfo(case.dtype).eps
+    exact, limit = job.op.exact(case, sets[0], grad_outputs), allowed(case.dtype)
     runs, errors, refused, wrong = {}, {}, {}, {}
     for place, (name, make) in enumerate((ours | peers).items()):
         try:

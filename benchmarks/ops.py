@@ -156,12 +156,12 @@ class Job:
 
 
 def our_backends(case: Case, device: torch.device) -> list[str]:
-    """On a GPU all of ours that serve; on the CPU the one that the library runs by itself, or those it chooses from."""
+    """On a GPU all that serve, flash too; on the CPU what the library runs by itself, or what it chooses from."""
     if device.type == "cpu" and not TINY:
         if case.dtype == torch.bfloat16:
             return ["cpu", "torch"]
         return [resolve(case.registered_op, None, device, case.dtype, case.width)]
-    return [b for b in BACKENDS if refusal(case.registered_op, b, device, case.dtype, case.width) is None]
+    return [b for b in (*BACKENDS, "flash") if refusal(case.registered_op, b, device, case.dtype, case.width) is None]
 
 
 def attention_job(

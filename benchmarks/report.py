@@ -118,9 +118,24 @@ def speed_of(*rooms: str) -> Callable[[dict[str, Results]], str]:
     return table
 
 
+def right(devices: dict[str, Results]) -> str:
+    """A table for each GPU; where there are results of none, for the CPUs."""
+    said = (
+        "Candidates for attention against fp64, before any is timed: wrong is more than 4 roundings of 16-bit numbers "
+    )
+    said += "(64 of fp32) of the 2-norm, times as much as that. A backward has the gradients of q, k and v."
+    groups = [rooms for rooms in devices.values() if not on_cpu(rooms)] or [cpu_results(devices)]
+    for rooms in groups:
+        used = [rooms[room] for room in ("block_causal_attention", "segment_attention") if room in rooms]
+        rows = [row for content in used for row in content["rows"]]
+        said += f"\n\n{provenance(*used)}:\n\n{tables.right_table(rows)}"
+    return said
+
+
 KERNELS = ("segment_adaln", "qk_norm_rope", "block_causal_attention", "segment_attention", "history_attention")
 BLOCKS: dict[str, Callable[[dict[str, Results]], str]] = {
     "measured": measured,
+    "right": right,
     "demo": demo,
     "claim": lambda devices: tables.flop_table(cpu_results(devices)["flop_overhead"]["design_table"]),
     "counted": counted,

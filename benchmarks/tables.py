@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+from benchmarks.exact import allowed
 from benchmarks.markdown import markdown
 from benchmarks.results import Row
-from testing.cases import BACKENDS
+from testing.cases import BACKENDS, PACKED, SEGMENT
 
 # What a reader sees instead of a candidate's name.
 WORDS = {
@@ -19,12 +22,19 @@ WORDS = {
     "flex_compiled": "FlexAttention, compiled",
     "flash_attn_loop": "flash-attn, loop over segments",
     "flash_attn_varlen": "flash-attn, packed varlen over gathered keys",
+    "flash_attn_3_loop": "FlashAttention-3, loop over segments",
+    "flash_attn_3_varlen": "FlashAttention-3, packed varlen over gathered keys",
+    "flash_attn_4_loop": "FlashAttention-4, loop over segments",
+    "flash_attn_4_sparse": "FlashAttention-4, block-sparse",
+    "flash_attn_4_varlen": "FlashAttention-4, packed varlen over gathered keys",
     "flex_flash": "FlexAttention, compiled to FlashAttention-4",
     "flex_max_autotune": "FlexAttention, compiled, max-autotune-no-cudagraphs",
     "four_teacher_forwards": "four teacher forwards",
+    "liger": "Liger's LayerNorm, compiled modulation",
     "magi_attention": "MagiAttention",
     "preallocated_flash": "SDPA flash, K and V copied into memory",
     "preallocated_math": "SDPA math, K and V copied into memory",
+    "quack": "quack's LayerNorm, compiled modulation",
     "published_compiled": "published design, compiled",
     "published_eager": "published design, eager",
     "sdpa_dense_bool": "SDPA, dense bool mask",
@@ -87,6 +97,29 @@ def candidate_errors_table(rows: Sequence[Row]) -> str:
             said = "not timed" if name in row.refused else ""
             cells.append(["" if place else work(row), words(name), f"{error:.1e}", said])
     return markdown(["work", "candidate", "relative error against fp64", ""], cells, left=2)
+
+
+def rightness(rows: Sequence[Row], candidate: str) -> str:
+    """Of all comparisons: wrong in one (by how many times the allowed error), right in one, refused, not installed."""
+    checked = [row for row in rows if candidate in row.facts["errors"]]
+    if checked:
+        worst = max(row.facts["errors"][candidate] / allowed(getattr(torch, row.dtype)) for row in checked)
+        return "right" if worst <= 1 else f"**wrong**, {worst:.3g}x"
+    reasons = [row.refused[candidate] for row in rows if candidate in row.refused]
+    absent = reasons and all(reason.startswith("ModuleNotFoundError") for reason in reasons)
+    return "not installed" if absent else "refused" if reasons else ""
+
+
+def right_table(rows: Sequence[Row]) -> str:
+    """Who is right where: candidates for attention by head dim and direction, over all shapes that were compared."""
+    ops = ("block_causal_attention", PACKED, SEGMENT)
+    compared = [row for row in rows if row.op in ops and "errors" in row.facts]
+    places = [(D, way) for D in (64, 72, 128) for way in ("forward", "backward")]
+    cells = []
+    for name in dict.fromkeys(name for row in compared for name in (*row.facts["errors"], *row.refused)):
+        here = [[row for row in compared if (row.facts["width"], row.direction.split("+")[-1]) == at] for at in places]
+        cells.append([words(name), *(rightness(each, name) for each in here)])
+    return markdown(["candidate", *(f"D {D} {way}" for D, way in places)], cells)
 
 
 def attention_memory_table(entries: Sequence[dict]) -> str:

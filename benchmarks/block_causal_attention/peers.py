@@ -1,13 +1,11 @@
-"""What attention over segments is measured against: the strongest alternatives in PyTorch, and packages for it.
-
-FlashAttention-4's block-sparse kernels are measured through FlexAttention (`flex_flash`), which lowers to them: called
-by themselves they want the mask as a function of CuTe DSL.
-"""
+"""What attention over segments is measured against: the strongest alternatives in PyTorch, and packages for it."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -31,6 +29,9 @@ FORCED = {
     },
     "cpu": {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH},
 }
+# Modules of the flash-attn packages, generations 2, 3 and 4.
+FLASH_ATTN = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute"}
+BLOCK = 256, 128  # tokens of q and k: the least that FlashAttention-4 lists on Hopper and on Blackwell
 
 
 def seen_by_query(case: Case) -> list[tuple[Run, list[Run]]]:
@@ -72,13 +73,44 @@ def forced_sdpa(backend: SDPBackend) -> Attend:
     return attend
 
 
-def flash_attn_loop(case: Case) -> Attend:
-    """The flash-attn package, (B, H, T, D) in and out."""
-    from flash_attn import flash_attn_func
+def output(returned: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Some return it alone, some with a log-sum-exp."""
+    return returned[0] if isinstance(returned, tuple) else returned
 
+
+def flash_attn_loop(case: Case, package: str) -> Attend:
+    """A flash-attn package, (B, H, T, D) in and out."""
+    call = importlib.import_module(FLASH_ATTN[package]).flash_attn_func
     return loop_over_segments(
-        case, lambda q, k, v: flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        case, lambda q, k, v: output(call(*(x.transpose(1, 2) for x in (q, k, v)))).transpose(1, 2)
     )
+
+
+def block_lists(sees: Tensor) -> tuple[Tensor, Tensor]:
+    """Of bools (rows, columns): the count of columns of each row, (1, 1, rows), and which, (1, 1, rows, columns)."""
+    counts, order = sees.sum(-1, dtype=torch.int32), sees.int().argsort(dim=-1, descending=True, stable=True)
+    return counts[None, None], order.int()[None, None]
+
+
+def flash_attn_4_sparse(case: Case, device: torch.device) -> Attend:
+    """FlashAttention-4's block-sparse kernels, of masks whose blocks are seen whole.
+
+    Raises:
+        ValueError: some are not: FlashAttention-4 wants the mask as a function of CuTe DSL then; `flex_flash` has one.
+    """
+    call = importlib.import_module(FLASH_ATTN["flash_attn_4"]).flash_attn_func
+    blocks = importlib.import_module("flash_attn.cute.block_sparsity").BlockSparseTensorsTorch
+    if any(length % BLOCK[0] for length in case.lengths):
+        raise ValueError(f"segments of {set(case.lengths)} tokens; blocks seen whole need multiples of {BLOCK[0]}")
+    rows, columns = ([length // size for length in case.lengths] for size in BLOCK)
+    sees = case.segment_mask.dense(rows, columns, device=device)
+
+    def tables(sees: Tensor):
+        counts, order = block_lists(sees)
+        return blocks(torch.zeros_like(counts), torch.zeros_like(order), counts, order, block_size=BLOCK)
+
+    how = {"block_sparse_tensors": tables(sees), "block_sparse_tensors_bwd": tables(sees.T)}
+    return lambda q, k, v: output(call(*(x.transpose(1, 2) for x in (q, k, v)), **how)).transpose(1, 2)
 
 
 def varlen(case: Case, device: torch.device, attend: Callable[..., Tensor]) -> Attend:
@@ -110,10 +142,10 @@ def torch_varlen(case: Case, device: torch.device) -> Attend:
     return varlen(case, device, lambda *packed: varlen_attn(*packed, enable_gqa=case.key_heads != case.H))
 
 
-def flash_attn_varlen(case: Case, device: torch.device) -> Attend:
-    from flash_attn import flash_attn_varlen_func
-
-    return varlen(case, device, flash_attn_varlen_func)
+def flash_attn_varlen(case: Case, device: torch.device, package: str) -> Attend:
+    call = importlib.import_module(FLASH_ATTN[package]).flash_attn_varlen_func
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return varlen(case, device, lambda q, k, v, *packed: output(call(q, k, v, **dict(zip(names, packed, strict=True)))))
 
 
 def magi(case: Case, device: torch.device) -> Attend:
@@ -200,9 +232,12 @@ def attention_peers(case: Case, device: torch.device, compiled: bool) -> dict[st
     peers["sdpa_dense_bool"] = lambda: dense(case, device, additive=False)
     peers["sdpa_dense_float"] = lambda: dense(case, device, additive=True)
     peers |= flex_peers(case, device, compiled)
-    peers["flash_attn_loop"] = lambda: flash_attn_loop(case)
+    for package in FLASH_ATTN if device.type == "cuda" else ("flash_attn",):
+        peers[f"{package}_loop"] = partial(flash_attn_loop, case, package)
     if device.type == "cuda":
+        for package in FLASH_ATTN:
+            peers[f"{package}_varlen"] = partial(flash_attn_varlen, case, device, package)
         peers["torch_varlen"] = lambda: torch_varlen(case, device)
-        peers["flash_attn_varlen"] = lambda: flash_attn_varlen(case, device)
+        peers["flash_attn_4_sparse"] = lambda: flash_attn_4_sparse(case, device)
         peers["magi_attention"] = lambda: magi(case, device)
     return peers

@@ -1,7 +1,8 @@
 """What the adaLN family is measured against: eager PyTorch, and torch.compile of both useful forms of it.
 
 The forms differ in how a row (B, S, C) meets its L tokens: "rows" broadcasts (B, S, 1, C) over x seen as (B, S, L, C),
-"repeat" spreads the rows with repeat_interleave. The seams of video models are measured against the code of Wan.
+"repeat" spreads the rows with repeat_interleave. The seams of video models are measured against the code of Wan. On a
+GPU also the LayerNorms of Liger and quack, whose result PyTorch modulates.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from torch import Tensor
 from testing.cases import EPS, Case
 
 
+def modulated_rows(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    y = normed.unflatten(1, (shift.shape[1], -1))
+    return (y * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2).to(normed.dtype)
+
+
 def modulate_rows(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    y = F.layer_norm(x, x.shape[-1:], eps=EPS).unflatten(1, (shift.shape[1], -1))
-    return (y * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2).to(x.dtype)
+    return modulated_rows(F.layer_norm(x, x.shape[-1:], eps=EPS), shift, scale)
 
 
 def gate_rows(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -90,9 +95,52 @@ def wan_frames(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Te
 WAN = {"norm3": wan_norm3, "no gate": wan_no_gate, "frames": wan_frames}
 
 
+def liger_norm(case: Case, device: torch.device) -> Callable[[Tensor], Tensor]:
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    weight, bias = (make(case.C, dtype=case.dtype, device=device) for make in (torch.ones, torch.zeros))
+    return lambda x: liger_layer_norm(x, weight, bias, EPS)
+
+
+def quack_norm(case: Case, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Of rows (tokens, C), in two functions without autograd."""
+    from quack.rmsnorm import layernorm_bwd, layernorm_fwd
+
+    weight = torch.ones(case.C, device=device)
+
+    class LayerNorm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            y, rstd, mean = layernorm_fwd(x, weight, eps=EPS, return_rstd=True, return_mean=True)
+            ctx.save_for_backward(x, rstd, mean)
+            return y
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, rstd, mean = ctx.saved_tensors
+            return layernorm_bwd(x, weight, grad.contiguous(), rstd, mean, has_bias=False)[0]
+
+    return lambda x: LayerNorm.apply(x.flatten(0, 1)).view_as(x)
+
+
+def with_norm(case: Case, norm: Callable[[Tensor], Tensor], **how) -> Callable:
+    """A package's norm between parts that PyTorch compiles."""
+    modulate, gated = (torch.compile(part, **how) for part in (modulated_rows, gate_rows))
+
+    def gated_modulate(x, branch, gate, shift, scale):
+        h = gated(x, branch, gate)
+        return h, modulate(norm(h), shift, scale)
+
+    return gated_modulate if case.op == "gate_residual_adaln" else lambda x, *rows: modulate(norm(x), *rows)
+
+
 def adaln_peers(case: Case, device: torch.device, compiled: bool) -> dict[str, Callable[[], Callable]]:
     """Makers by name; not `compiled`: Inductor is left out, for a dry run."""
     forms = FORMS[case.op] if case.seam is None else {"rows": WAN[case.seam]}
     how = {"dynamic": False} if compiled else {"backend": "aot_eager"}
     peers = {"eager": lambda: forms["rows"]}
-    return peers | {f"compile_{name}": lambda f=form: torch.compile(f, **how) for name, form in forms.items()}
+    peers |= {f"compile_{name}": lambda f=form: torch.compile(f, **how) for name, form in forms.items()}
+    if device.type == "cuda" and case.seam is None and case.op != "gate_residual":
+        norms = {"liger": liger_norm, "quack": quack_norm}
+        peers |= {name: lambda norm=norm: with_norm(case, norm(case, device), **how) for name, norm in norms.items()}
+    return peers

@@ -1,8 +1,11 @@
 """Peers of segment_attention and what checks them, memory, and the share of useful FLOPs in the GPU kernels' tiles."""
 
 import sys
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,8 +21,8 @@ from benchmarks.exact import exact_attention
 from benchmarks.files import ROOT
 from benchmarks.growth.bench_attention_memory import peaks
 from benchmarks.measure import How
-from benchmarks.ops import STREAMS, cpu_jobs, gpu_jobs, segment_job
-from benchmarks.tables import candidate_errors_table
+from benchmarks.ops import STREAMS, attention_job, cpu_jobs, gpu_jobs, segment_job
+from benchmarks.tables import candidate_errors_table, right_table, words
 from testing import cases
 from testing.cases import SEGMENT, Case
 
@@ -48,10 +51,40 @@ def attend(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)[0].transpose(0, 1)
 
 
-def packed_call(q, k, v, starts_q, starts_k, most_q, most_k):
+def packed_call(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     """What flash_attn_varlen_func computes."""
-    ranges = zip(rows_of(starts_q, most_q), rows_of(starts_k, most_k), strict=True)
+    ranges = zip(rows_of(cu_seqlens_q, max_seqlen_q), rows_of(cu_seqlens_k, max_seqlen_k), strict=True)
     return torch.cat([attend(q[a:b], k[c:d], v[c:d]) for (a, b), (c, d) in ranges])
+
+
+class Blocks(NamedTuple):
+    """FlashAttention-4's BlockSparseTensorsTorch."""
+
+    mask_block_cnt: torch.Tensor
+    mask_block_idx: torch.Tensor
+    full_block_cnt: torch.Tensor
+    full_block_idx: torch.Tensor
+    block_size: tuple[int, int]
+
+    def seen(self):
+        """Which column blocks each row block sees whole; none is seen in part."""
+        assert not self.mask_block_cnt.any() and all(x.dtype == torch.int32 for x in self[:4])
+        assert self.mask_block_cnt.shape == self.full_block_cnt.shape and self.mask_block_idx.shape == self[3].shape
+        sees = torch.zeros_like(self.full_block_idx[0, 0], dtype=torch.bool)
+        for row, count, which in zip(sees, self.full_block_cnt[0, 0], self.full_block_idx[0, 0], strict=True):
+            row[which[:count].long()] = True
+        return sees
+
+
+def dense_call(q, k, v, block_sparse_tensors=None, block_sparse_tensors_bwd=None):
+    """What flash_attn_func computes of (B, T, H, D); FlashAttention-4 returns a log-sum-exp, too."""
+    mask = None
+    if block_sparse_tensors is not None:
+        sees = block_sparse_tensors.seen()
+        assert torch.equal(sees.T, block_sparse_tensors_bwd.seen())
+        mask = sees.repeat_interleave(peers.BLOCK[0], 0).repeat_interleave(peers.BLOCK[1], 1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2), None
 
 
 def ranges_call(q, k, v, *, q_ranges, k_ranges, attn_type_map):
@@ -71,7 +104,11 @@ def with_gradients(case, function, inputs, grad_out):
 @pytest.fixture
 def packages(monkeypatch):
     """Stand-ins for packages that need a GPU."""
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=packed_call))
+    functions = {"flash_attn_func": dense_call, "flash_attn_varlen_func": packed_call}
+    for module in peers.FLASH_ATTN.values():
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions))
+    sparse = SimpleNamespace(BlockSparseTensorsTorch=Blocks)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.block_sparsity", sparse)
     monkeypatch.setitem(sys.modules, "magi_attention", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "magi_attention.api", SimpleNamespace(flex_flash_attn_func=ranges_call))
 
@@ -94,8 +131,10 @@ def test_peers_compute_the_mask(case, packages):
     """Values and gradients, also of the packed and ranged calls, on stand-ins; FlexAttention has no CPU backward."""
     inputs, grad_out = cases.make_inputs(case, CPU), torch.randn(case.B, case.H, case.tokens, case.D)
     makers = peers.attention_peers(case, CPU, False)
-    makers |= {"varlen": lambda: peers.flash_attn_varlen(case, CPU), "magi": lambda: peers.magi(case, CPU)}
-    del makers["flash_attn_loop"]
+    for package in peers.FLASH_ATTN:
+        makers[f"{package}_loop"] = partial(peers.flash_attn_loop, case, package)
+        makers[f"{package}_varlen"] = partial(peers.flash_attn_varlen, case, CPU, package)
+    makers["magi"] = lambda: peers.magi(case, CPU)
     forward, backward = exact_attention(case, inputs, None), exact_attention(case, inputs, [grad_out])
     assert {"flex", "sdpa_loop_flash", "sdpa_loop_math", "sdpa_dense_bool", "sdpa_dense_float"} < set(makers)
     for name, make in makers.items():
@@ -104,6 +143,49 @@ def test_peers_compute_the_mask(case, packages):
             continue
         out, grads = with_gradients(case, make(), inputs, grad_out)
         assert forward.error(out) < 1e-6 and backward.error(grads) < 1e-6, name
+
+
+@pytest.mark.parametrize("mask", ["teacher-forcing", "block-causal, window 4"])
+def test_block_sparse_lists_have_the_mask(mask, packages, monkeypatch):
+    monkeypatch.setattr(peers, "BLOCK", (4, 2))
+    case = Case(SEGMENT, 2, (8, 4, 8) * 2, H=4, kv_heads=2, mask=mask, **FP32)
+    inputs, grad_out = cases.make_inputs(case, CPU), torch.randn(case.B, case.H, case.tokens, case.D)
+    out, grads = with_gradients(case, peers.flash_attn_4_sparse(case, CPU), inputs, grad_out)
+    assert exact_attention(case, inputs, None).error(out) < 1e-6
+    assert exact_attention(case, inputs, [grad_out]).error(grads) < 1e-6
+    with pytest.raises(ValueError, match="blocks seen whole need multiples of 4"):
+        peers.flash_attn_4_sparse(replace(case, lengths=(8, 6) * 3), CPU)
+
+
+def test_who_is_right_where(packages, monkeypatch):
+    """A package that is wrong at D = 72 backward, refuses 128, and is not installed from then on."""
+
+    def call(q, k, v):
+        if q.shape[-1] == 128:
+            raise RuntimeError("head dim 128 is not compiled")
+        bias = (q - q.detach()).sum() * 0.01 if q.shape[-1] == 72 else 0  # 0, whose gradient is not
+        return dense_call(q, k, v)[0] + bias
+
+    sys.modules["flash_attn"].flash_attn_func = call
+    ways, how = ("forward", "forward+backward"), How(0.1, 3, 1, compiled=False)
+
+    def rows(*dims):
+        jobs = [attention_job(1, 16, D, "M4", way, 1.0, S=2, H=1, dtype=torch.float32) for D in dims for way in ways]
+        return [measure.measure(job, CPU, how) for job in jobs]
+
+    def cells(measured, name):
+        table = right_table([row for found in measured for row in found.rows]).splitlines()
+        (line,) = [line for line in table if line.startswith(f"| {words(name)} ")]
+        return [cell.strip() for cell in line.split("|")[2:-1]]
+
+    measured = rows(64, 72, 128)
+    found = cells(measured, "flash_attn_loop")
+    assert found.pop(3).startswith("**wrong**, ") and found == ["right"] * 3 + ["refused"] * 2
+    timed = ["flash_attn_loop" in found.timings for found in measured]
+    assert timed == [True, True, True, False, False, False] and "sdpa_loop_flash" in measured[3].timings
+    assert cells(measured, "cpu") == ["right"] * 6
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    assert cells(rows(64), "flash_attn_loop")[:3] == ["not installed", "not installed", ""]
 
 
 def test_of_many_pairs_some_heads_are_compared(monkeypatch):
