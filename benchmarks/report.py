@@ -120,13 +120,12 @@ def speed_of(*rooms: str) -> Callable[[dict[str, Results]], str]:
 
 def right(devices: dict[str, Results]) -> str:
     """A table for each GPU; where there are results of none, for the CPUs."""
-    said = (
-        "Candidates for attention against fp64, before any is timed: wrong is more than 4 roundings of 16-bit numbers "
-    )
-    said += "(64 of fp32) of the 2-norm, times as much as that. A backward has the gradients of q, k and v."
-    groups = [rooms for rooms in devices.values() if not on_cpu(rooms)] or [cpu_results(devices)]
-    for rooms in groups:
-        used = [rooms[room] for room in ("block_causal_attention", "segment_attention") if room in rooms]
+    said = "Candidates for attention against fp64, before any is timed. Wrong: the 2-norm of the error is over 4 "
+    said += "roundings of 16-bit numbers, 64 of fp32; so many times that. Backward: the gradients of q, k and v."
+    rooms = ("block_causal_attention", "segment_attention")
+    gpus = [results for results in devices.values() if not on_cpu(results) and any(room in results for room in rooms)]
+    for results in gpus or [cpu_results(devices)]:
+        used = [results[room] for room in rooms if room in results]
         rows = [row for content in used for row in content["rows"]]
         said += f"\n\n{provenance(*used)}:\n\n{tables.right_table(rows)}"
     return said
