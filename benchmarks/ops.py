@@ -175,10 +175,12 @@ def segment_job(lengths, mask, direction, target, rate_target=None, B=1, dtype=t
     return Job(Case(SEGMENT, B, lengths, mask=mask, dtype=dtype, **heads), direction, target, rate_target)
 
 
-def adaln_job(op, B, L, C, row_dtype, direction, target=None, fraction_target=None, S=4, dtype=torch.bfloat16) -> Job:
+def adaln_job(
+    op, B, L, C, row_dtype, direction, target=None, fraction_target=None, S=4, dtype=torch.bfloat16, norm="layer"
+) -> Job:
     if target is None:  # the GPU's
         target, fraction_target = (1.2, 0.90) if direction == "forward" else (1.5, 0.75)
-    case = Case(op, B, (L,) * S, C=C, dtype=dtype, row_dtype=row_dtype)
+    case = Case(op, B, (L,) * S, C=C, dtype=dtype, row_dtype=row_dtype, norm=norm)
     return Job(case, direction, target, fraction_target=fraction_target)
 
 
@@ -247,6 +249,7 @@ def tiny_jobs() -> list[Job]:
     ways = ("forward", "backward")
     found = [attention_job(1, 16, 64, "M4", way, 1.3, S=2, H=1) for way in ways]
     found += [adaln_job(op, 1, 16, 24, torch.float32, way, S=2) for op in ADALN[:2] for way in ways]
+    found += [adaln_job(ADALN[1], 1, 16, 24, torch.float32, "backward", S=2, norm="rms")]
     found += [attention_job(1, 16, 64, "M3", "backward", 1.3, S=2, H=1, op=PACKED)]
     found += [seam_job(seam, 16, 24, "backward", 1.0, S=2) for seam in SEAMS]
     found += [norm_rope_job(1, 4, 2, 16, "all", way, 1.0) for way in ways]
@@ -280,6 +283,7 @@ def gpu_jobs() -> list[Job]:
     found += [attention_job(32, 256, 96, "M4", way, 1.0) for way in ways]
     found += [history_job(B, 96) for B in (1, 32)]
     found += [adaln_job(op, 32, 256, C, torch.float32, way) for C in (384, 4096) for op in ADALN for way in ways]
+    found += [adaln_job(op, 32, 256, 1152, torch.float32, way, norm="rms") for op in ADALN[:2] for way in ways]
     return found
 
 

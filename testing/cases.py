@@ -45,8 +45,8 @@ class Case:
     """One shape of one op. Attention uses H and D, the adaLN family C; rows (shift, scale, gate) have `row_dtype`.
 
     `mask` names one of MASKS, of segment_attention one of SEGMENT_MASKS; `kv_heads` of segment_attention, None for H;
-    `scale` of block_causal_attention, None for the default; `seam`: gate_residual_adaln as one of SEAMS. qk_norm_rope:
-    RMSNorm with weights `over` a head or all, then interleaved pairs turned.
+    `scale` of block_causal_attention, None for the default; `seam`: gate_residual_adaln as one of SEAMS; `norm` of the
+    adaLN family. qk_norm_rope: RMSNorm with weights `over` a head or all, then interleaved pairs turned.
     """
 
     op: str
@@ -64,6 +64,7 @@ class Case:
     kv_heads: int | None = None
     seam: str | None = None
     over: str = "head"
+    norm: str = "layer"
 
     @property
     def tokens(self) -> int:
@@ -113,7 +114,7 @@ class Case:
         tokens = f"S{len(self.lengths)} L{self.lengths[0]}" if equal else f"lengths {list(self.lengths)}"
         if self.op in ADALN:
             rows = "per token" if self.per_token else "rows"
-            seam = f" {self.seam}" if self.seam else ""
+            seam = f" {self.seam}" if self.seam else " RMSNorm" if self.norm == "rms" else ""
             return f"{self.op}{seam} B{self.B} {tokens} C{self.C} {name(self.dtype)}, {rows} {name(self.row_dtype)}"
         if self.op == NORM_ROPE:
             return f"{self.op} B{self.B} H{self.H} T{self.tokens} D{self.D} {name(self.dtype)} over {self.over}"
@@ -201,6 +202,8 @@ def run_ours(case: Case, inputs, backend: str | None) -> tuple[torch.Tensor, ...
         settings["mask"] = case.segment_mask
     elif case.op in ATTENTION:
         settings |= dict(zip(("window", "sink"), MASKS[case.mask], strict=True)) | {"scale": case.scale}
+    if case.norm != "layer":
+        settings["norm"] = case.norm
     if case.op in ADALN:
         outputs = getattr(ard_kernels, case.op)(**dict(zip(case.takes, inputs, strict=True)), **settings)
     else:
@@ -240,13 +243,14 @@ def plain_adaln(case: Case, *inputs) -> tuple[torch.Tensor, ...]:
     named = dict(zip(case.takes, inputs, strict=True))
     parameters = {name: named.get(name) for name in ("weight", "bias")}
     rows = [named.get(name) for name in TAKES[case.op]]
-    return plain.adaln(case.op, *rows, lengths=[1] if case.per_token else case.lengths, **parameters)
+    return plain.adaln(case.op, *rows, lengths=[1] if case.per_token else case.lengths, norm=case.norm, **parameters)
 
 
 def exact_adaln(case: Case, *inputs) -> tuple[torch.Tensor, ...]:
     """`plain_adaln` in fp64."""
     named = dict(zip(case.takes, inputs, strict=True))
     parameters = {name: named[name] for name in ("weight", "bias") if name in named}
+    parameters |= {} if case.norm == "layer" else {"norm": case.norm}
     rows, lengths = [named.get(name) for name in TAKES[case.op]], [1] if case.per_token else list(case.lengths)
     outputs = getattr(adaln_reference, case.op)(*rows, lengths, **parameters)
     return outputs if isinstance(outputs, tuple) else (outputs,)

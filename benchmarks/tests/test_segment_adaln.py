@@ -1,6 +1,7 @@
 """Peers of the adaLN family: packages' norms, on stand-ins with their signatures."""
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -35,16 +36,36 @@ def layernorm_bwd(x, weight, dout, rstd, mean, has_bias=True):
     return rstd[:, None] * (grad - share), (dout * normed).sum(0), None
 
 
-@pytest.mark.parametrize("op", ["adaln_modulate", "gate_residual_adaln"])
-def test_norms_of_packages(op, monkeypatch):
-    functional = SimpleNamespace(liger_layer_norm=liger_layer_norm)
+def rmsnorm(x, weight=None, bias=None, residual=None, out_dtype=None, residual_dtype=None, eps=1e-6, prenorm=False):
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def liger_modulated_rms_norm(X, W, scale, shift=None, eps=1e-6, offset=0.0, casting_mode="llama", in_place=True):
+    """Rows (B, S, C) are each of T / S tokens."""
+    assert W is None and not in_place
+    y = F.rms_norm(X, X.shape[-1:], eps=eps).view(*scale.shape[:2], -1, X.shape[-1])
+    return (y * (1 + scale[:, :, None]) + shift[:, :, None]).view_as(X)
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    functional = SimpleNamespace(liger_layer_norm=liger_layer_norm, liger_modulated_rms_norm=liger_modulated_rms_norm)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
-    rows = SimpleNamespace(layernorm_fwd=layernorm_fwd, layernorm_bwd=layernorm_bwd)
+    rows = SimpleNamespace(layernorm_fwd=layernorm_fwd, layernorm_bwd=layernorm_bwd, rmsnorm=rmsnorm)
     monkeypatch.setitem(sys.modules, "quack.rmsnorm", rows)
-    case = Case(op, 2, (6, 6, 6), C=40, dtype=torch.float32)
-    inputs = cases.make_inputs(case, CPU)
-    for norm in (peers.liger_norm, peers.quack_norm):
-        outputs = peers.with_norm(case, norm(case, CPU), backend="eager")(*inputs)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("op", ["adaln_modulate", "gate_residual_adaln"])
+def test_norms_of_packages(op, norm, packages):
+    case = Case(op, 2, (6, 6, 6), C=40, dtype=torch.float32, norm=norm)
+    inputs, how = cases.make_inputs(case, CPU), {"backend": "eager"}
+    liger = peers.gated(case, peers.liger_modulated(case, CPU), **how)
+    if norm == "layer":
+        liger = peers.with_norm(case, peers.liger_norm(case, CPU), **how)
+    ours = partial(cases.run_ours, case, backend=None)
+    for run in (liger, peers.with_norm(case, peers.quack_norm(case, CPU), **how), lambda *inputs: ours(inputs)):
+        outputs = run(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         grad_outputs = [torch.randn_like(out) for out in outputs]
         assert exact_adaln(case, inputs, None).error([out.detach() for out in outputs]) < 1e-6
@@ -52,7 +73,8 @@ def test_norms_of_packages(op, monkeypatch):
         assert exact_adaln(case, inputs, grad_outputs).error(grads) < 1e-6
 
 
-def test_packages_are_asked_on_a_gpu():
-    names = set(peers.adaln_peers(Case("adaln_modulate", 1, (4,)), torch.device("cuda"), True))
-    assert names == {"eager", "compile_rows", "compile_repeat", "liger", "quack"}
-    assert not names & {"liger", "quack"} & set(peers.adaln_peers(Case("adaln_modulate", 1, (4,)), CPU, True))
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_packages_are_asked_on_a_gpu(norm):
+    case = Case("adaln_modulate", 1, (4,), norm=norm)
+    on_gpu, on_cpu = (set(peers.adaln_peers(case, torch.device(kind), True)) for kind in ("cuda", "cpu"))
+    assert on_cpu == {"eager", "compile_rows", "compile_repeat"} and on_gpu == on_cpu | {"liger", "quack"}
