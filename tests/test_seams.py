@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import ard_kernels
+from ard_kernels.block_causal_attention import dense, flash
 from ard_kernels.block_causal_attention import op as attention
 from ard_kernels.history_attention import op as history
 from ard_kernels.qk_norm_rope import op as norm_rope
@@ -25,6 +26,13 @@ def test_kernels_take_what_the_protocol_says(op):
     assert expected and {"cuda", "triton"} <= op.KERNELS.keys()
     for name, module in op.KERNELS.items():
         assert {what: parameters(getattr(module, what)) for what in expected} == expected, name
+
+
+def test_dense_calls_take_what_the_protocol_says():
+    names = ("attend", "attend_backward")
+    expected = [parameters(getattr(dense.Dense, name)) for name in names]
+    for kind in (dense.Matmuls, dense.FusedOnCpu, *flash.PACKAGES):
+        assert [parameters(getattr(kind, name)) for name in names] == expected, kind
 
 
 def test_appends_take_what_the_protocol_says():

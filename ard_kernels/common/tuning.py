@@ -66,7 +66,7 @@ FASTEST: dict[str, dict[str, str]] = json.loads((SHIPPED / "fastest.json").read_
 
 
 def fastest(op: str, arch: int, dtype: torch.dtype, width: int | None) -> str:
-    """The GPU backend that was measured to be correct and fastest; triton where nothing was measured."""
+    """The GPU backend (triton, cuda, flash) that was measured to be correct and fastest; triton where none was."""
     known = FASTEST.get(f"sm{arch}")
     return "triton" if known is None or width is None else known.get(shape_class(op, dtype, width), "triton")
 

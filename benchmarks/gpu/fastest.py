@@ -1,8 +1,9 @@
-"""`python -m benchmarks.gpu.fastest FOLDER`: where the library chooses the CUDA C++ kernels by itself.
+"""`python -m benchmarks.gpu.fastest FOLDER`: where the library chooses another backend than Triton by itself.
 
 Writes ard_kernels/tuned/fastest.json from what one run of `make gpu-check` left in FOLDER: the fastest of our backends
-for each shape class (forward + backward together; history attention has the forward alone), if every test of values
-and compute-sanitizer passed. Entries of other architectures stay as they are.
+for each shape class (forward + backward together; history attention has the forward alone), flash among them where a
+package is installed, if every test of values and compute-sanitizer passed. Entries of other architectures stay as they
+are.
 """
 
 from __future__ import annotations
