@@ -20,11 +20,16 @@ HOLES = SegmentMask([[1, 0, 1, 0, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 1], [0, 1, 0
 CHIPS = {flash.FlashAttention2: 80, flash.FlashAttention3: 90, flash.FlashAttention4: 100}
 
 
+def check_rows(*tensors):
+    """A kernel copies 16 bytes at a time."""
+    for x in tensors:
+        steps = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+        assert x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(step % 8 for step in steps)
+
+
 def attention(q, k, v, scale):
     """out (B, T, H, D) and the natural log-sum-exp (B, H, T)."""
-    for x in (q, k, v):
-        assert x.stride(-1) == 1 and not any(step % 8 for size, step in zip(x.shape, x.stride(), strict=True)
-                                             if size > 1 and step != 1) and x.data_ptr() % 16 == 0  # fmt: skip
+    check_rows(q, k, v)
     wide = [x.float().repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2) for x in (q, k, v)]
     scores = scale * wide[0] @ wide[1].mT
     return (scores.softmax(-1) @ wide[2]).transpose(1, 2).to(q.dtype), scores.logsumexp(-1)
@@ -32,7 +37,8 @@ def attention(q, k, v, scale):
 
 def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, scale, dlse=None):
     """Writes dq, dk, dv; of grouped heads the sum."""
-    assert lse.is_contiguous() and lse.dtype == torch.float32 and all(x.stride(-1) == 1 for x in (dq, dk, dv))
+    check_rows(dout, q, k, v, out, dq, dk, dv)
+    assert lse.is_contiguous() and lse.dtype == torch.float32
     share = q.shape[2] // k.shape[2]
     wide = [x.float().repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2) for x in (dout, q, k, v, out)]
     dout, wide_q, wide_k, wide_v, out = wide
