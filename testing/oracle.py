@@ -1,25 +1,15 @@
-"""The tolerance rule, said once: a kernel may err 1.5x (gradients 2x) what plain PyTorch errs in the same dtype.
-
-Errors are 2-norms of the difference to an fp64 reference: a maximum over a small tensor is one draw of a random
-variable, a norm is not, and a single wrong element still dominates it. The floor is one rounding of the reference
-to the tensor's dtype, so that a case where plain PyTorch happens to be exact does not forbid the last bit.
-"""
+"""Assertions of the tolerance rule, which ard_kernels/common/tolerance.py states."""
 
 import torch
 
-FORWARD_FACTOR = 1.5
-BACKWARD_FACTOR = 2.0
+from ard_kernels.common.tolerance import BACKWARD_FACTOR as BACKWARD_FACTOR
+from ard_kernels.common.tolerance import FORWARD_FACTOR, rounding_floor
 
 
 def error_norm(got: torch.Tensor, reference: torch.Tensor) -> float:
     assert got.shape == reference.shape, (got.shape, reference.shape)
     assert torch.isfinite(got).all(), "not finite"
     return (got.double() - reference).norm().item()
-
-
-def rounding_floor(reference: torch.Tensor, dtype: torch.dtype) -> float:
-    """The error of a result that is right up to one unit in the last place everywhere."""
-    return torch.finfo(dtype).eps * reference.norm().item()
 
 
 def assert_close(got, plain, reference, *, factor=FORWARD_FACTOR, label="") -> float:

@@ -11,12 +11,16 @@ from ard_kernels.block_causal_attention import spec
 from ard_kernels.block_causal_attention.cpu import measured_slower
 from ard_kernels.block_causal_attention.mask import SegmentMask, causal_code
 from ard_kernels.block_causal_attention.merge import merge_attention
-from ard_kernels.block_causal_attention.op import forward_op, packed_op
+from ard_kernels.block_causal_attention.op import NAMES, forward_op, packed_op
+from ard_kernels.block_causal_attention.trials import UNIT
 from ard_kernels.common.arguments import check_scale, described
 from ard_kernels.common.autocast import cast_to_autocast
 from ard_kernels.common.backends import resolve
 from ard_kernels.common.kinds import once_per_kind
 from ard_kernels.common.segments import check_segment_length
+from ard_kernels.common.self_check import register_trials
+
+register_trials(UNIT, *NAMES)
 
 __all__ = [
     "SegmentMask",

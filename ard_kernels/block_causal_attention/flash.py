@@ -15,7 +15,6 @@ import importlib
 import importlib.util
 from abc import ABC, abstractmethod
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,12 @@ from torch import Tensor
 from ard_kernels.block_causal_attention.cuda import aligned
 from ard_kernels.block_causal_attention.dense import LSE_COLUMNS, Gradients, through_values
 from ard_kernels.block_causal_attention.spec import empty_output
+from ard_kernels.common import machine
 from ard_kernels.common.gpu_support import architecture, on_device, refuses_device
+from ard_kernels.common.library import constant_in_graphs
 
 MISSING = "no flash-attn package is installed; expected flash-attn, flash_attn_3 or flash-attn-4"
-WIDEST = 256  # head dim
+WIDEST = 256 - LSE_COLUMNS  # head dim of a package whose backward takes no gradient of lse, see `through_values`
 NO_MASK_2 = {"causal": False, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
 
 
@@ -75,17 +76,8 @@ class Package(ABC):
         """Writes dq, dk, dv of these names. All (B, T, H, D); lse and its gradient (B, H, T), contiguous."""
 
     @classmethod
-    def version(cls) -> str:
-        for distribution in cls.distributions:
-            try:
-                return metadata.version(distribution)
-            except metadata.PackageNotFoundError:
-                continue
-        return "(version unknown)"
-
-    @classmethod
     def described(cls) -> str:
-        return f"{cls.name} {cls.version()}"
+        return f"{cls.name} {machine.version(*cls.distributions) or '(version unknown)'}"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See Dense."""
@@ -105,11 +97,6 @@ class Package(ABC):
         """See Dense."""
         if grad_lse is None or self.takes_lse_gradient:
             return self._gradients(grad_out, q, k, v, out, lse, scale, grad_lse)
-        if q.shape[-1] > WIDEST - LSE_COLUMNS:
-            raise NotImplementedError(
-                f"backend flash: {self.described()} gives a gradient of lse up to head dim {WIDEST - LSE_COLUMNS}; "
-                f"got {q.shape[-1]}"
-            )
         return through_values(self._gradients, grad_out, grad_lse, q, k, v, out, lse, scale)
 
     def _gradients(
@@ -133,6 +120,10 @@ class Package(ABC):
             raise RuntimeError(f"backend flash: {message}") from error
 
 
+def _too_wide(head_dim: int) -> str | None:
+    return f"with its gradient of lse it takes head dims up to {WIDEST}; got {head_dim}" if head_dim > WIDEST else None
+
+
 class FlashAttention3(Package):
     name = "FlashAttention-3"
     distributions = ("flash_attn_3",)
@@ -145,7 +136,7 @@ class FlashAttention3(Package):
 
     @staticmethod
     def refuses(arch: int, head_dim: int) -> str | None:
-        return None if arch == 90 else "it is made for compute capability 9.0"
+        return _too_wide(head_dim) if arch == 90 else "it is made for compute capability 9.0"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = self._forward(q, k, v, softmax_scale=scale)
@@ -204,7 +195,7 @@ class FlashAttention2(Package):
 
     @staticmethod
     def refuses(arch: int, head_dim: int) -> str | None:
-        return None  # of what any kernel for GPUs serves
+        return _too_wide(head_dim)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, _, _ = self._forward(q, k, v, softmax_scale=scale, dropout_p=0.0, return_softmax=False, **NO_MASK_2)
@@ -252,7 +243,7 @@ def _reason(device: torch.device, dtype: torch.dtype, width: int | None) -> str 
     return package if isinstance(package, str) else None
 
 
-@torch.compiler.assume_constant_result  # Dynamo would trace the look-up of packages
+@constant_in_graphs
 def refuses(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
     """Why no flash-attn package serves these tensors; None when one does. `width` is the head dim."""
     return _reason(device, dtype, width)

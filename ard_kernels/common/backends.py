@@ -13,24 +13,18 @@ from typing import NamedTuple
 
 import torch
 
-from ard_kernels.common import tuning
+from ard_kernels.common import self_check, tuning
 from ard_kernels.common.gpu_support import architecture
 from ard_kernels.common.library import forward_mode
 
 BACKENDS = ("cuda", "triton", "cpu", "torch", "flash")
-
-# GPU kernels that `make gpu-check` has passed with: (op, backend) -> {chip: device and date}; the results are committed
-# under benchmarks/results/<device>. `doctor` says of all others that they are not yet verified on hardware.
-VERIFIED_ON_HARDWARE: dict[tuple[str, str], dict[str, str]] = {}
-# The chips each GPU backend has kernels for; newer ones run the kernels of the nearest.
-CHIPS = {"cuda": ("sm_80", "sm_90"), "triton": ("sm_80", "sm_86", "sm_90", "sm_100")}
 
 # (device, dtype, width): width is the head dim or the channels, None when it is not known yet
 Refusal = Callable[[torch.device, torch.dtype, "int | None"], "str | None"]
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend serves an op on a device, and why not (empty when it does)."""
+    """Whether a backend serves an op on a device, and why not; or which widths it has failed a self-check at."""
 
     available: bool
     reason: str
@@ -64,7 +58,8 @@ def refusal(op: str, backend: str, device: torch.device, dtype: torch.dtype, wid
         return f"unknown backend; expected one of {', '.join(BACKENDS)}"
     if not has_backend(op, backend):
         return f"{op} has no {backend} implementation in this build"
-    return _refusals[op][backend](device, dtype, width)
+    reason = _refusals[op][backend](device, dtype, width)
+    return self_check.objection(op, backend, device, dtype, width, named=True) if reason is None else reason
 
 
 def automatic_order(op: str, device: torch.device, dtype: torch.dtype, width: int | None) -> tuple[str, ...]:
@@ -98,7 +93,9 @@ def resolve(
             return "torch"
         order = automatic_order(op, device, dtype, width)
         for backend in [*(b for b in order if b != slow), *(b for b in order if b == slow)]:
-            if backend in _refusals[op] and _refusals[op][backend](device, dtype, width) is None:
+            if backend not in _refusals[op] or _refusals[op][backend](device, dtype, width) is not None:
+                continue
+            if self_check.objection(op, backend, device, dtype, width) is None:
                 return backend
         raise RuntimeError(f"{op}: no backend serves {device.type} tensors of {dtype}; see ard_kernels.backends()")
     reason = refusal(op, explicit, device, dtype, width)
@@ -113,10 +110,13 @@ def backends(
 ) -> dict[str, dict[str, BackendStatus]]:
     """For each op, each backend's status on `device` (default: CUDA when present, else CPU) for `dtype`."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    table = {}
+    table: dict[str, dict[str, BackendStatus]] = {}
     for op in sorted(_refusals):
-        reasons = {name: refusal(op, name, device, dtype) for name in BACKENDS}
-        table[op] = {name: BackendStatus(reason is None, reason or "") for name, reason in reasons.items()}
+        table[op] = {}
+        for name in BACKENDS:
+            reason = refusal(op, name, device, dtype)
+            failed = self_check.failures(op, name, device, dtype).values()
+            table[op][name] = BackendStatus(reason is None, reason or "; ".join(failed))
     return table
 
 

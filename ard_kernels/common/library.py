@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from ard_kernels.common.autocast import without_autocast
+
+_Asks = TypeVar("_Asks", bound=Callable)
 
 _library = torch.library.Library("ard", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -34,6 +36,16 @@ def private(name: str) -> Any:
     for part in name.split("."):
         found = getattr(found, part, None)
     return found
+
+
+def constant_in_graphs(ask: _Asks) -> _Asks:
+    """Have Dynamo call `ask`, instead of tracing it, and keep the answer.
+
+    This is all that torch.compiler.assume_constant_result does after importing the compiler, which a plain import of
+    this library shall not.
+    """
+    ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return ask
 
 
 # Who may watch, trace or transform an op: non-zero, not None or True while somebody does.

@@ -8,8 +8,6 @@ Triton version; nothing is ever tuned during a call.
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ard_kernels.common import machine
 from ard_kernels.common.gpu_support import architecture, assume_multiprocessors
 from ard_kernels.version import __version__
 
@@ -143,9 +142,6 @@ def tuned_here(device: torch.device) -> dict[str, Config]:
 
 
 def cache_file(device: torch.device) -> Path:
-    """$ARD_CACHE_DIR (default ~/.cache/ard_kernels) / <device>-<library version>-triton<version>.json"""
-    import triton
-
-    folder = Path(os.environ.get("ARD_CACHE_DIR") or Path.home() / ".cache" / "ard_kernels")
-    device_name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-    return folder / f"{device_name}-{__version__}-triton{triton.__version__}.json"
+    """<device>-<library version>-triton<version>.json in `machine.cache_folder()`."""
+    device_name = machine.slug(torch.cuda.get_device_name(device))
+    return machine.cache_folder() / f"{device_name}-{__version__}-triton{machine.triton_version()}.json"

@@ -7,7 +7,11 @@ import torch
 from ard_kernels.common.arguments import check_tensor, described
 from ard_kernels.common.backends import resolve
 from ard_kernels.common.dtypes import DTYPES, EXPECTED
+from ard_kernels.common.self_check import register_trials
 from ard_kernels.gelu.op import OP, composite, gelu_op
+from ard_kernels.gelu.trials import UNIT
+
+register_trials(UNIT, UNIT.op)
 
 __all__ = ["gelu"]
 

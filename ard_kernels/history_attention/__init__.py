@@ -16,10 +16,14 @@ from ard_kernels.common.autocast import cast_to_autocast
 from ard_kernels.common.backends import resolve
 from ard_kernels.common.library import transformed
 from ard_kernels.common.segments import check_segment_length
+from ard_kernels.common.self_check import register_trials
 from ard_kernels.history_attention.cache import HistoryCache
 from ard_kernels.history_attention.copied import attend_outside_of_graphs, attend_to_copy
 from ard_kernels.history_attention.op import check_memory, history_op
 from ard_kernels.history_attention.spec import check_layer, check_segment, check_sink_query
+from ard_kernels.history_attention.trials import UNIT
+
+register_trials(UNIT, UNIT.op)
 
 __all__ = ["HistoryCache", "HistoryRouting", "history_attention"]
 

@@ -7,8 +7,12 @@ import torch
 from ard_kernels.common.arguments import NORM_EPS, described
 from ard_kernels.common.autocast import cast_to_autocast
 from ard_kernels.common.backends import resolve
+from ard_kernels.common.self_check import register_trials
 from ard_kernels.qk_norm_rope import spec
 from ard_kernels.qk_norm_rope.op import OP, forward_op
+from ard_kernels.qk_norm_rope.trials import UNIT
+
+register_trials(UNIT, UNIT.op)
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_packed"]
 

@@ -11,9 +11,14 @@ import torch
 from ard_kernels.common.arguments import NORM_EPS
 from ard_kernels.common.autocast import autocast_dtype
 from ard_kernels.common.backends import resolve
+from ard_kernels.common.self_check import register_trials
 from ard_kernels.segment_adaln import spec
 from ard_kernels.segment_adaln.op import adaln_op
 from ard_kernels.segment_adaln.torch_impl import Outputs
+from ard_kernels.segment_adaln.trials import UNITS
+
+for _unit in UNITS:
+    register_trials(_unit, _unit.op)
 
 __all__ = ["adaln_modulate", "gate_residual", "gate_residual_adaln"]
 

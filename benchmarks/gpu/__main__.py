@@ -109,6 +109,7 @@ STAGES = (
         "values_rest", 60, True, "student, trainer and slow tests on the GPU",
         tests(ALL, "", after=("values_triton", "values_cuda")),
     ),
+    Stage("self_check", 40, True, "every kernel as users' machines check it", program("machine", "self_check")),
     Stage("tune", 45, False, "the fastest configuration of every Triton kernel", program("tune")),
     Stage("values_tuned", 15, True, "ops on Triton again, as tuned", tests(QUICK, "triton-on-cuda", *OPS)),
     Stage(

@@ -21,7 +21,7 @@ from benchmarks.files import ROOT, write_json
 from benchmarks.results import Row, load_rooms
 
 TABLE = tuning.SHIPPED / "fastest.json"
-MUST_PASS = ("values_triton", "values_cuda", "values_rest", "values_tuned", "sanitizer")
+MUST_PASS = ("values_triton", "values_cuda", "values_rest", "self_check", "values_tuned", "sanitizer")
 
 
 def compare_backends(rows: list[Row]) -> dict[str, dict[str, float]]:

@@ -131,16 +131,29 @@ def build(journal: Journal) -> None:
             raise RuntimeError("the extension that was built has no CUDA kernels")
 
 
+def self_check(journal: Journal) -> None:
+    """What `python -m ard_kernels.doctor --check` does, a line for each kind of call. A dry run checks one op."""
+    from ard_kernels import doctor  # not before `build` has made its extension
+
+    print("self-check of every kernel")
+    for row in doctor.check(["gelu"] if TINY else ()):
+        what = " ".join(map(str, row[:5]))
+        outcome = "skipped" if row.status == doctor.REFUSED else row.status
+        journal.write(what=what, outcome=outcome, why=row.why, ratio=row.ratio, seconds=row.seconds)
+        if outcome != "skipped":
+            print(f"  {what}: {row.status} {row.why} {row.ratio:.2f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.machine", description=__doc__)
-    parser.add_argument("what", choices=("environment", "build"))
+    parser.add_argument("what", choices=("environment", "build", "self_check"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--continue", action="store_true", dest="resume")
     options = parser.parse_args()
     if options.what == "environment":
         sys.exit(write_environment(options.folder, options.resume) or 0)
-    journal = Journal(options.folder / "build.jsonl")
-    build(journal)
+    journal = Journal(options.folder / f"{options.what}.jsonl")
+    {"build": build, "self_check": self_check}[options.what](journal)
     sys.exit(FAILED if journal.failures() else 0)
 
 

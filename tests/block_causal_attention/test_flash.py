@@ -11,7 +11,7 @@ import torch
 import ard_kernels
 from ard_kernels import SegmentMask, block_causal_attention, segment_attention, segment_attention_packed
 from ard_kernels.block_causal_attention import flash
-from ard_kernels.common import gpu_support, tuning
+from ard_kernels.common import findings, gpu_support, self_check, tuning
 from ard_kernels.common.backends import automatic_order, resolve
 from testing.attention_checks import MEMORY, check, leaves
 
@@ -126,6 +126,18 @@ def module(monkeypatch, name, folder=None, **functions):
     monkeypatch.setitem(sys.modules, name, made)
 
 
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch, tmp_path):
+    """A machine that nothing is known of, whose kernels are taken as they are."""
+    monkeypatch.setenv("ARD_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(self_check, "ENABLED", False)
+    findings.folder.cache_clear()
+    self_check.forget()
+    yield
+    findings.folder.cache_clear()
+    self_check.forget()
+
+
 @pytest.fixture
 def install(monkeypatch, tmp_path):
     """Calls put stand-ins of packages where Python finds them, on a GPU of the compute capability that is given."""
@@ -197,16 +209,12 @@ def test_packed_equals_three_tensors(package, device):
 
 
 def test_the_widest_heads(package, device):
-    """Where the backward takes no gradient of lse it needs heads that are wider."""
-    q, k, v = leaves(device, BF16, 1, 1, 1, 40, 40, 256)
-    out, lse = segment_attention(q, k, v, SegmentMask.block_causal(2), segment_length=20, return_lse=True,
-                                 backend="flash")  # fmt: skip
-    torch.autograd.grad(out.sum(), q, retain_graph=True)
+    """Where the backward takes no gradient of lse, that needs heads which are wider by 8."""
     if package.takes_lse_gradient:
-        torch.autograd.grad(lse.sum(), q)
+        check("flash", device, SegmentMask.block_causal(2), [20] * 2, [20] * 2, D=256, dtype=BF16)
     else:
-        with pytest.raises(NotImplementedError, match=rf"{package.name}.* up to head dim 248; got 256"):
-            torch.autograd.grad(lse.sum(), q)
+        check("flash", device, SegmentMask.block_causal(2), [20] * 2, [20] * 2, D=248, dtype=BF16)
+        assert f"{package.name} " in (reason := flash.refuses(device, BF16, 256)) and "up to 248; got 256" in reason
 
 
 def test_compiles_to_one_graph(package, device):
@@ -267,6 +275,28 @@ def test_a_package_that_is_broken_or_of_another_version(install, monkeypatch):
         install(kind, arch=90, _flash_attn_forward=forward)
         with pytest.raises(RuntimeError, match=f"backend flash: .*FlashAttention-3.*{message}"):
             block_causal_attention(q, q, q, segment_length=4, window=1, backend="flash")
+
+
+def test_a_package_that_is_wrong_is_found_by_the_self_check(install, monkeypatch, capfd):
+    """As FlashAttention-4 of 2026 at D = 72 on Hopper: dq is wrong and nothing says so."""
+
+    def backward(q, k, v, *others, dq, **settings):
+        backward_4(q, k, v, *others, dq=dq, **settings)
+        if q.shape[-1] == 72:
+            dq.mul_(1.1)
+        return dq, settings["dk"], settings["dv"]
+
+    monkeypatch.setattr(flash, "PACKAGES", (flash.FlashAttention4,))
+    monkeypatch.setattr(self_check, "ENABLED", True)
+    install(flash.FlashAttention4, arch=90, _flash_attn_bwd=backward)
+    for D in (64, 72):
+        q = torch.randn(1, 2, 8, D).bfloat16()
+        if D == 64:
+            block_causal_attention(q, q, q, segment_length=4, backend="flash")
+        else:
+            with pytest.raises(ValueError, match=r"'flash' .*dq"):
+                block_causal_attention(q, q, q, segment_length=4, backend="flash")
+    assert "passed" in (said := capfd.readouterr().err) and "failed" in said
 
 
 def test_automatic_only_where_it_was_measured(monkeypatch):

@@ -61,11 +61,13 @@ def flops(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    check: Annotated[bool, typer.Option("--check", help="Run every kernel and compare it, in about a minute.")] = False,
+) -> None:
     """Versions, devices, and per op which backends are available, with the reason for each refusal."""
     from ard_kernels import doctor as kernels_doctor
 
-    kernels_doctor.main()
+    raise typer.Exit(kernels_doctor.main(["--check"] if check else []))
 
 
 @app.command()
