@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch._functorch import config as functorch_config
 
+from ard_kernels.tune.timing import Timing, interleaved, make_timer
 from benchmarks.ops import Job, jobs, our_backends
 from benchmarks.results import Row, compared, goal
-from benchmarks.timing import DEVICE, TINY, Timing, ceilings, interleaved, make_timer, rotating, sets_needed
+from benchmarks.timing import DEVICE, TINY, ceilings, rotating, sets_needed
 from testing import cases
 from testing.cases import ADALN, NORM_ROPE, Case
 
