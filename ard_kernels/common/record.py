@@ -16,18 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-VARIABLE = "ARD_RECORD_SHAPES"
-
 
 def _opened(path: str) -> int:
     """A descriptor to append to the file; made when the library is imported, so that a bad path is heard of at once."""
     try:
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     except OSError as error:
-        raise OSError(f"{VARIABLE} is {path!r}; expected a file that can be written: {error}") from error
+        raise OSError(f"ARD_RECORD_SHAPES is {path!r}; expected a file that can be written: {error}") from error
 
 
-_path = os.environ.get(VARIABLE)
+_path = os.environ.get("ARD_RECORD_SHAPES")
 _file = _opened(_path) if _path else None
 RECORDING = _file is not None
 _recorded: set[str] = set()  # lines of this process

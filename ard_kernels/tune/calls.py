@@ -69,7 +69,7 @@ class Call:
             made["workspace"] = torch.empty(elements, dtype=torch.float32, device=device)
         if fill and "lse" in made:
             forward = getattr(torch.ops.ard, self.op.removesuffix("_backward")).default
-            results = forward(*(made[a.name] for a in forward._schema.arguments[:-1]), "triton")
+            results = forward(*(made[a.name] for a in forward._schema.arguments[:-1]), "torch")
             for name, result in zip(("out", "lse"), results, strict=True):
                 made[name].copy_(result)
         return made

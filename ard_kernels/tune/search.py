@@ -6,9 +6,11 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
+from itertools import starmap
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +49,9 @@ def describe(error: BaseException) -> str:
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
-    """2-norm of the difference over that of `expected`; infinite where one has a NaN."""
+    """2-norm of the difference over that of `expected`; 0 where both are the same, infinite where one has a NaN."""
+    if torch.equal(got, expected):
+        return 0.0
     off = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
     return math.inf if math.isnan(off) else off
 
@@ -87,32 +91,31 @@ def tune_kernel(
     """
     default, begin = tuning.default(key, device), time.monotonic()
     made, limit = call.make(device), 4 * torch.finfo(call.dtype).eps
-    expected: list[Tensor] = []
-    runs: dict[str, Callable[[], Any]] = {}
+
+    def with_constants(config: Config) -> list[Tensor]:
+        with tuning.override({key: config}):
+            return call.run(made)
+
+    expected = [x.clone() for x in with_constants(default)]
     configs, refused = {text_of(default): default}, {}
-    configs |= {text_of(config): config for config in candidates if config.keys() == default.keys()}
-    for text, config in configs.items():
+    for config in candidates:
+        text = text_of(config)
+        if text in configs or config.keys() != default.keys():
+            continue
         if time.monotonic() - begin > seconds:
             refused[text] = f"not tried: {seconds:g} seconds were over"
             continue
-
-        def timed(config: Config = config) -> list[Tensor]:
-            with tuning.override({key: config}):
-                return call.run(made)
-
-        if not expected:  # of the default, which stands first
-            expected, runs[text] = [x.clone() for x in timed()], timed
-            continue
         try:
-            off = max(0.0 if torch.equal(a, b) else relative(a, b) for a, b in zip(timed(), expected, strict=True))
+            off = max(starmap(relative, zip(with_constants(config), expected, strict=True)))
         except Exception as error:  # OutOfResources, or the compiler gives up
             refused[text] = describe(error)
             continue
         if off <= limit:
-            runs[text] = timed
+            configs[text] = config
         else:
             refused[text] = f"differs from the default by {off:.2e} of the 2-norm; expected at most {limit:.2e}"
     left = max(1.0, seconds - (time.monotonic() - begin))
+    runs = {text: partial(with_constants, config) for text, config in configs.items()}
     timings = interleaved(runs, rounds, min(3, rounds), timer=make_timer(device), seconds=min(3.0, left))
     milliseconds = {text: timing.median for text, timing in timings.items()}
     winner = configs[min(milliseconds, key=lambda text: milliseconds[text])]
