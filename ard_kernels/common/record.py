@@ -33,7 +33,7 @@ _recorded: set[str] = set()  # lines of this process
 
 def line_of(op: str, inputs: Sequence[Any]) -> str:
     """The line of a raw call, whose last input is the backend."""
-    return json.dumps({"op": op, "inputs": [_described(x) for x in inputs[:-1]]})
+    return json.dumps({"op": op, "inputs": [_described(x) for x in inputs[:-1]]}, default=int)  # NumPy's integers
 
 
 def _described(x: Any) -> Any:

@@ -35,8 +35,12 @@ class Call:
             content = json.loads(line)
             op, inputs = content["op"], content["inputs"]
             names = [argument.name for argument in getattr(torch.ops.ard, op).default._schema.arguments[:-1]]
-            return cls(line, op, dict(zip(names, inputs, strict=True)))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            call = cls(line, op, dict(zip(names, inputs, strict=True)))
+            call.make(torch.device("meta"), fill=False)
+            if call.dtype.is_floating_point:
+                return call
+            raise TypeError(f"{call.dtype} comes first")
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StopIteration) as error:
             expected = "a call that ARD_RECORD_SHAPES has written, with this version of ard_kernels"
             raise ValueError(f"got {line[:80]!r}; expected {expected}") from error
 
@@ -62,8 +66,8 @@ class Call:
 
         What a backward takes from its forward, lse and out, is that of the inputs: of others scores would overflow.
         """
-        draw = torch.Generator(device).manual_seed(0)
-        made = {name: _made(x, device, draw if fill else None) for name, x in self.inputs.items()}
+        draw = torch.Generator(device).manual_seed(0) if fill else None
+        made = {name: _made(x, device, draw) for name, x in self.inputs.items()}
         if "workspace" in made:  # as large as this device needs, wherever the call was recorded
             elements = workspace_elements(made["keys"].shape[-1], device)
             made["workspace"] = torch.empty(elements, dtype=torch.float32, device=device)
