@@ -15,7 +15,7 @@ from ard_kernels.common import tuning
 from ard_kernels.common.record import line_of
 from ard_kernels.tune import __main__ as tune
 from ard_kernels.tune.calls import Call, calls_of
-from ard_kernels.tune.search import plan, text_of, tune_kernel
+from ard_kernels.tune.search import difference, plan, text_of, tune_kernel
 from ard_kernels.tune.shapes import SHAPES, calls_of_shape
 from testing import cases
 from testing.cases import NORM_ROPE, OPS, SEGMENT, Case
@@ -250,6 +250,15 @@ def test_a_configuration_with_other_results_is_refused(device, monkeypatch):
     limit = 4 * torch.finfo(torch.bfloat16).eps
     assert "differs from the default by 4.00e-02 of the 2-norm" in found.refused[text_of(wrong)] and limit < 0.04
     assert "by inf of the 2-norm" in found.refused[text_of(nan)]
+
+
+def test_results_may_differ_as_far_as_their_dtypes_round():
+    right = [torch.ones(8), torch.ones(8, dtype=torch.bfloat16)]
+    off = [torch.full((8,), 1 + 1e-6), torch.full((8,), 1 + 2**-7, dtype=torch.bfloat16)]
+    assert difference([right[0], off[1]], right, torch.float32) == "", "a result in bf16 of a call in fp32"
+    assert "by 9.54e-07" in difference(off, right, torch.float32) and difference(off, right, torch.bfloat16) == ""
+    zeros = [torch.zeros(8)]
+    assert difference(zeros, zeros, torch.float32) == "" and "inf" in difference(right[:1], zeros, torch.float32)
 
 
 def test_when_the_time_is_over_the_rest_is_not_tried(device):

@@ -59,7 +59,7 @@ class Call:
         name, first = next(iter(self.tensors.items()))
         short = {n: x for n, x in self.inputs.items() if isinstance(x, (str, list)) and len(str(x)) < 30}
         settings = [f"{n}={x}" for n, x in short.items()]
-        return f"{self.op} {name}={tuple(first['shape'])} {first['dtype']} {' '.join(settings)}"
+        return " ".join([f"{self.op} {name}={tuple(first['shape'])} {first['dtype']}", *settings])
 
     def make(self, device: torch.device, fill: bool = True) -> dict[str, Any]:
         """Inputs by name, tensors of integers on the host. fill: drawn, the same in every call; else whatever is there.

@@ -6,9 +6,8 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import starmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +55,15 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return math.inf if math.isnan(off) else off
 
 
+def difference(got: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> str:
+    """Why `got` is refused: further from `expected` than 4 eps of a tensor's dtype, or the coarser `dtype`; else ""."""
+    for own, right in zip(got, expected, strict=True):
+        off, limit = relative(own, right), 4 * max(torch.finfo(dtype).eps, torch.finfo(right.dtype).eps)
+        if off > limit:
+            return f"differs from the default by {off:.2e} of the 2-norm; expected at most {limit:.2e}"
+    return ""
+
+
 def plan(calls: Iterable[Call]) -> tuple[dict[str, Call], dict[Call, str]]:
     """For each table key that a call asks for, the call of most work; and why some calls cannot be tuned.
 
@@ -90,7 +98,7 @@ def tune_kernel(
         Exception: whatever the default raises.
     """
     default, begin = tuning.default(key, device), time.monotonic()
-    made, limit = call.make(device), 4 * torch.finfo(call.dtype).eps
+    made = call.make(device)
 
     def with_constants(config: Config) -> list[Tensor]:
         with tuning.override({key: config}):
@@ -106,14 +114,13 @@ def tune_kernel(
             refused[text] = f"not tried: {seconds:g} seconds were over"
             continue
         try:
-            off = max(starmap(relative, zip(with_constants(config), expected, strict=True)))
+            reason = difference(with_constants(config), expected, call.dtype)
         except Exception as error:  # OutOfResources, or the compiler gives up
-            refused[text] = describe(error)
-            continue
-        if off <= limit:
-            configs[text] = config
+            reason = describe(error)
+        if reason:
+            refused[text] = reason
         else:
-            refused[text] = f"differs from the default by {off:.2e} of the 2-norm; expected at most {limit:.2e}"
+            configs[text] = config
     left = max(1.0, seconds - (time.monotonic() - begin))
     runs = {text: partial(with_constants, config) for text, config in configs.items()}
     timings = interleaved(runs, rounds, min(3, rounds), timer=make_timer(device), seconds=min(3.0, left))
