@@ -11,8 +11,8 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 
 from ard_kernels.common import tuning
+from ard_kernels.tune.candidates import candidates, keys
 from benchmarks import aot
-from benchmarks.candidates import candidates, keys
 
 
 def choose(arch: int, key: str) -> tuple[int, str, dict[str, int] | None]:
@@ -23,7 +23,7 @@ def choose(arch: int, key: str) -> tuple[int, str, dict[str, int] | None]:
     for candidate in candidates(key):
         if not aot.compile_key(arch, key, candidate)[2]:
             return arch, key, candidate
-    print(f"no candidate for sm{arch} {key} compiles without a problem; see benchmarks/candidates.py", flush=True)
+    print(f"no candidate for sm{arch} {key} compiles without a problem; see ard_kernels/tune/candidates.py", flush=True)
     return arch, key, None
 
 

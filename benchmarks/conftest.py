@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ard_kernels.tune.search import describe
 from benchmarks.files import ROOT, write_json
 from benchmarks.gpu.journal import ENDED, Journal
-from benchmarks.measure import Group, Measurement, describe
+from benchmarks.measure import Group, Measurement
 from benchmarks.results import Row, environment, results_folder
 from benchmarks.tables import candidate_errors_table, right_table, speed_table
 from benchmarks.timing import DEVICE, TINY, keep_freed_memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ard_kernels.block_causal_attention.spec import visibility
+from ard_kernels.tune.search import relative
 from testing import cases
 from testing.cases import Case
 
@@ -27,12 +27,6 @@ class Exact(NamedTuple):
     def error(self, returned: Sequence[Tensor]) -> float:
         """The largest of the tensors' errors: 2-norm of the difference over that of the expected one."""
         return max(relative(got, right) for got, right in zip(self.part(returned), self.expected, strict=True))
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    """2-norm of the difference over that of `expected`; infinite where one has a NaN."""
-    off = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
-    return math.inf if math.isnan(off) else off
 
 
 def allowed(dtype: torch.dtype) -> float:

@@ -6,19 +6,19 @@ builds the graph too. Rates count useful work only: FLOPs of pairs the mask keep
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 from torch._functorch import config as functorch_config
 
+from ard_kernels.tune.search import describe
+from ard_kernels.tune.timing import Timing, interleaved, make_timer
 from benchmarks.exact import allowed
 from benchmarks.ops import Job, jobs, our_backends
 from benchmarks.results import Row, compared, goal
-from benchmarks.timing import DEVICE, TINY, Timing, ceilings, interleaved, make_timer, rotating, sets_needed
+from benchmarks.timing import DEVICE, TINY, ceilings, rotating, sets_needed
 from testing import cases
 from testing.cases import ADALN, NORM_ROPE, Case
 
@@ -76,13 +76,6 @@ def kernel_groups(*ops: str) -> list[Group]:
 def gpu_ceilings(device: torch.device) -> dict[str, float]:
     """Rates by unit, measured once in a run; on the CPU every job times its own."""
     return ceilings(device, 20) if device.type == "cuda" else {}
-
-
-def describe(error: BaseException) -> str:
-    """Type, message and the place of an error, on one line."""
-    place = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(place[-1].filename).name}:{place[-1].lineno})" if place else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}{where}"
 
 
 def as_tuple(outputs) -> tuple[torch.Tensor, ...]:

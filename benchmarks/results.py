@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 import ard_kernels
+from ard_kernels.tune.timing import Timing
 from benchmarks.files import RESULTS, ROOT
-from benchmarks.timing import DEVICE, Timing
+from benchmarks.timing import DEVICE
 
 Summary = dict[str, float]  # median, p20, p80 and rounds, of Timing.summary
 

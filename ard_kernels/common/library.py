@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
+from ard_kernels.common import record
 from ard_kernels.common.autocast import without_autocast
 
 _Asks = TypeVar("_Asks", bound=Callable)
@@ -84,6 +85,7 @@ def define_op(
     composite: Callable | None = None,
     flops: Callable | None = None,
     reads_host: bool = False,
+    normal: Callable | None = None,
 ) -> Callable:
     """Register `ard::<schema>` and return what calls it.
 
@@ -91,9 +93,12 @@ def define_op(
     kernel would not survive: `torch.ops.ard.*` asks it, a public function has checked what it passes.
     `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` are those of an autograd.Function. `flops` gets the
     op's inputs, tensors as they are after the call. `reads_host`: what is launched depends on a tensor of the host, so
-    that torch.compile must not replay it in a CUDA graph.
+    that torch.compile must not replay it in a CUDA graph. `normal(*inputs)`: inputs of a call of the same work, which
+    `record.py` notes in place of these.
     """
     name = schema.split("(", 1)[0]
+    if record.RECORDING:
+        kernel = record.recorded(name, kernel, normal)
 
     def checked(*inputs: Any) -> Any:
         if check is not None:

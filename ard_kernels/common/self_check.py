@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ard_kernels.common import findings
+from ard_kernels.common import findings, record
 from ard_kernels.common.findings import FAILED, PASSED, RUNNING, UNKNOWN, Finding, Kind
 from ard_kernels.common.gpu_support import architecture
 from ard_kernels.common.library import constant_in_graphs, private
@@ -174,6 +174,7 @@ def examine(kind: Kind, device: torch.device, repeats: int) -> Finding:
 
     def work() -> None:
         nonlocal finding
+        record.silence()
         begin, largest = time.perf_counter(), 0.0
         try:
             with ignoring_the_record():

@@ -1,13 +1,14 @@
 """Tile sizes of the Triton kernels: what was tuned on this machine, else the table shipped for the architecture.
 
-A table maps `kernel/dtype bits/width/length class` to the kernel's compile-time constants. `make gpu-check` times
-candidates on the GPU at hand and writes the winners to `cache_file()`, whose name holds the device, the library and the
-Triton version; nothing is ever tuned during a call.
+A table maps `kernel/dtype bits/width/length class` to the kernel's compile-time constants. `python -m ard_kernels.tune`
+times candidates on the GPU at hand and keeps the winners in `cache_file()`, whose name holds the device, the library
+and the Triton version; nothing is ever tuned during a call.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -116,9 +117,13 @@ def lookup(kernel: str, device: torch.device, dtype: torch.dtype, width: int, le
 
 def _tabled(name: str, device: torch.device) -> Config:
     """The constants for a key that nobody overrides."""
-    if device.type == "cpu":
-        return INTERPRETER[_family(name)]
-    return tuned_here(device).get(name) or shipped(architecture(device))[name]
+    tuned = {} if device.type == "cpu" else tuned_here(device)
+    return tuned.get(name) or default(name, device)
+
+
+def default(name: str, device: torch.device) -> Config:
+    """The constants for a key where nothing was tuned."""
+    return INTERPRETER[_family(name)] if device.type == "cpu" else shipped(architecture(device))[name]
 
 
 def table_architecture(arch: int) -> int:
@@ -137,11 +142,32 @@ def shipped(arch: int) -> dict[str, Config]:
 @cache
 def tuned_here(device: torch.device) -> dict[str, Config]:
     """What the tuner found on this machine; empty when it never ran with these versions."""
+    return _tuned(device)["configs"]
+
+
+def tuned_on(device: torch.device) -> dict[str, str]:
+    """The call, as `record.py` writes it, that each entry of `tuned_here` was found on."""
+    return _tuned(device)["calls"]
+
+
+def _tuned(device: torch.device) -> dict[str, dict]:
     path = cache_file(device)
-    return json.loads(path.read_text())["configs"] if path.is_file() else {}
+    return {"configs": {}, "calls": {}} | (json.loads(path.read_text()) if path.is_file() else {})
+
+
+def keep(device: torch.device, name: str, config: Config, call: str) -> None:
+    """Put the winner for a key into `cache_file`, whole at any moment, from where later calls take it."""
+    path, table = cache_file(device), _tuned(device)
+    table["configs"][name], table["calls"][name] = dict(config), call
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(table, indent=2) + "\n")
+    os.replace(partial, path)
+    tuned_here.cache_clear()
+    lookup.cache_clear()
 
 
 def cache_file(device: torch.device) -> Path:
     """<device>-<library version>-triton<version>.json in `machine.cache_folder()`."""
-    device_name = machine.slug(torch.cuda.get_device_name(device))
-    return machine.cache_folder() / f"{device_name}-{__version__}-triton{machine.triton_version()}.json"
+    name = "interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return machine.cache_folder() / f"{machine.slug(name)}-{__version__}-triton{machine.triton_version()}.json"

@@ -131,6 +131,15 @@ def _history_flops(
     return 4 * B * H * D * L * sum(stop - start for start, stop in at.place(segment, window, sink).runs)
 
 
+def _of_one_layer(
+    q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None, keys: Tensor, values: Tensor, workspace: Tensor,
+    positions: Tensor, layer: int, *settings: Any,
+) -> tuple:  # fmt: skip
+    """Inputs of the same call on a cache of this layer alone: a stream without end makes a few kinds of them."""
+    own = places.of_one_layer(OP, positions, keys.shape[0], keys.shape[3], layer)
+    return q, k, v, q_sink, keys[layer : layer + 1], values[layer : layer + 1], workspace, own, 0, *settings
+
+
 history_op = define_op(
     "history_attention(Tensor q, Tensor k, Tensor v, Tensor? q_sink, Tensor(a!) keys, Tensor(b!) values, "
     "Tensor(c!) workspace, Tensor(d!) positions, int layer, int? window, int sink, float scale, bool commit, "
@@ -140,4 +149,5 @@ history_op = define_op(
     check=_check,
     flops=_history_flops,
     reads_host=True,
+    normal=_of_one_layer,
 )

@@ -198,6 +198,22 @@ def advance(positions: np.ndarray, layers: int, layer: int, at: Stand, segments:
         positions[first + segment] = at.starts[segment]
 
 
+def of_one_layer(op: str, positions: torch.Tensor, layers: int, capacity: int, layer: int) -> torch.Tensor:
+    """Of a cache that stands as `layer` of this one; of a rolling one, where it stands so for the first time.
+
+    Raises:
+        ValueError: positions that this file has not written.
+    """
+    at = Stand(positions.numpy(), layers, check_undamaged(op, positions.numpy(), layers, capacity)[layer])
+    taken, slots = at.taken, at.sink + at.window
+    if at.rolls and taken > slots:
+        taken = slots + (taken - slots) % at.window
+    own = torch.zeros(len(positions) - layers + 1, dtype=torch.int64, device="cpu")
+    own[:WRITTEN], own[WRITTEN], own[HEADER] = positions[:WRITTEN], taken if at.rolls else 0, taken
+    own[HEADER + 1 : HEADER + 1 + len(at.starts)] = torch.tensor(at.starts, device="cpu")
+    return own
+
+
 def rewind(positions: np.ndarray, layers: int, segments: int) -> None:
     """Forget the last segments, those that not all layers have taken among them.
 

@@ -13,12 +13,13 @@ from ard.models.dit import DiTConfig
 from ard.models.student import ARDStudent
 from ard.training.losses import trajectory_loss
 
+from ard_kernels.tune.timing import interleaved
 from benchmarks.baselines.published_student import PublishedStudent
 from benchmarks.measure import Group, Measurement
 from benchmarks.memory import peak_bytes
 from benchmarks.results import compared
 from benchmarks.student.work import all_captured, make_runs, randomize
-from benchmarks.timing import DEVICE, TINY, interleaved, wall_timer
+from benchmarks.timing import DEVICE, TINY, wall_timer
 
 ON_GPU = DEVICE.type == "cuda"
 WIDTH, HEADS, BATCH = (1152, 16, 4) if ON_GPU else (72, 1, 1)

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from ard_kernels import HistoryCache, SegmentMask, history_attention, segment_attention
+from ard_kernels.tune.timing import interleaved
 from benchmarks.measure import Group, Measurement
 from benchmarks.results import compared
-from benchmarks.timing import DEVICE, TINY, interleaved, wall_timer
+from benchmarks.timing import DEVICE, TINY, wall_timer
 
 ON_GPU = DEVICE.type == "cuda"
 # Wan-1.3B in chunks of 3 frames, sink 3, window 7 (LongLive's); on the CPU fewer heads and shorter chunks.

@@ -9,10 +9,11 @@ from ard.models.student import ARDStudent
 from ard.training.losses import trajectory_loss
 
 from ard_kernels import HistoryRouting, flops
+from ard_kernels.tune.timing import interleaved
 from benchmarks.measure import Group, Measurement
 from benchmarks.results import compared
 from benchmarks.student.work import all_captured, model_named, randomize
-from benchmarks.timing import DEVICE, TINY, interleaved, wall_timer
+from benchmarks.timing import DEVICE, TINY, wall_timer
 from testing.cases import MASKS
 
 ON_GPU = DEVICE.type == "cuda"

@@ -13,12 +13,13 @@ from ard.training.losses import trajectory_loss
 from torch import Tensor, nn
 
 from ard_kernels import HistoryRouting
+from ard_kernels.tune.search import describe, relative
+from ard_kernels.tune.timing import interleaved
 from benchmarks.baselines.published_student import PublishedStudent
-from benchmarks.exact import relative
-from benchmarks.measure import Group, Measurement, describe
+from benchmarks.measure import Group, Measurement
 from benchmarks.memory import peak_bytes
 from benchmarks.results import compared, goal
-from benchmarks.timing import DEVICE, TINY, interleaved, wall_timer
+from benchmarks.timing import DEVICE, TINY, wall_timer
 
 STEPS = 4
 

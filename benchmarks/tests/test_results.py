@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ard_kernels
+from ard_kernels.tune.timing import EventTimer, Timing
 from benchmarks import compare, measure, plots, report, results
 from benchmarks.baselines.published_student import PublishedStudent
 from benchmarks.files import ROOT
@@ -22,7 +23,6 @@ from benchmarks.ops import adaln_job, attention_job, cpu_jobs, gpu_jobs, history
 from benchmarks.results import Row, compared, environment, goal
 from benchmarks.student import work
 from benchmarks.tables import growth_table, speed_table
-from benchmarks.timing import EventTimer, Timing
 
 CPU = torch.device("cpu")
 FP32 = {"S": 2, "dtype": torch.float32}
@@ -176,7 +176,7 @@ PLANTED = """
 from functools import partial
 from benchmarks.measure import Group, Measurement
 from benchmarks.results import compared
-from benchmarks.timing import Timing
+from ard_kernels.tune.timing import Timing
 
 timings = {name: Timing(tuple(x * (1 + i / 100) for i in range(9))) for name, x in (("ours", 2.0), ("fast", 3.0))}
 

@@ -16,9 +16,9 @@ from ard.common.streams import batch_indices
 from ard.data.trajectories import StoreSpec, TrajectoryStore, generate_store
 from ard.models.config import Condition
 
+from ard_kernels.tune.timing import interleaved
 from benchmarks.measure import Group, Measurement
 from benchmarks.results import compared, goal
-from benchmarks.timing import interleaved
 
 DEVICE = torch.device("cpu")
 COUNT, BATCH, IMAGE, STEPS = 2048, 64, (4, 32, 32), 4

@@ -5,7 +5,7 @@ import torch
 
 from ard_kernels.block_causal_attention.triton_impl import parts_of
 from ard_kernels.common import tuning
-from benchmarks.candidates import candidates, keys
+from ard_kernels.tune.candidates import candidates, keys
 
 
 @pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
