@@ -29,6 +29,7 @@ PASSED, FAILED, RUNNING, UNKNOWN = "passed", "failed", "running", "unknown"
 VERIFIED_ON_HARDWARE: dict[tuple[str, str], dict[str, str]] = {}
 # The chips each GPU backend has kernels for; newer ones run the kernels of the nearest.
 CHIPS = {"cuda": ("sm_80", "sm_90"), "triton": ("sm_80", "sm_86", "sm_90", "sm_100")}
+OTHERS = ("flash-attn", "flash_attn_3", "flash-attn-4")  # packages whose kernels backends call
 LONGEST_CHECK = 3600.0  # seconds after which a check that is said to be running is not
 
 
@@ -79,11 +80,12 @@ def folder(device: torch.device) -> Path:
 
 
 def _digest(device: torch.device) -> str:
-    """Of the library's files, by size and time, and of what was tuned here: a rebuilt kernel is another one."""
+    """Of the library's files, by size and time, what was tuned here, and packages with kernels: all that is checked."""
     files = sorted(path for path in machine.PACKAGE.rglob("*") if path.suffix in (".py", ".so"))
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     tuned = sorted(tuning.tuned_here(device).items()) if device.type == "cuda" else []
-    return hashlib.sha256(repr((stamps, tuned)).encode()).hexdigest()[:8]
+    others = [machine.version(name) for name in OTHERS]
+    return hashlib.sha256(repr((stamps, tuned, others)).encode()).hexdigest()[:8]
 
 
 def load(device: torch.device) -> dict[Kind, Finding]:
