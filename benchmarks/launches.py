@@ -245,8 +245,7 @@ def busy_share(items: np.ndarray, batch_heads: int, group: int, resident: int, p
     if persistent:
         last = max(costs[start::MULTIPROCESSORS].sum() for start in range(min(MULTIPROCESSORS, len(costs))))
         return costs.sum() / (MULTIPROCESSORS * last)
-    slots = MULTIPROCESSORS * resident
-    return costs.sum() / (slots * waves.makespan(costs, slots))
+    return costs.sum() / (MULTIPROCESSORS * waves.shared_makespan(costs, MULTIPROCESSORS, resident))
 
 
 def attention_launch(case: Case, binary: Binary) -> Launch:

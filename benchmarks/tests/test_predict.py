@@ -4,6 +4,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from ard_kernels.block_causal_attention.spec import visibility
@@ -12,6 +13,7 @@ from benchmarks import chip, launches, predict, sass
 from benchmarks.launches import DKV, DQ, FORWARD, Binary, Launch
 from benchmarks.ops import attention_job, attention_work, segment_job
 from benchmarks.sass import Cost
+from testing import waves
 
 # A loop of one 64 x 64 tile at D = 64 for a warpgroup: 4 + 4 steps of k = 16, of which those of dQ and dK, dV are more.
 LOOP = """\
@@ -121,13 +123,28 @@ def test_each_limit(change, binds):
     assert predict.bound(waiting)[0] == pytest.approx(seconds if binds in ("L2", "HBM") else 2 * seconds)
 
 
-@pytest.mark.parametrize(
-    ("resident", "persistent", "slots"), [(1, False, 2 * 132), (4, False, 4 * 132), (1, True, 2 * 132)]
-)
-def test_a_last_wave_makes_multiprocessors_wait(resident, persistent, slots):
+@pytest.mark.parametrize(("resident", "persistent"), [(1, False), (4, False), (1, True)])
+def test_a_last_wave_makes_multiprocessors_wait(resident, persistent):
     case = attention_job(1, 256, 64, "M1", "forward", 1.0, H=16).case  # 16 heads of 16 tiles: 256 equal programs
     items = make_tables(case.segments, case.tokens, case.tokens, 64, 64, False).items
-    assert launches.busy_share(items, 16, 16, resident, persistent) == pytest.approx(256 / slots)
+    assert launches.busy_share(items, 16, 16, resident, persistent) == pytest.approx(256 / (2 * 132))
+
+
+@pytest.mark.parametrize(
+    ("costs", "multiprocessors", "resident", "expected"),
+    [
+        ([3, 1, 1, 1], 2, 1, 3),  # 3 | 1 1 1
+        ([3, 1, 1, 1], 1, 2, 6),  # one multiprocessor is never idle
+        ([4, 2], 1, 2, 6),
+        ([4], 3, 2, 4),  # alone, a block has all of its multiprocessor
+        ([2, 2, 2, 8], 2, 2, 10),  # 2 and 2 | 2 and 8
+        ([1, 5, 1, 1, 1], 2, 2, 6),  # 1 and 1 until 2, then the last one until 3 | 5 and 1
+    ],
+)
+def test_blocks_share_their_multiprocessor(costs, multiprocessors, resident, expected):
+    costs = np.array(costs, float)
+    assert waves.shared_makespan(costs, multiprocessors, resident) == pytest.approx(expected)
+    assert waves.shared_makespan(costs, multiprocessors, 1) == waves.makespan(costs, multiprocessors)
 
 
 def test_the_chip_has_its_peak_rates():
@@ -137,7 +154,7 @@ def test_the_chip_has_its_peak_rates():
 
 
 def test_unknown_blocks_are_refused():
-    with pytest.raises(ValueError, match="block 'typo'; expected one of constants, kernels"):
+    with pytest.raises(ValueError, match="block 'typo'; expected one of constants, versions"):
         predict.refreshed("<!-- prediction: typo -->\n<!-- end of prediction -->", ["typo"])
 
 

@@ -24,7 +24,7 @@
 namespace ard {
 
 // One warp per row up to 512 channels, 4 rows in a block; then as many warps as the row needs, with 16 elements a
-// thread from 1024 channels on.
+// thread beyond 1024 channels.
 RowGeometry forward_geometry(int channels) {
   const int elements = (channels > 256 && channels <= 512) || channels > 1024 ? 16 : 8;
   const int warps = (channels + kLanes * elements - 1) / (kLanes * elements);
