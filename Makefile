@@ -16,7 +16,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: install other-torch demo test test-slow test-all test-exhaustive test-other-python test-sanitize dist lint format bench aot aot-update cuda-build \
-  cuda-build-update gpu-check bench-gpu clean
+  cuda-build-update predictions gpu-check bench-gpu clean
 
 install: $(STAMP)
 
@@ -141,6 +141,10 @@ cuda-build: install
 
 cuda-build-update: install
 	$(BIN)/python -m benchmarks.cuda_build --update
+
+# docs/predictions.md: the least time of each launch on a Hopper GPU, from compiled kernels (nvcc and no GPU needed).
+predictions: install
+	$(BIN)/python -m benchmarks.predict
 
 # For a machine with an NVIDIA GPU: nothing is installed, what its Python has is used (torch, triton and the extra `test`).
 # It is over after GPU_MINUTES (default 10), come what may; GPU_ARGS=--continue goes on where the last run was cut.

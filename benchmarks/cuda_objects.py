@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
 from pathlib import Path
+
+CUBINS = Path(__file__).resolve().parents[1] / "build" / "cubins"
 
 # Column of the table -> instructions it counts.
 INSTRUCTIONS = {
@@ -74,6 +77,36 @@ def short_names(mangled: list[str]) -> list[str]:
     return names
 
 
-def cuobjdump(*arguments: str) -> str:
-    tool = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _triton_tool(name: str, *arguments: str) -> str:
+    """What a program says that comes with Triton."""
+    tool = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def cuobjdump(*arguments: str) -> str:
+    return _triton_tool("cuobjdump", *arguments)
+
+
+def nvdisasm(cubin: Path) -> str:
+    """The code with labels, `nvdisasm -c`."""
+    return _triton_tool("nvdisasm", "-c", str(cubin))
+
+
+def nvcc() -> str:
+    """The compiler on PATH, or where CUDA is installed by default."""
+    return shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+
+
+def nvcc_cubin(source: Path, *options: str, arch: str = "90a") -> Path:
+    """Compile one source with the options of CMakeLists.txt, for one chip; in build/cubins until its room changes."""
+    headers = source.parents[1]
+    rooms = source.parent, headers / "common"
+    newest = max(path.stat().st_mtime for room in rooms for path in room.iterdir())
+    name = "-".join([source.parent.name, source.stem, f"sm{arch}", *options]).replace("=", "-")
+    cubin = CUBINS / f"{name}.cubin"
+    if not cubin.is_file() or cubin.stat().st_mtime < newest:
+        cubin.parent.mkdir(parents=True, exist_ok=True)
+        flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{headers}", *options]
+        target = f"--generate-code=arch=compute_{arch},code=sm_{arch}"
+        subprocess.run([nvcc(), "-cubin", target, *flags, str(source), "-o", str(cubin)], check=True)
+    return cubin

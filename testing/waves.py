@@ -7,6 +7,7 @@ Thread blocks of one launch start in order of their number on every NVIDIA GPU s
 from __future__ import annotations
 
 import heapq
+from itertools import islice, product
 
 import numpy as np
 
@@ -31,6 +32,32 @@ def makespan(costs: np.ndarray, slots: int) -> float:
     for cost in costs:
         heapq.heappush(free, heapq.heappop(free) + cost)
     return max(free)
+
+
+def shared_makespan(costs: np.ndarray, multiprocessors: int, resident: int) -> float:
+    """Time until the last multiprocessor is idle, when up to `resident` blocks on one share its rate evenly.
+
+    A block that is alone has all of it, so no schedule of whole blocks in this order ends sooner for what a
+    multiprocessor's units can do.
+    """
+    waiting = iter(costs.tolist())
+    left: list[list[float]] = [[] for _ in range(multiprocessors)]  # of each block on each multiprocessor
+    for _, own in product(range(resident), left):
+        own += islice(waiting, 1)
+    since = [0.0] * multiprocessors
+    events = [(min(own) * len(own), number) for number, own in enumerate(left) if own]
+    heapq.heapify(events)
+    now = 0.0
+    while events:
+        now, number = heapq.heappop(events)
+        own = left[number]
+        done = (now - since[number]) / len(own)
+        own.remove(min(own))
+        own[:] = [max(0.0, cost - done) for cost in own] + list(islice(waiting, 1))
+        since[number] = now
+        if own:
+            heapq.heappush(events, (now + min(own) * len(own), number))
+    return now
 
 
 def efficiency(

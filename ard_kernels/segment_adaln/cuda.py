@@ -22,8 +22,8 @@ from ard_kernels.common.segments import segment_offsets
 from ard_kernels.segment_adaln.chunks import Chunks, chunks
 
 MOST_CHANNELS = 8192
-# Of a multiprocessor, by the compiler's report: registers per thread of the kernels of 8 elements per thread.
-REGISTERS = {"forward": 96, "backward": 128}
+# Registers per thread by the compiler's report, of the kernels of 8 and 16 elements per thread.
+REGISTERS = {"forward": {8: 96, 16: 128}, "backward": {8: 128, 16: 128}}
 # Tokens of a chunk, at most; a chunk costs as much as OVERHEAD tokens to begin and to end.
 TOKENS = {"forward": 32, "backward": 64}
 OVERHEAD = 2
@@ -63,8 +63,8 @@ def _plan(
 ) -> Chunks:
     """The tables for this shape; made once. few: multiprocessors."""
     each = tuple(stop - start for start, stop in pairwise(segment_offsets(lengths, tokens)))
-    _, threads, rows = extension.gpu(device).adaln_geometry(channels, kernel == "backward")
-    blocks = max(1, 65536 // (REGISTERS[kernel] * threads * rows))
+    elements, threads, rows = extension.gpu(device).adaln_geometry(channels, kernel == "backward")
+    blocks = max(1, 65536 // (REGISTERS[kernel][elements] * threads * rows))
     most = chunk_tokens(each, batch, TOKENS[kernel], blocks * few)
     return chunks(lengths, tokens, most, device)
 

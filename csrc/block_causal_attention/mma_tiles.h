@@ -3,7 +3,7 @@
 //   rows_times_rows      (rows, columns) += A B^T    A, B: (rows | columns, D) tiles            Q K^T, dO V^T
 //   weights_times_rows   (rows, D) += W B            W: (rows, columns) in registers, B a tile   P V, dS K
 //
-// A warp holds kMTiles x 16 rows. Every ldmatrix reads one 16-byte chunk (8 numbers) of 32 rows, or of 16 rows twice.
+// A warp holds kMTiles x 16 rows. An ldmatrix reads one 16-byte chunk (8 numbers) of 32 rows, or two of 16 rows.
 // A head dim is taken exactly: chunks pair up for k = 16, an odd last one (D = 72, 88) is an mma with k = 8.
 #pragma once
 
@@ -55,16 +55,14 @@ ARD_DEVICE void copy_tile(char* sX, const char* gX, int64_t stride_token, int st
 template <int kHeadDim, int kMTiles, bool kLast>
 ARD_DEVICE void load_operands(uint32_t (&a)[kMTiles][4], const char* sRows, int chunk, int lane) {
   using Rows = Tile<kHeadDim>;
-  if constexpr (kMTiles == 1) {
-    ldmatrix(a[0], sRows + Rows::offset(lane % 16, kLast ? chunk : chunk + lane / 16));
-  } else {
-    static_assert(kMTiles == 2, "an ldmatrix reads 32 rows");
+  if constexpr (kLast && kMTiles == 2) {
     uint32_t words[4];
     ldmatrix(words, sRows + Rows::offset(lane, chunk));
     a[0][0] = words[0], a[0][1] = words[1], a[1][0] = words[2], a[1][1] = words[3];
-    if constexpr (!kLast) {
-      ldmatrix(words, sRows + Rows::offset(lane, chunk + 1));
-      a[0][2] = words[0], a[0][3] = words[1], a[1][2] = words[2], a[1][3] = words[3];
+  } else {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+      ldmatrix(a[m], sRows + Rows::offset(16 * m + lane % 16, kLast ? chunk : chunk + lane / 16));
     }
   }
 }
@@ -93,25 +91,36 @@ struct Operands {
   }
 };
 
-// One k-step of rows_times_rows.
+// One k-step of rows_times_rows. An ldmatrix brings two chunks of 16 columns, so that the two words of a B operand come
+// into registers side by side, as mma takes them: apart, moves were half of dQ's instructions at D = 72 (SASS of nvcc
+// 13.0). Of a last, odd chunk it brings up to 32 columns.
 template <class T, int kHeadDim, int kMTiles, int kColumns>
 ARD_DEVICE void multiply_step(float (&s)[kMTiles][kColumns / 8][4], const uint32_t (&a)[kMTiles][4], const char* sB,
                               int step, int lane) {
   using Rows = Tile<kHeadDim>;
-  const bool pair = 2 * step + 1 < Rows::kChunks;
+  if (2 * step + 1 < Rows::kChunks) {
 #pragma unroll
-  for (int block = 0; block < kColumns / 32; ++block) {
-    uint32_t low[4], high[4];
-    ldmatrix(low, sB + Rows::offset(32 * block + lane, 2 * step));
-    if (pair) ldmatrix(high, sB + Rows::offset(32 * block + lane, 2 * step + 1));
+    for (int block = 0; block < kColumns / 16; ++block) {
+      uint32_t b[4];
+      const int column = 16 * block + (lane >> 4) * 8 + (lane & 7), chunk = 2 * step + (lane >> 3 & 1);
+      ldmatrix(b, sB + Rows::offset(column, chunk));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int m = 0; m < kMTiles; ++m) {
-        if (pair) {
-          mma<T>(s[m][4 * block + i], a[m], low[i], high[i]);
-        } else {
-          mma_k8<T>(s[m][4 * block + i], a[m][0], a[m][1], low[i]);
+        for (int m = 0; m < kMTiles; ++m) mma<T>(s[m][2 * block + i], a[m], b[2 * i], b[2 * i + 1]);
+      }
+    }
+  } else {
+    constexpr int kAtOnce = kColumns < 32 ? kColumns : 32;
+#pragma unroll
+    for (int block = 0; block < kColumns / kAtOnce; ++block) {
+      uint32_t b[4];
+      ldmatrix(b, sB + Rows::offset(kAtOnce * block + lane % kAtOnce, 2 * step));
+#pragma unroll
+      for (int i = 0; i < kAtOnce / 8; ++i) {
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+          mma_k8<T>(s[m][kAtOnce / 8 * block + i], a[m][0], a[m][1], b[i]);
         }
       }
     }
@@ -153,25 +162,44 @@ ARD_DEVICE void rows_times_rows(float (&s)[kMTiles][kColumns / 8][4], const char
 template <class T, int kHeadDim, int kMTiles, int kColumns>
 ARD_DEVICE void weights_times_rows(float (&o)[kMTiles][kHeadDim / 8][4], const float (&w)[kMTiles][kColumns / 8][4],
                                    const char* sB, int lane) {
-#pragma unroll
-  for (int block = 0; block < kColumns / 32; ++block) {
-    uint32_t a[kMTiles][2][4];
+  if constexpr (kColumns == 16) {
+    uint32_t a[kMTiles][4];
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float (&pair)[4] = w[m][4 * block + i / 2];
-        a[m][i / 4][i % 4] = i % 2 == 0 ? narrow2<T>(pair[0], pair[1]) : narrow2<T>(pair[2], pair[3]);
-      }
+      for (int i = 0; i < 4; ++i) a[m][i] = narrow2<T>(w[m][i / 2][i % 2 * 2], w[m][i / 2][i % 2 * 2 + 1]);
     }
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
+    for (int n = 0; n < kHeadDim / 8; n += 2) {
+      const bool pair = n + 1 < kHeadDim / 8;
       uint32_t b[4];
-      ldmatrix_transposed(b, sB + Tile<kHeadDim>::offset(32 * block + lane, n));
+      ldmatrix_transposed(b, sB + Tile<kHeadDim>::offset(lane % 16, n + (pair ? lane / 16 : 0)));
 #pragma unroll
-      for (int m = 0; m < kMTiles; ++m) mma<T>(o[m][n], a[m][0], b[0], b[1]);
+      for (int m = 0; m < kMTiles; ++m) mma<T>(o[m][n], a[m], b[0], b[1]);
 #pragma unroll
-      for (int m = 0; m < kMTiles; ++m) mma<T>(o[m][n], a[m][1], b[2], b[3]);
+      for (int m = 0; pair && m < kMTiles; ++m) mma<T>(o[m][n + 1], a[m], b[2], b[3]);
+    }
+  } else {
+#pragma unroll
+    for (int block = 0; block < kColumns / 32; ++block) {
+      uint32_t a[kMTiles][2][4];
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float (&pair)[4] = w[m][4 * block + i / 2];
+          a[m][i / 4][i % 4] = i % 2 == 0 ? narrow2<T>(pair[0], pair[1]) : narrow2<T>(pair[2], pair[3]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        uint32_t b[4];
+        ldmatrix_transposed(b, sB + Tile<kHeadDim>::offset(32 * block + lane, n));
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) mma<T>(o[m][n], a[m][0], b[0], b[1]);
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) mma<T>(o[m][n], a[m][1], b[2], b[3]);
+      }
     }
   }
 }

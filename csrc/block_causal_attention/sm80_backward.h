@@ -9,20 +9,24 @@
 // with scale2 = scale log2(e), lse2 = lse log2(e). Scores of the second are transposed: keys are rows. 7 products where
 // 5 are useful; adding dQ up over blocks through memory would cost more (see ../../docs/gpu.md).
 //
-// Tensor cores bound it: 14 D FLOPs per query and key that it sees, for 4 D bytes per column and tile of 128 rows.
+// 14 D FLOPs per query and key that it sees, for 4 D bytes per column and tile of 128 rows. On Hopper reads of shared
+// memory bound it before the tensor cores do (docs/predictions.md): each warp reads the columns' fragments for itself.
 #pragma once
 
 #include "sm80_forward.h"
 
 namespace ard {
 
-// kMTiles_: dQ has one output beside its scores and can hold 32 rows a warp. Two such blocks fit on a
-// multiprocessor of sm_80 up to D = 72; above, one block of warps with 16 rows has more of them. dK and dV hold 16.
-template <int kHeadDim_, int kMTiles_>
+// Reads of shared memory bound it, so fragments of the columns serve 32 rows a warp where registers allow: up to D =
+// 72, two blocks on a multiprocessor. dK and dV have two outputs, and take 16 columns at a time then; by `python -m
+// benchmarks.predict` that takes 0.80 of the cycles of shared memory that warps of 16 rows take. Above, one block of
+// twice the warps, with 16 rows each.
+template <int kHeadDim_, int kMTiles_, int kStep_>
 struct BackwardTraits {
   static constexpr int kHeadDim = kHeadDim_, kMTiles = kMTiles_, kWarpRows = 16 * kMTiles;
   static constexpr int kBlockM = kBackwardBlockM, kBlockN = kBackwardBlockN, kStages = 2;
-  static constexpr int kStep = 32;  // columns at a time: scores and their gradient take kMTiles * kStep registers
+  // Columns at a time: scores and their gradient take kMTiles * kStep registers.
+  static constexpr int kStep = kStep_;
   static constexpr int kThreads = kBlockM / kMTiles * 2;
   static constexpr int kBytesRows = Tile<kHeadDim>::bytes(kBlockM), kBytesColumns = Tile<kHeadDim>::bytes(kBlockN);
   static constexpr int kBytesStatistics = 2 * kBlockN * 4;  // lse and delta of the columns
@@ -258,8 +262,9 @@ sm80_backward_dkv(const ARD_GRID_CONSTANT AttentionBackwardParams p) {
 
 template <class T, int kHeadDim>
 void launch_sm80_backward(const AttentionBackwardParams& p, void* stream) {
-  using Dq = BackwardTraits<kHeadDim, kHeadDim <= 72 ? 2 : 1>;
-  using Dkv = BackwardTraits<kHeadDim, 1>;
+  constexpr int kMTiles = kHeadDim <= 72 ? 2 : 1;
+  using Dq = BackwardTraits<kHeadDim, kMTiles, 32>;
+  using Dkv = BackwardTraits<kHeadDim, kMTiles, kMTiles == 2 ? 16 : 32>;
   const int64_t query_blocks = static_cast<int64_t>(p.by_query.tiles) * p.batch * p.heads;
   const int64_t key_blocks = static_cast<int64_t>(p.by_key.tiles) * p.batch * p.kv_heads;
   launch<sm80_backward_dq<T, Dq>>(query_blocks, 1, Dq::kThreads, Dq::kSharedBytes, static_cast<Stream>(stream), p);
@@ -277,7 +282,7 @@ void launch_sm80_backward(const AttentionBackwardParams& p, void* stream) {
 template <int kHeadDim>
 int attention_shared_bytes_sm80() {
   constexpr int kForward = ForwardTraits<kHeadDim, kForwardBlockM>::kSharedBytes;
-  constexpr int kBackward = BackwardTraits<kHeadDim, 1>::kSharedBytes,
+  constexpr int kBackward = BackwardTraits<kHeadDim, 1, 32>::kSharedBytes,
                 kMost = kForward > kBackward ? kForward : kBackward;
   static_assert(kMost <= 163 << 10, "what a block may have on sm_80");
   return kMost;

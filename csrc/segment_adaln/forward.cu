@@ -6,9 +6,13 @@
 // Memory bounds it. The least that must move is one pass over the tokens, 2 tensors (x, y) for adaln_modulate, 4 (x,
 // branch, h, y) for gate_residual_adaln, 3 for gate_residual: 4.6, 9.2 and 6.9 KB per token at C = 1152 in 16 bits. A
 // block walks over a chunk of one segment's tokens with the segment's rows in registers, and up to 4 tokens of each
-// input on their way in shared memory. At that width registers allow 6 blocks of 160 threads on a multiprocessor for
-// adaln_modulate (64 each) and 4 for gate_residual_adaln (91 each): 55 and 74 KB in flight, where by Little's law
-// 4.8 TB/s x 0.7 us / 132 = 25 KB would do on an H200. Rows per token are read with the token.
+// input on their way in shared memory. At that width registers allow 5 blocks of 96 threads on a multiprocessor (119 to
+// 128 each): 46 and 92 KB in flight, where by Little's law 4.8 TB/s x 0.7 us / 132 = 25 KB would do on an H200. Rows
+// per token are read with the token.
+//
+// A token's instructions are the next limit, most of them the same for 8 as for 16 elements of a thread: with 8, an
+// H200 would issue adaln_modulate of C = 1152 for 1.7 times as long as memory takes, with 16 for 1.25 times
+// (predictions of benchmarks/predict.py).
 //
 // Statistics in fp32 and one barrier per token. Each warp takes the mean m_w of its n_w elements, then, in registers,
 // the sums d_w of the differences from it (what rounding left) and s_w of their squares; the warps' results give
@@ -19,9 +23,10 @@
 
 namespace ard {
 
-// One warp per row up to 512 channels, 4 rows in a block; then as many warps as the row needs.
+// One warp per row up to 512 channels, 4 rows in a block; then as many warps as the row needs, with 16 elements a
+// thread beyond 1024 channels.
 RowGeometry forward_geometry(int channels) {
-  const int elements = (channels > 256 && channels <= 512) || channels > 2560 ? 16 : 8;
+  const int elements = (channels > 256 && channels <= 512) || channels > 1024 ? 16 : 8;
   const int warps = (channels + kLanes * elements - 1) / (kLanes * elements);
   return {elements, kLanes * warps, warps == 1 ? 4 : 1};
 }
