@@ -140,8 +140,8 @@ def _judge(trial: Trial, backend: str, device: torch.device, repeats: int) -> tu
     call = _Call(trial, device, None)
     try:
         exact, plain = _Call(trial, device, torch.float64)("torch"), call("torch")
-    except Exception as error:  # `sdpa_kernel` of the caller has no kernel for float64; the GPU has failed before
-        raise _NoReferenceError(f"PyTorch itself failed: {_one_line(error)}") from error
+    except Exception as cause:  # `sdpa_kernel` of the caller has no kernel for float64; the GPU has failed before
+        raise _NoReferenceError(f"PyTorch itself failed: {_one_line(cause)}") from cause
     # What the allocator gives to the kernel next is NaN: what it leaves unwritten is then no right result of before.
     poison = [torch.full_like(x, float("nan")) for x in plain.values() for _ in range(2)]
     del poison
