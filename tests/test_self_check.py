@@ -197,21 +197,29 @@ def test_a_check_that_raises(error, status, why, monkeypatch, as_on_a_gpu, machi
     monkeypatch.undo()
 
 
-def test_a_check_that_took_its_process_with_it(as_on_a_gpu):
-    """Its mark stays in the record, of a process that is no more: failed. Of one that runs: checked anew."""
+def test_a_check_that_took_its_process_with_it(as_on_a_gpu, monkeypatch):
+    """Its mark stays in the record. Of a process that runs it says nothing; a second one of a process that is no more
+    is a failure, the first may be of one that somebody ended."""
     kind = Kind("adaln_modulate", "cpu", *ADALN[1:])
     as_on_a_gpu("cpu")
-    findings.keep(CPU, kind, Finding(RUNNING))
+    findings.keep(CPU, kind, Finding(RUNNING, repeats=5))
     assert backends.resolve(ADALN[0], None, CPU, *ADALN[1:]) == "cpu", "this very process"
-    findings.keep(CPU, kind, Finding(RUNNING))
-    path = findings.folder(CPU) / kind.file
-    content = json.loads(path.read_text())
-    node = content["finding"]["by"].partition("@")[2]
-    content["finding"]["by"] = f"{2**22 + 1}@{node}"  # beyond the largest process
-    path.write_text(json.dumps(content))
-    self_check.forget()
+
+    def died(mark):
+        findings.keep(CPU, kind, mark)
+        path = findings.folder(CPU) / kind.file
+        content = json.loads(path.read_text())
+        node = content["finding"]["by"].partition("@")[2]
+        content["finding"]["by"] = f"{2**22 + 1}@{node}"  # beyond the largest process
+        path.write_text(json.dumps(content))
+        self_check.forget()
+
+    died(Finding(RUNNING, repeats=1))
+    kept = count(monkeypatch, findings, "keep")
+    assert backends.resolve(ADALN[0], None, CPU, *ADALN[1:]) == "cpu"
+    died(kept[0][2])  # so did the check that this call began
     assert backends.resolve(ADALN[0], None, CPU, *ADALN[1:]) == "torch"
-    with pytest.raises(ValueError, match="a check of it ended its process"):
+    with pytest.raises(ValueError, match="two checks of it ended their processes"):
         backends.resolve(ADALN[0], "cpu", CPU, *ADALN[1:])
 
 

@@ -222,11 +222,12 @@ def forget() -> None:
 
 @cache
 def known(device: torch.device) -> dict[Kind, Finding]:
-    """The record, and what this process has found since. A check that died counts as failed."""
+    """The record, and what this process has found since. A check that died twice counts as failed: once may have been
+    a user or a scheduler, who ends processes most often while they start."""
     found = findings.load(device)
     for kind, finding in found.items():
-        if finding.status == RUNNING and findings.abandoned(finding):
-            found[kind] = finding._replace(status=FAILED, why="a check of it ended its process")
+        if finding.repeats > 1 and findings.abandoned(finding):
+            found[kind] = finding._replace(status=FAILED, why="two checks of it ended their processes")
     return found
 
 
@@ -322,7 +323,9 @@ def _unless_verified(op: str, backend: str, device: torch.device, why: str) -> s
 def _check_here(kind: Kind, device: torch.device) -> Finding:
     """At the first use of a kind, in this process: check, say so, keep it."""
     finding = Finding(UNKNOWN)
-    findings.keep(device, kind, Finding(RUNNING))  # stays if the check takes this process with it
+    before = known(device).get(kind)
+    begun = 1 + (before.repeats if before is not None and findings.abandoned(before) else 0)
+    findings.keep(device, kind, Finding(RUNNING, repeats=begun))  # stays if the check takes this process with it
     try:
         finding = examine(kind, device, QUICK)
     finally:
