@@ -72,7 +72,7 @@ def rounding_of_gradients(q, k, v, out, lse, sees, grad_out, scale):
 
 def check_norms(got, other, exact, factor: float, floor: float, label: str = "") -> None:
     """The rule of oracle.py, and a floor: `other` is one draw of a random variable where numbers are few."""
-    allowed = factor * error_norm(other, exact) + rounding_floor(exact, got.dtype) + floor
+    allowed = factor * error_norm(other, exact) + rounding_floor(exact.norm().item(), got.dtype) + floor
     error = error_norm(got, exact)
     assert error <= allowed, f"{label}: error {error:.3e} > {allowed:.3e}, with a floor of {floor:.3e}"
 

@@ -15,7 +15,7 @@ def error_norm(got: torch.Tensor, reference: torch.Tensor) -> float:
 def assert_close(got, plain, reference, *, factor=FORWARD_FACTOR, label="") -> float:
     """Fail unless err(got) <= factor * err(plain PyTorch) + floor; return the ratio err(got) / err(plain)."""
     error, allowed = error_norm(got, reference), error_norm(plain, reference)
-    floor = rounding_floor(reference, got.dtype)
+    floor = rounding_floor(reference.norm().item(), got.dtype)
     assert error <= factor * allowed + floor, f"{label}: error {error:.3e} > {factor} x {allowed:.3e} + {floor:.3e}"
     return error / allowed if allowed else float(error > 0)
 

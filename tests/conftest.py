@@ -9,7 +9,7 @@ from testing.devices import SIMULATED, devices
 os.environ["TRITON_INTERPRET"] = str(int(SIMULATED))  # Triton reads it when it is imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # plain PyTorch's matmuls under `poisoned`
 
-from ard_kernels.common import extension
+from ard_kernels.common import extension, findings, self_check
 from testing import emulator, poison, triton_interpreter
 
 # Drawn cases are the same in every run, so a failure is a failure everywhere.
@@ -117,3 +117,14 @@ def poisoned():
     """Every torch.empty inside comes back full of NaN: an output or workspace that is not fully written shows."""
     with poison.poisoned():
         yield
+
+
+@pytest.fixture
+def unknown_machine(tmp_path, monkeypatch):
+    """A machine whose record of self-checks is empty."""
+    monkeypatch.setenv("ARD_CACHE_DIR", str(tmp_path))
+    findings.folder.cache_clear()
+    self_check.forget()
+    yield tmp_path
+    findings.folder.cache_clear()
+    self_check.forget()

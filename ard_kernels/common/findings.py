@@ -55,7 +55,8 @@ class Finding(NamedTuple):
     """What a check has found.
 
     status: PASSED, FAILED or RUNNING. why: where it failed. ratio: the largest of the kernel's error to plain
-    PyTorch's in the same dtype, both against float64. repeats: runs that were bit-equal. by: process and machine.
+    PyTorch's in the same dtype, both against float64. repeats: runs that were bit-equal; of one that is running, how
+    often it has been begun without an end. by: process and machine.
     """
 
     status: str
@@ -123,7 +124,9 @@ def keep(device: torch.device, kind: Kind, finding: Finding) -> None:
 
 
 def abandoned(finding: Finding) -> bool:
-    """Whether a check that never ended took its process with it."""
+    """Whether a check never ended, and took its process with it."""
+    if finding.status != RUNNING:
+        return False
     process, _, node = finding.by.partition("@")
     if time.time() - finding.at > LONGEST_CHECK:
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import tempfile
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -17,8 +18,13 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def cache_folder() -> Path:
-    """$ARD_CACHE_DIR, default ~/.cache/ard_kernels. It need not exist."""
-    return Path(os.environ.get("ARD_CACHE_DIR") or Path.home() / ".cache" / "ard_kernels")
+    """$ARD_CACHE_DIR, default ~/.cache/ard_kernels, and where nobody has a home a temporary one. It need not exist."""
+    if given := os.environ.get("ARD_CACHE_DIR"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "ard_kernels"
+    except RuntimeError:  # a container's user that is a number, without HOME
+        return Path(tempfile.gettempdir(), f"ard_kernels-{os.getuid()}")
 
 
 def slug(text: str) -> str:

@@ -13,6 +13,6 @@ FORWARD_FACTOR = 1.5
 BACKWARD_FACTOR = 2.0
 
 
-def rounding_floor(reference: torch.Tensor, dtype: torch.dtype) -> float:
-    """The error of a result that is right up to one unit in the last place everywhere."""
-    return torch.finfo(dtype).eps * reference.norm().item()
+def rounding_floor(size: float, dtype: torch.dtype) -> float:
+    """The error of a result of this 2-norm that is right up to one unit in the last place everywhere."""
+    return torch.finfo(dtype).eps * size

@@ -113,8 +113,10 @@ def history_attention(
         q, k, v, *sunk = (x.transpose(1, 2) for x in (q, k, v, *sunk))
     q_sink = sunk[0] if sunk else None
     check_segment(op, k, cache.keys)
-    chosen = resolve(op, backend, q.device, q.dtype, q.shape[-1], measured_slower((q, k, v, *sunk), lengths))
-    if len(lengths) > 1 or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *sunk))):
+    copied = len(lengths) > 1 or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *sunk)))
+    kernels = "segment_attention" if copied or sunk else op  # that run: theirs is the self-check
+    chosen = resolve(kernels, backend, q.device, q.dtype, q.shape[-1], measured_slower((q, k, v, *sunk), lengths))
+    if copied:
         attend = attend_outside_of_graphs if is_compiling() else attend_to_copy
         out = attend(q, k, v, q_sink, cache, layer, lengths, window, sink, scale, commit, chosen)
     else:

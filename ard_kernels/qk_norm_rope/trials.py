@@ -1,4 +1,4 @@
-"""What norm and rotation of q and k are checked with: both norms over a head and over all, both orders of pairs."""
+"""What norm and rotation of q and k are checked with: every head dim of a width, both norms, both orders of pairs."""
 
 from __future__ import annotations
 
@@ -22,18 +22,24 @@ def _call(
 ) -> Tensors:  # fmt: skip
     cos, sin = (table.to(x.device) for table in tables)
     rule = norm, over_all, half, NORM_EPS
-    return {"y": forward_op(x, q_weight, k_weight, q_bias, k_bias, cos, sin, *rule, backend)[0]}
+    return {"y": forward_op(x, q_weight.to(x.device), k_weight, q_bias, k_bias, cos, sin, *rule, backend)[0]}
 
 
-def _head_dim(width: int) -> int:
-    """That of `width` channels, as models have it: 128, 72 or 64; else all of it, up to 256."""
-    fits = (D for D in (128, 72, 64, 8) if width % D == 0 and width // D <= most_heads(D))
-    return next(fits, width)
+def _head_dims(width: int) -> list[int]:
+    """Those of `width` channels that models have: 128, 72 and 64; else a small one, or all of it, up to 256."""
+    fits = [D for D in (128, 72, 64, 8) if width % D == 0 and width // D <= most_heads(D)]
+    return [D for D in fits if D > 8] or fits or [width]
 
 
 def trials(draw: Draw, dtype: torch.dtype, width: int) -> Iterator[Trial]:
     """width: heads times head dim."""
-    D = _head_dim(width)
+    for D in _head_dims(width):
+        k = draw(2, TOKENS, width // D, D, dtype=dtype).transpose(1, 2)
+        angles = draw(1, TOKENS, 1, D // 2)
+        tables = angles.cos(), angles.sin()
+        call = partial(_call, q_weight=draw(D), tables=tables, norm="rms", over_all=False, half=False)
+        yield Trial(f"RMSNorm of heads of {D}", {"x": k}, call)  # gradients of weights: below
+    D = _head_dims(width)[0]
     H, pairs = width // D, max(1, D // 2 - 2)  # the last elements of a head are not turned
     angles = draw(1, TOKENS, 1, pairs)
     call = partial(_call, tables=(angles.cos(), angles.sin()))
