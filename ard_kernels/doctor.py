@@ -19,7 +19,7 @@ import ard_kernels
 from ard_kernels.block_causal_attention import flash
 from ard_kernels.common import extension, findings, machine, self_check
 from ard_kernels.common.backends import BACKENDS, has_backend, refusal
-from ard_kernels.common.findings import CHIPS, FAILED, PASSED, VERIFIED_ON_HARDWARE, Finding, Kind
+from ard_kernels.common.findings import CHIPS, FAILED, PASSED, UNKNOWN, VERIFIED_ON_HARDWARE, Finding, Kind
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 REFUSED = "refused"
@@ -29,7 +29,11 @@ CHILD = (sys.executable, "-m", "ard_kernels.doctor", "--child")
 
 
 class Checked(NamedTuple):
-    """What `check` says of one kind of call. status: passed, failed, or refused: not checked, `why` says for what."""
+    """What `check` says of one kind of call.
+
+    status: passed; failed; refused: not checked, as the backend does not serve it; unknown: the check itself could not
+    be made (no memory for it). why: the reason, but of what passed.
+    """
 
     device: str
     op: str
@@ -225,8 +229,8 @@ def table(checked: Iterable[Checked]) -> str:
             lines.append(f"  {backend:<7}{status:<8}{why if status == REFUSED else f'{kinds}: {why}'}")
     if not any(row.device == "cuda" for row in checked):
         lines.append("no GPU is visible to torch: no GPU kernel was checked")
-    counts = {status: sum(row.status == status for row in checked) for status in (PASSED, FAILED, REFUSED)}
-    return "\n".join([*lines, ", ".join(f"{count} {status}" for status, count in counts.items())])
+    counts = {status: sum(row.status == status for row in checked) for status in (PASSED, FAILED, REFUSED, UNKNOWN)}
+    return "\n".join([*lines, ", ".join(f"{count} {status}" for status, count in counts.items() if count)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -64,7 +64,7 @@ def test_the_table_says_what_was_not_checked(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "cpu    failed  float32 0: y: error" in text
     assert "no GPU is visible to torch: no GPU kernel was checked" in text
-    assert "0 passed, 1 failed, 1 refused" in text
+    assert "1 failed, 1 refused" in text
 
 
 def test_an_op_that_there_is_not(capsys):

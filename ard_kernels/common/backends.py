@@ -110,6 +110,8 @@ def backends(
 ) -> dict[str, dict[str, BackendStatus]]:
     """For each op, each backend's status on `device` (default: CUDA when present, else CPU) for `dtype`."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     table: dict[str, dict[str, BackendStatus]] = {}
     for op in sorted(_refusals):
         table[op] = {}

@@ -98,6 +98,7 @@ def load(device: torch.device) -> dict[Kind, Finding]:
             op, backend, dtype, width = content["kind"]
             kind = Kind(op, backend, getattr(torch, dtype), int(width))
             finding = Finding(**content["finding"])
+            finding = finding._replace(at=float(finding.at), by=str(finding.by))
             if finding.status not in (PASSED, FAILED, RUNNING, UNKNOWN):
                 raise ValueError(f"status {finding.status!r}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

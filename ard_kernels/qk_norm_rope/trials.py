@@ -22,7 +22,7 @@ def _call(
 ) -> Tensors:  # fmt: skip
     cos, sin = (table.to(x.device) for table in tables)
     rule = norm, over_all, half, NORM_EPS
-    return {"y": forward_op(x, q_weight.to(x.device), k_weight, q_bias, k_bias, cos, sin, *rule, backend)[0]}
+    return {"y": forward_op(x, q_weight, k_weight, q_bias, k_bias, cos, sin, *rule, backend)[0]}
 
 
 def _head_dims(width: int) -> list[int]:
@@ -37,8 +37,8 @@ def trials(draw: Draw, dtype: torch.dtype, width: int) -> Iterator[Trial]:
         k = draw(2, TOKENS, width // D, D, dtype=dtype).transpose(1, 2)
         angles = draw(1, TOKENS, 1, D // 2)
         tables = angles.cos(), angles.sin()
-        call = partial(_call, q_weight=draw(D), tables=tables, norm="rms", over_all=False, half=False)
-        yield Trial(f"RMSNorm of heads of {D}", {"x": k}, call)  # gradients of weights: below
+        call = partial(_call, tables=tables, norm="rms", over_all=False, half=False)
+        yield Trial(f"RMSNorm of heads of {D}", {"x": k, "q_weight": draw(D)}, call)
     D = _head_dims(width)[0]
     H, pairs = width // D, max(1, D // 2 - 2)  # the last elements of a head are not turned
     angles = draw(1, TOKENS, 1, pairs)
