@@ -226,7 +226,7 @@ def test_compiles_to_one_graph(backend, device, dtype):
     simulated_slow(
         on_devices(
             torch=[(torch.float32, False)],
-            cpu=[(torch.float32, True)],
+            cpu=[(torch.bfloat16, True)],
             triton=[(torch.float32, True)],
             cuda=[(torch.bfloat16, False)],
         )
