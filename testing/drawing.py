@@ -1,4 +1,4 @@
-"""What hypothesis draws in several files, and how many cases: few in the fast tests, many in the slow ones."""
+"""What hypothesis draws in several files, and in how many tiers."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,15 @@ from hypothesis import strategies as st
 from ard_kernels.block_causal_attention.mask import SegmentMask, mask_of
 from ard_kernels.block_causal_attention.spec import Segments, block_causal, visibility
 
-# The few are the many's first.
-FEW_AND_MANY = pytest.mark.parametrize(
-    "many", [pytest.param(False, id="few"), pytest.param(True, id="many", marks=pytest.mark.slow)]
+# Index of the number of cases in (few, many, most): in the fast, the slow and the exhaustive tests. The few are the
+# first of the many, the many the first of the most.
+TIERS = pytest.mark.parametrize(
+    "tier",
+    [
+        pytest.param(0, id="few"),
+        pytest.param(1, id="many", marks=pytest.mark.slow),
+        pytest.param(2, id="most", marks=pytest.mark.exhaustive),
+    ],
 )
 
 

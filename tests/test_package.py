@@ -260,10 +260,17 @@ def test_citation_and_changelog():
     assert versions[0] == ard_kernels.__version__, "the newest version of CHANGELOG.md is another"
 
 
-def test_dist_without_another_python_says_that_it_is_skipped():
-    for other in ("", "python3.12"):
-        command = ["make", "-n", "dist", "PYTHON=python3.11", f"OTHER_PYTHON={other}"]
-        planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        pythons = "python3.11 'python3.12 build/other-torch'" if other else "python3.11"
-        assert re.search(rf"{pythons} +\| xargs", planned)
-        assert ("SKIPPED wheel for Python 3.12" in planned) is (not other)
+@pytest.mark.parametrize(
+    ("other", "one", "pythons"),
+    [
+        ("", "", "python3.11"),
+        ("python3.12", "", "python3.11 'python3.12 build/other-torch'"),
+        ("python3.12", "1", "'python3.12 build/other-torch'"),
+        ("", "1", "python3.11"),
+    ],
+)
+def test_dist_makes_the_wheels_asked_for_and_says_which_is_skipped(other, one, pythons):
+    command = ["make", "-n", "dist", "PYTHON=python3.11", f"OTHER_PYTHON={other}", f"ONE={one}"]
+    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(rf"printf '%s\\n' +{pythons} +(\\\n +)?\| xargs", planned)
+    assert ("SKIPPED wheel for Python 3.12" in planned) is (not other)

@@ -196,21 +196,49 @@ def test_facts(room):
 """
 
 
-def run_planted(tmp_path, wrong, *arguments):
-    """A benchmark run over one planted file; (what it printed, the result file or None)."""
-    (tmp_path / "bench_planted.py").write_text(f"WRONG = {wrong}\n{PLANTED}")
-    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.conftest", "--rootdir", str(tmp_path), "-rs", "-s"]
-    command += ["-c", str(ROOT / "pyproject.toml"), "--results", str(tmp_path / "out")]
-    command += ["--benchmark-json", str(tmp_path / "plugin.json"), *(arguments or [str(tmp_path)])]
+# Runs of pytest, each in a fork of a process that has imported what takes seconds.
+RUNS = """
+import json, os, sys
+import pytest, torch
+import benchmarks.measure, benchmarks.tables
+for line in sys.stdin:
+    folder, arguments = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        for stream in (1, 2):
+            os.dup2(os.open("printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        status = pytest.main(arguments)
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_planted():
+    """A benchmark run over one planted file: (folder, wrong, *arguments) -> (what it printed, result file or None)."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     variables = os.environ | {"PYTHONPATH": paths, "COLUMNS": "200"}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, cwd=tmp_path)
-    file = tmp_path / "out" / "planted.json"
-    return done.stdout + done.stderr, json.loads(file.read_text()) if file.exists() else None
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", RUNS], env=variables, text=True, bufsize=1, **pipes) as runs:
+
+        def run(folder, wrong, *arguments):
+            (folder / "bench_planted.py").write_text(f"WRONG = {wrong}\n{PLANTED}")
+            (folder / "printed").unlink(missing_ok=True)
+            command = ["-p", "benchmarks.conftest", "--rootdir", str(folder), "-rs", "-s"]
+            command += ["-c", str(ROOT / "pyproject.toml"), "--results", str(folder / "out")]
+            command += ["--benchmark-json", str(folder / "plugin.json"), *(arguments or [str(folder)])]
+            runs.stdin.write(json.dumps([str(folder), command]) + "\n")
+            assert runs.stdout.readline().strip() in ("0", "1")
+            file = folder / "out" / "planted.json"
+            return (folder / "printed").read_text(), json.loads(file.read_text()) if file.exists() else None
+
+        yield run
 
 
 @pytest.mark.slow
-def test_a_run_writes_its_file_a_table_and_the_plugins_json(tmp_path):
+def test_a_run_writes_its_file_a_table_and_the_plugins_json(run_planted, tmp_path):
     text, content = run_planted(tmp_path, False)
     assert "3 passed, 1 skipped" in text, text
     assert "absent: ModuleNotFoundError: no such peer" in text, "a refused peer is named with its reason"
@@ -224,7 +252,7 @@ def test_a_run_writes_its_file_a_table_and_the_plugins_json(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_a_part_or_with_a_wrong_candidate_writes_nothing(tmp_path):
+def test_a_run_of_a_part_or_with_a_wrong_candidate_writes_nothing(run_planted, tmp_path):
     text, content = run_planted(tmp_path, False, "-k", "fast", str(tmp_path))
     assert content is None and "not all of it was selected" in text
     text, content = run_planted(tmp_path, True)
@@ -234,7 +262,7 @@ def test_a_run_of_a_part_or_with_a_wrong_candidate_writes_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_behind_what_an_earlier_one_has_measured(tmp_path):
+def test_a_run_goes_on_behind_what_an_earlier_one_has_measured(run_planted, tmp_path):
     part = ["--partial", f"{tmp_path / 'bench_planted.py'}::test_speed"]
     text, content = run_planted(tmp_path, False, *part)
     assert content is None and "measured" in text and "not all of it was run" in text

@@ -13,7 +13,7 @@ from ard_kernels.block_causal_attention import cuda
 from ard_kernels.block_causal_attention.mask import causal_code
 from ard_kernels.block_causal_attention.spec import useful_pairs
 from ard_kernels.common import extension, gpu_support
-from testing.devices import on_devices
+from testing.devices import on_devices, simulated_slow
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SERVED = on_devices(torch=[(16, FP32)], cpu=[(16, FP32)], triton=[(16, FP32)], cuda=[(64, BF16)])
@@ -141,10 +141,11 @@ def test_bad_packed_input(shape, message, device):
         block_causal_attention_packed(torch.randn(shape, device=device), segment_length=16)
 
 
-@pytest.mark.parametrize(("backend", "device", "D", "dtype"), SERVED)
-@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_compiles_to_one_graph(backend, device, D, dtype, dynamic):
-    @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
+@pytest.mark.parametrize(("backend", "device", "D", "dtype"), simulated_slow(SERVED))
+def test_compiles_to_one_graph(backend, device, D, dtype):
+    """Of any sizes; of fixed ones: test_compiles_with_inductor, and test_segments.py."""
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def layer(x, window):
         B, T, C = x.shape
         q, k, v = (x * 2).view(B, T, 3, 1, C // 3).unbind(2)
@@ -162,7 +163,7 @@ def test_compiles_to_one_graph(backend, device, D, dtype, dynamic):
 
 @pytest.mark.parametrize(
     ("backend", "device", "D", "dtype"),
-    on_devices(torch=[(16, FP32)], cpu=[(16, FP32)], triton=[(16, FP32)], cuda=[(72, FP16)]),
+    simulated_slow(on_devices(torch=[(16, FP32)], cpu=[(16, FP32)], triton=[(16, FP32)], cuda=[(72, FP16)])),
 )
 def test_compiles_with_inductor(backend, device, D, dtype):
     def layer(q, k, v):
@@ -183,15 +184,17 @@ def test_autocast_casts_as_sdpa_does(backend, device):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "window", "sink"),
-    [([3, 8, 5], 1, 1), *(pytest.param([8], window, 0, marks=pytest.mark.slow) for window in (None, 1))],
-    ids=str,
+    ("backend", "device", "D", "dtype", "lengths", "window", "sink"),
+    simulated_slow(
+        on_devices(
+            torch=[(16, FP32, [3, 8, 5], 1, 1)],
+            cpu=[(16, BF16, [8], None, 0)],
+            triton=[(16, BF16, [3, 8, 5], 1, 1)],
+            cuda=[(72, BF16, [8], 1, 0)],
+        )
+    ),
 )
-@pytest.mark.parametrize(
-    ("backend", "device", "D", "dtype"),
-    on_devices(torch=[(16, FP32), (16, BF16)], cpu=[(16, FP32), (16, BF16)], triton=[(16, BF16)], cuda=[(72, BF16)]),
-)
-def test_opcheck(backend, device, D, lengths, window, sink, dtype):
+def test_opcheck(backend, device, D, dtype, lengths, window, sink):
     q, k, v = qkv(2, 1, 16, D, dtype=dtype, grad=True, device=device)
     packed_settings = (causal_code(window, sink), lengths, 0.25, backend)
     settings = (causal_code(window, sink), lengths, lengths, 0.25, backend)

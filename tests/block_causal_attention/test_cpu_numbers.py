@@ -11,7 +11,7 @@ from ard_kernels.common import extension
 from testing import plain
 from testing.attention_checks import MEMORY, check, check_norms, leaves, rounding_of_gradients
 from testing.devices import DEVICES
-from testing.drawing import any_mask
+from testing.drawing import TIERS, any_mask
 from testing.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_close
 
 pytestmark = pytest.mark.skipif("cpu" not in DEVICES, reason="these kernels run on the CPU")
@@ -160,19 +160,12 @@ def calls(draw):
     return (*arguments, scale and scale * D**-0.5), *how
 
 
-@pytest.mark.parametrize(
-    "cases",
-    [
-        pytest.param(40, id="few"),
-        pytest.param(300, id="many", marks=pytest.mark.slow),
-        pytest.param(2000, id="most", marks=pytest.mark.exhaustive),
-    ],
-)
-def test_drawn_calls(cases, poisoned):
+@TIERS
+def test_drawn_calls(tier, poisoned):
     """Any mask, lengths, heads, memory, scale, dtype, instruction set and number of threads."""
     best = extension.module.cpu_isa()
 
-    @settings(max_examples=cases)
+    @settings(max_examples=(40, 100, 2000)[tier])
     @given(call=calls(), seed=st.integers(0, 1000))
     def draw(call, seed):
         arguments, isa, threads = call

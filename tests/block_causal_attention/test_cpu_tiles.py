@@ -10,20 +10,15 @@ from hypothesis import strategies as st
 from ard_kernels.block_causal_attention.cpu_tiles import LANE_STEP, TILE_ROWS, make_tiles
 from ard_kernels.block_causal_attention.spec import block_causal
 from ard_kernels.block_causal_attention.tiles import seen_pieces
-from testing.drawing import dense, drawn_segments
+from testing.drawing import TIERS, dense, drawn_segments
 
 # Ragged ones beside a tile's rows, and many that share a tile.
 CASES = st.one_of(drawn_segments(longest=90), drawn_segments(longest=5, most=30), drawn_segments())
-TIERS = [
-    pytest.param(300, id="few"),
-    pytest.param(3000, id="many", marks=pytest.mark.slow),
-    pytest.param(30_000, id="most", marks=pytest.mark.exhaustive),
-]
 
 
-@pytest.mark.parametrize("cases", TIERS)
-def test_every_visible_pair_once(cases):
-    settings(max_examples=cases)(given(case=CASES)(check_tiles))()
+@TIERS
+def test_every_visible_pair_once(tier):
+    settings(max_examples=(300, 1000, 30_000)[tier])(given(case=CASES)(check_tiles))()
 
 
 def check_tiles(case):

@@ -14,7 +14,7 @@ from ard_kernels.block_causal_attention.triton_impl import KERNELS
 from ard_kernels.common import extension, tuning
 from testing import plain
 from testing.devices import SIMULATED, on_devices
-from testing.drawing import FEW_AND_MANY
+from testing.drawing import TIERS
 from testing.oracle import BACKWARD_FACTOR, assert_all_close, assert_close
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -97,7 +97,7 @@ def test_equal_segments_of_each_chip(backend, device, D, dtype, mask, chip, pois
     check(backend, device, [48], MASKS[mask], 1, 1, D, dtype)
 
 
-# What a drawn case of each backend may have, and how many are drawn in the fast and in the slow tests.
+# What a drawn case of each backend may have, and how many are drawn in the fast, the slow and the exhaustive tests.
 DRAWN = {
     "torch": {"longest": 40, "segments": 12, "sizes": 3, "dims": [8, 16, 24, 72, 80], "dtypes": DTYPES},
     # Wider heads, whose dq of queries with few keys is noise without a floor: test_segments.py and test_cpu_numbers.py.
@@ -105,15 +105,15 @@ DRAWN = {
     "triton": {"longest": 24, "segments": 4, "sizes": 1, "dims": [8, 16, 24, 40, 64, 72, 96, 112], "dtypes": DTYPES},
     "cuda": {"longest": 90, "segments": 5, "sizes": 2, "dims": CUDA_HEAD_DIMS, "dtypes": HALVES},
 }
-EXAMPLES = {"torch": (60, 400), "cpu": (60, 400), "triton": (8, 30), "cuda": (12, 60)}
+EXAMPLES = {"torch": (60, 120, 400), "cpu": (60, 120, 400), "triton": (8, 15, 30), "cuda": (12, 25, 60)}
 
 
 @on_every_backend
-@FEW_AND_MANY
-def test_drawn_cases(backend, device, many):
+@TIERS
+def test_drawn_cases(backend, device, tier):
     most = DRAWN[backend]
 
-    @settings(max_examples=EXAMPLES[backend][many])
+    @settings(max_examples=EXAMPLES[backend][tier])
     @given(
         lengths=st.lists(st.integers(1, most["longest"]), min_size=1, max_size=most["segments"]),
         mask=st.tuples(st.one_of(st.none(), st.integers(1, 7)), st.integers(0, 6)),

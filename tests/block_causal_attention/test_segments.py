@@ -20,7 +20,8 @@ from ard_kernels.block_causal_attention import cuda, dense
 from ard_kernels.block_causal_attention.reference import segment_attention as reference
 from ard_kernels.common import extension
 from testing.attention_checks import check, leaves
-from testing.devices import SIMULATED, on_devices
+from testing.devices import SIMULATED, on_devices, simulated_slow
+from testing.drawing import TIERS
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SERVED = on_devices(torch=[(16, FP32)], cpu=[(16, FP32)], triton=[(16, FP32)], cuda=[(64, BF16)])
@@ -34,18 +35,11 @@ DRAWN = {
     "triton": {"longest": 24, "segments": 3, "dims": [8, 16, 72], "dtypes": (FP32, BF16)},
     "cuda": {"longest": 80, "segments": 5, "dims": cuda.HEAD_DIMS, "dtypes": (BF16, FP16)},
 }
-EXAMPLES = {"torch": (100, 500, 2000), "cpu": (100, 500, 2000), "triton": (5, 30, 500), "cuda": (10, 60, 500)}
+EXAMPLES = {"torch": (100, 200, 2000), "cpu": (100, 200, 2000), "triton": (5, 12, 500), "cuda": (10, 25, 500)}
 
 
 @pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton", "cuda"))
-@pytest.mark.parametrize(
-    "tier",
-    [
-        pytest.param(0, id="few"),
-        pytest.param(1, id="many", marks=pytest.mark.slow),
-        pytest.param(2, id="most", marks=pytest.mark.exhaustive),
-    ],
-)
+@TIERS
 def test_drawn_masks(backend, device, tier):
     most = DRAWN[backend]
 
@@ -282,15 +276,7 @@ def test_values_are_like_keys(device):
         segment_attention(q, q[:, :1], q, MASK, segment_length=8)
 
 
-@pytest.mark.parametrize(
-    ("backend", "device", "D", "dtype"),
-    [
-        param
-        if param.id.startswith(("torch", "cpu"))
-        else pytest.param(*param.values, id=param.id, marks=[*param.marks, pytest.mark.slow])
-        for param in SERVED
-    ],
-)
+@pytest.mark.parametrize(("backend", "device", "D", "dtype"), simulated_slow(SERVED))
 def test_opcheck(backend, device, D, dtype):
     lengths = [3, 5, 2, 6], [4, 2, 3, 1, 6]
     q, k, v = leaves(device, dtype, 1, 2, 1, 16, 16, D)
@@ -303,7 +289,7 @@ def test_opcheck(backend, device, D, dtype):
         torch.library.opcheck(torch.ops.ard.segment_attention_backward, inputs)
 
 
-@pytest.mark.parametrize(("backend", "device", "D", "dtype"), SERVED)
+@pytest.mark.parametrize(("backend", "device", "D", "dtype"), simulated_slow(SERVED))
 def test_compiles_to_one_graph(backend, device, D, dtype):
     """With a mask from outside, and with one that is made inside."""
     outside = SegmentMask.teacher_forcing(2)

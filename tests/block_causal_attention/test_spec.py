@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from ard_kernels.block_causal_attention import spec
 from ard_kernels.common.segments import segment_offsets
-from testing.drawing import FEW_AND_MANY
+from testing.drawing import TIERS
 
 masks = st.tuples(st.one_of(st.none(), st.integers(1, 6)), st.integers(0, 5))
 ragged = st.lists(st.integers(1, 7), min_size=1, max_size=7)
@@ -19,9 +19,9 @@ def visible(query_segment, key_segment, window, sink):
     return in_past and (in_window or key_segment < sink)
 
 
-@FEW_AND_MANY
-def test_dense_mask_is_the_definition(many):
-    @settings(max_examples=(200, 2000)[many])
+@TIERS
+def test_dense_mask_is_the_definition(tier):
+    @settings(max_examples=(200, 600, 2000)[tier])
     @given(ragged, masks)
     def draw(lengths, mask):
         segment_of = [segment for segment, length in enumerate(lengths) for _ in range(length)]
@@ -31,9 +31,9 @@ def test_dense_mask_is_the_definition(many):
     draw()
 
 
-@FEW_AND_MANY
-def test_ranges_equal_the_dense_mask(many):
-    settings(max_examples=(200, 2000)[many])(given(ragged, masks)(check_ranges))()
+@TIERS
+def test_ranges_equal_the_dense_mask(tier):
+    settings(max_examples=(200, 600, 2000)[tier])(given(ragged, masks)(check_ranges))()
 
 
 def check_ranges(lengths, mask):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ard_kernels.block_causal_attention.spec import block_causal
 from ard_kernels.block_causal_attention.tiles import column_tiles, heads_per_group, make_tables, schedule
 from ard_kernels.block_causal_attention.triton_impl import head_of, parts_of
-from testing.drawing import FEW_AND_MANY, dense, drawn_segments
+from testing.drawing import TIERS, dense, drawn_segments
 from testing.waves import efficiency, makespan
 
 BLOCKS = st.sampled_from([1, 4, 16, 32])
@@ -50,9 +50,9 @@ def visits(tables, shape, block, sees=sees):
 draw_tables = given(case=drawn_segments(), blocks=st.tuples(BLOCKS, BLOCKS), by_key=st.booleans())
 
 
-@FEW_AND_MANY
-def test_every_visible_pair_once(many):
-    settings(max_examples=(300, 3000)[many])(draw_tables(check_tables))()
+@TIERS
+def test_every_visible_pair_once(tier):
+    settings(max_examples=(300, 1000, 3000)[tier])(draw_tables(check_tables))()
 
 
 def check_tables(case, blocks, by_key):
@@ -83,11 +83,11 @@ def test_every_program_has_its_own_tile_and_head(batch_heads, group, tiles):
 
 
 @pytest.mark.simulated
-@FEW_AND_MANY
-def test_tile_range_h_equals_the_dense_mask_cuda(many, emulated):
+@TIERS
+def test_tile_range_h_equals_the_dense_mask_cuda(tier, emulated):
     """csrc/block_causal_attention/tile_range.h, called element by element, on the tables of `make_tables`."""
 
-    @settings(max_examples=(100, 1000)[many])
+    @settings(max_examples=(100, 300, 1000)[tier])
     @draw_tables
     def draw(case, blocks, by_key):
         expected = dense(case).T if by_key else dense(case)

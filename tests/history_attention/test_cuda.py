@@ -11,7 +11,7 @@ from ard_kernels.common import extension
 from ard_kernels.history_attention import cuda
 from ard_kernels.history_attention.tiles import make_tables, schedule
 from testing.devices import on_devices
-from testing.drawing import FEW_AND_MANY
+from testing.drawing import TIERS
 from testing.oracle import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -29,9 +29,9 @@ draw_tables = given(
 )
 
 
-@FEW_AND_MANY
-def test_tables_equal_the_dense_mask(many):
-    settings(max_examples=(200, 2000)[many])(draw_tables(check_tables))()
+@TIERS
+def test_tables_equal_the_dense_mask(tier):
+    settings(max_examples=(200, 600, 2000)[tier])(draw_tables(check_tables))()
 
 
 def check_tables(rows, cuts, blocks, splits):

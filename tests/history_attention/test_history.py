@@ -20,8 +20,8 @@ from ard_kernels.history_attention import cuda, splits
 from ard_kernels.history_attention.reference import history_attention as reference
 from ard_kernels.history_attention.splits import LEAST_TILES, share_tiles, split_count
 from testing import plain
-from testing.devices import SIMULATED, on_devices
-from testing.drawing import FEW_AND_MANY
+from testing.devices import SIMULATED, on_devices, simulated_slow
+from testing.drawing import TIERS
 from testing.oracle import assert_close
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -104,21 +104,21 @@ def test_splits_fit_the_workspace(row_tiles, column_tiles, multiprocessors):
     assert shares <= splits and (shares - 1) * tiles < column_tiles <= shares * tiles, "no share is empty"
 
 
-# What a drawn case of each backend may have, and how many are drawn in the fast and in the slow tests.
+# What a drawn case of each backend may have, and how many are drawn in the fast, the slow and the exhaustive tests.
 DRAWN = {
-    "torch": {"longest": 20, "sizes": 2, "dims": [8, 24, 72], "dtypes": DTYPES, "examples": (20, 100)},
-    "cpu": {"longest": 20, "sizes": 2, "dims": [8, 24, 72], "dtypes": DTYPES, "examples": (20, 100)},
-    "triton": {"longest": 20, "sizes": 2, "dims": [8, 24, 72], "dtypes": DTYPES, "examples": (10, 25)},
-    "cuda": {"longest": 70, "sizes": 1, "dims": [64, 72, 128], "dtypes": HALVES, "examples": (10, 25)},
+    "torch": {"longest": 20, "sizes": 2, "dims": [8, 24, 72], "dtypes": DTYPES, "examples": (20, 40, 100)},
+    "cpu": {"longest": 20, "sizes": 2, "dims": [8, 24, 72], "dtypes": DTYPES, "examples": (20, 40, 100)},
+    "triton": {"longest": 20, "sizes": 2, "dims": [8, 24, 72], "dtypes": DTYPES, "examples": (10, 15, 25)},
+    "cuda": {"longest": 70, "sizes": 1, "dims": [64, 72, 128], "dtypes": HALVES, "examples": (10, 15, 25)},
 }
 
 
 @pytest.mark.parametrize(("backend", "device"), on_devices(*DRAWN))
-@FEW_AND_MANY
-def test_drawn_cases(backend, device, many):
+@TIERS
+def test_drawn_cases(backend, device, tier):
     most = DRAWN[backend]
 
-    @settings(max_examples=most["examples"][many])
+    @settings(max_examples=most["examples"][tier])
     @given(
         lengths=st.lists(st.integers(1, most["longest"]), min_size=1, max_size=5),
         mask=st.tuples(st.one_of(st.none(), st.integers(1, 5)), st.integers(0, 4)),
@@ -221,8 +221,17 @@ def test_compiles_to_one_graph(backend, device, dtype):
     assert torch.equal(caches[0].keys, caches[1].keys) and caches[0].segments == caches[1].segments
 
 
-@pytest.mark.parametrize("sunk", [False, True])
-@pytest.mark.parametrize(("backend", "device", "dtype"), WITH_DTYPE)
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "sunk"),
+    simulated_slow(
+        on_devices(
+            torch=[(torch.float32, False)],
+            cpu=[(torch.bfloat16, True)],
+            triton=[(torch.float32, True)],
+            cuda=[(torch.bfloat16, False)],
+        )
+    ),
+)
 def test_opcheck(backend, device, dtype, sunk):
     q, k, v = make_segments(2, 3, [8], 64, dtype, device=device)[0]
     cache = HistoryCache(1, 2, 3, 64, 32, dtype, device)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ard_kernels.block_causal_attention.mask import merged
 from ard_kernels.block_causal_attention.spec import useful_pairs
 from ard_kernels.history_attention import places
-from testing.drawing import FEW_AND_MANY
+from testing.drawing import TIERS
 
 OP = "history_attention"
 
@@ -59,9 +59,9 @@ class Memory:
 STEPS = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 2)), min_size=1, max_size=14)
 
 
-@FEW_AND_MANY
-def test_what_is_seen_is_what_the_mask_says(many):
-    @settings(max_examples=(150, 2000)[many])
+@TIERS
+def test_what_is_seen_is_what_the_mask_says(tier):
+    @settings(max_examples=(150, 500, 2000)[tier])
     @given(
         steps=STEPS, window=st.one_of(st.none(), st.integers(1, 5)), sink=st.integers(0, 3), rolls=st.booleans(),
         first=st.integers(1, 4), rewinds=st.lists(st.integers(0, 12), max_size=3),

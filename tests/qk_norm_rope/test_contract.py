@@ -6,18 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ard_kernels
 from ard_kernels import block_causal_attention_packed, qk_norm_rope, qk_norm_rope_packed
-from testing.devices import on_devices
+from testing.devices import on_devices, simulated_slow
 
 on_every_backend = pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton", "cuda"))
-
-
-def slow(parameters):
-    return [pytest.param(*p.values, id=p.id, marks=[*p.marks, pytest.mark.slow]) for p in parameters]
-
-
-cpu_at_once = pytest.mark.parametrize(  # the others take long
-    ("backend", "device"), on_devices("cpu") + slow(on_devices("torch", "triton", "cuda"))
-)
 
 X, W = torch.randn(2, 3, 8, 16), torch.ones(16)
 COS = torch.randn(8, 8)
@@ -115,7 +106,8 @@ def packed(device, B=1, T=8, H=2, D=16, P=8, dtype=torch.float32, over="all", no
 @pytest.mark.parametrize("over", ["head", "all"])
 @pytest.mark.parametrize(
     ("backend", "device", "T", "D"),
-    on_devices(torch=[(96, 72)], cpu=[(96, 72), (512, 128)], cuda=[(40, 72)]) + slow(on_devices(triton=[(6, 24)])),
+    on_devices(torch=[(96, 72)], cpu=[(96, 72), (512, 128)], cuda=[(40, 72)])
+    + simulated_slow(on_devices(triton=[(6, 24)])),
 )
 def test_bit_equal_over_runs_and_threads(backend, device, T, D, over, thread_counts):
     qkv, parameters, settings = packed(device, 2, T, 4, D, over=over)
@@ -144,15 +136,16 @@ def test_the_packed_form_is_the_other_one(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@cpu_at_once
-@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_compiles_to_one_graph(backend, device, dynamic):
+@pytest.mark.parametrize(("backend", "device"), simulated_slow(on_devices("torch", "cpu", "triton", "cuda")))
+def test_compiles_to_one_graph(backend, device):
+    """Of any sizes; of fixed ones: the next test."""
+
     def layer(qkv, weight, cos, sin):
         y = qk_norm_rope_packed(qkv.sin(), cos, sin, q_weight=weight, segment_length=4, backend=backend)
         q, k = qk_norm_rope(*y.unbind(2)[:2], k_weight=weight, norm="layer", layout="bthd", backend=backend)
         return q * k
 
-    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for B, S in ((1, 2), (2, 3)):
         qkv, weight = torch.randn(B, 4 * S, 3, 2, 16, device=device), torch.randn(16, device=device)
         leaves = (qkv.requires_grad_(), weight.requires_grad_())
@@ -198,8 +191,10 @@ def test_counted_as_no_flops(device):
     assert counter.get_total_flops() == 0
 
 
-@cpu_at_once
-@pytest.mark.parametrize("is_packed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "device", "is_packed"),
+    simulated_slow(on_devices(torch=[False], cpu=[True], triton=[False], cuda=[True])),
+)
 def test_opcheck(backend, device, is_packed):
     qkv, parameters, settings = packed(device, T=4)
     names = ("q_weight", "k_weight", "q_bias", "k_bias")

@@ -12,7 +12,7 @@ from ard_kernels.common import extension
 from ard_kernels.qk_norm_rope import reference
 from testing import plain
 from testing.devices import on_devices
-from testing.drawing import FEW_AND_MANY
+from testing.drawing import TIERS
 from testing.oracle import BACKWARD_FACTOR, assert_all_close
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
@@ -187,13 +187,13 @@ def shapes(largest: int):
     return draw()
 
 
-EXAMPLES = {"torch": (15, 200), "cpu": (25, 300), "triton": (3, 20), "cuda": (10, 100)}
+EXAMPLES = {"torch": (15, 50, 200), "cpu": (25, 60, 300), "triton": (3, 8, 20), "cuda": (10, 25, 100)}
 
 
 @on_every_backend
-@FEW_AND_MANY
-def test_drawn_cases(backend, device, many):
-    @settings(max_examples=EXAMPLES[backend][many])
+@TIERS
+def test_drawn_cases(backend, device, tier):
+    @settings(max_examples=EXAMPLES[backend][tier])
     @given(shapes(4 if backend in SLOW else 40))
     def draw(shape):
         check(shape, backend, device)

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ard_kernels
 from ard_kernels import adaln_modulate, gate_residual, gate_residual_adaln
-from testing.devices import on_devices
+from testing.devices import on_devices, simulated_slow
 
 on_every_backend = pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton", "cuda"))
 
@@ -78,16 +78,17 @@ def test_bit_equal_over_runs_and_threads(backend, device, T, C, thread_counts):
             assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{count} threads"
 
 
-@on_every_backend
-@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_compiles_to_one_graph(backend, device, dynamic):
+@pytest.mark.parametrize(("backend", "device"), simulated_slow(on_devices("torch", "cpu", "triton", "cuda")))
+def test_compiles_to_one_graph(backend, device):
+    """Of any sizes; of fixed ones: test_variants.py."""
+
     def layer(x, rows):
         gate, shift, scale = rows.chunk(3, -1)
         y = adaln_modulate(x, shift, scale, segment_length=8, backend=backend)
         h, y = gate_residual_adaln(x, y.sin(), gate, shift, scale, segment_length=8, backend=backend)
         return gate_residual(h, y, gate, segment_length=8, backend=backend)
 
-    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for B, S in ((1, 2), (2, 3)):
         x, rows = (torch.randn(shape, device=device, requires_grad=True) for shape in ((B, 8 * S, 16), (B, S, 48)))
         results = [torch.autograd.grad(f(x, rows).sum(), (x, rows)) for f in (compiled, layer)]
@@ -132,12 +133,16 @@ def test_counted_as_no_flops(device):
     assert counter.get_total_flops() == 0
 
 
-@on_every_backend
 @pytest.mark.parametrize(
-    ("lengths", "dtype"),
-    [([2, 10], torch.bfloat16)]
-    + [pytest.param(lengths, torch.float32, marks=pytest.mark.slow) for lengths in ([4], [1], [2, 10])],
-    ids=str,
+    ("backend", "device", "lengths", "dtype"),
+    simulated_slow(
+        on_devices(
+            torch=[([4], torch.float32)],
+            cpu=[([2, 10], torch.bfloat16)],
+            triton=[([1], torch.float32)],
+            cuda=[([2, 10], torch.bfloat16)],
+        )
+    ),
 )
 def test_opcheck(backend, device, lengths, dtype):
     segments = 12 // lengths[0] if len(lengths) == 1 else len(lengths)

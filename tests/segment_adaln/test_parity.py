@@ -17,7 +17,7 @@ from ard_kernels.segment_adaln.triton_impl import KERNELS
 from testing import plain
 from testing.cases import SEAMS
 from testing.devices import on_devices
-from testing.drawing import FEW_AND_MANY
+from testing.drawing import TIERS
 from testing.oracle import BACKWARD_FACTOR, assert_all_close
 from testing.plain import TAKES
 
@@ -118,22 +118,22 @@ def test_strides_and_ragged_segments(backend, device, op, kind, lengths, poisone
 
 NARROW = st.integers(8, 100)  # narrower rows are ill-conditioned
 EIGHTS = st.integers(1, 40).map(lambda eights: 8 * eights)
-# What a drawn case of each backend may have, and how many are drawn in the fast and in the slow tests.
+# What a drawn case of each backend may have, and how many are drawn in the fast, the slow and the exhaustive tests.
 DRAWN = {
-    "torch": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (30, 200)},
-    "cpu": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (30, 200)},
-    "triton": {"longest": 12, "batch": 2, "widths": NARROW, "examples": (4, 15)},
-    "cuda": {"longest": 16, "batch": 3, "widths": EIGHTS, "examples": (15, 40)},
+    "torch": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (30, 60, 200)},
+    "cpu": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (30, 60, 200)},
+    "triton": {"longest": 12, "batch": 2, "widths": NARROW, "examples": (4, 8, 15)},
+    "cuda": {"longest": 16, "batch": 3, "widths": EIGHTS, "examples": (15, 20, 40)},
 }
 
 
 @on_every_backend
 @pytest.mark.parametrize("op", OPS)
-@FEW_AND_MANY
-def test_drawn_cases(backend, device, op, many):
+@TIERS
+def test_drawn_cases(backend, device, op, tier):
     longest = DRAWN[backend]["longest"]
 
-    @settings(max_examples=DRAWN[backend]["examples"][many])
+    @settings(max_examples=DRAWN[backend]["examples"][tier])
     @given(
         lengths=st.one_of(
             st.lists(st.integers(1, longest), min_size=1, max_size=5),
@@ -194,10 +194,10 @@ def test_widths_and_rows_at_a_time(backend, device, C, rows, per_token, poisoned
         check("gate_residual_adaln", backend, device, 1, [5, 3], C, BF16, FP32, per_token)
 
 
-@FEW_AND_MANY
-def test_chunks_cover_each_segment_once(many):
+@TIERS
+def test_chunks_cover_each_segment_once(tier):
     drawn = given(st.lists(st.integers(1, 70), min_size=1, max_size=7), st.integers(1, 40))
-    settings(max_examples=(100, 1000)[many])(drawn(check_chunks))()
+    settings(max_examples=(100, 300, 1000)[tier])(drawn(check_chunks))()
 
 
 def check_chunks(lengths, most):

@@ -12,8 +12,8 @@ import ard_kernels
 from ard_kernels import adaln_modulate, gate_residual, gate_residual_adaln
 from ard_kernels.segment_adaln import reference
 from testing import plain
-from testing.devices import on_devices
-from testing.drawing import FEW_AND_MANY
+from testing.devices import on_devices, simulated_slow
+from testing.drawing import TIERS
 from testing.oracle import BACKWARD_FACTOR, assert_all_close
 from testing.plain import TAKES
 
@@ -124,21 +124,21 @@ def test_widths_of_video_models(backend, device, C, poisoned):
 
 NARROW = st.integers(16, 100)  # narrower rows are ill-conditioned
 EIGHTS = st.integers(2, 40).map(lambda eights: 8 * eights)
-# What a drawn case of each backend may have, and how many are drawn in the fast and in the slow tests.
+# What a drawn case of each backend may have, and how many are drawn in the fast, the slow and the exhaustive tests.
 DRAWN = {
-    "torch": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (10, 300)},
-    "cpu": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (20, 500)},
-    "triton": {"longest": 12, "batch": 2, "widths": NARROW, "examples": (1, 60)},
-    "cuda": {"longest": 16, "batch": 3, "widths": EIGHTS, "examples": (5, 100)},
+    "torch": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (10, 60, 300)},
+    "cpu": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (20, 80, 500)},
+    "triton": {"longest": 12, "batch": 2, "widths": NARROW, "examples": (1, 12, 60)},
+    "cuda": {"longest": 16, "batch": 3, "widths": EIGHTS, "examples": (5, 25, 100)},
 }
 
 
 @on_every_backend
-@FEW_AND_MANY
-def test_drawn_variants(backend, device, many):
+@TIERS
+def test_drawn_variants(backend, device, tier):
     longest = DRAWN[backend]["longest"]
 
-    @settings(max_examples=DRAWN[backend]["examples"][many])
+    @settings(max_examples=DRAWN[backend]["examples"][tier])
     @given(
         op=st.sampled_from(list(TAKES)),
         rows=st.sets(st.sampled_from(ROWS)),
@@ -232,8 +232,10 @@ def test_gradcheck(seam, device):
     assert torch.autograd.gradcheck(run, leaves, check_forward_ad=True)
 
 
-@on_every_backend
-@pytest.mark.parametrize("seam", ["norm3", pytest.param("rms", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "device", "seam"),
+    simulated_slow(on_devices(torch=["rms"], cpu=["norm3"], triton=["rms"], cuda=["norm3"])),
+)
 def test_compiles_to_one_graph(backend, device, seam):
     variant = Variant(*SEAMS[seam], 2, [4, 4], 24, form="frame", device=device)
     run = torch.compile(lambda: variant.ours(backend), fullgraph=True, backend="aot_eager")
@@ -243,8 +245,10 @@ def test_compiles_to_one_graph(backend, device, seam):
     torch.testing.assert_close(*results)
 
 
-@on_every_backend
-@pytest.mark.parametrize("seam", ["norm3", pytest.param("scale alone", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "device", "seam"),
+    simulated_slow(on_devices(torch=["scale alone"], cpu=["norm3"], triton=["norm3"], cuda=["scale alone"])),
+)
 def test_opcheck(backend, device, seam):
     variant = Variant(*SEAMS[seam], 1, [2, 6], 24, DTYPES["wide x"], device=device)
     x, branch, *rows = variant.inputs

@@ -25,6 +25,7 @@ TINY = {
     "gan": {"start": 2, "train": {"steps": 4, "batch_size": 8, "log_every": 2}},
     "demo": {
         "teacher_threads": 1,
+        "workers": 1,
         "classifier": {"steps": 40},
         "history_layers": [0, 1],
         "seeds": [0, 1],

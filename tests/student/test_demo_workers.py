@@ -100,6 +100,7 @@ def test_the_demo_has_the_same_bits_with_one_worker_and_with_two(tmp_path):
             "teacher_threads": 1,
             "classifier": {"steps": 20},
             "history_layers": [0, 1],
+            "seeds": [0, 1],
             "evaluation": {"count": 40},
         },
     }

@@ -40,7 +40,7 @@ from fault_runs import (
 )
 
 FEW = 3  # in the quick tests
-KILLS = [FEW, pytest.param(20, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.exhaustive)]
+KILLS = [FEW, pytest.param(8, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.exhaustive)]
 
 tmp_path = in_memory
 

@@ -108,8 +108,9 @@ def test_other_trajectories_than_the_recipes_are_refused(tmp_path):
         stages.distill(recipe, teacher, sha256, other, tmp_path / "run")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [10])
+@pytest.mark.parametrize(
+    "kills", [pytest.param(4, marks=pytest.mark.slow), pytest.param(40, marks=pytest.mark.exhaustive)]
+)
 def test_an_online_student_killed_at_random_continues_and_ends_the_same(tmp_path, kills):
     """LightningDiT, whose rotary tables are buffers."""
     distill(tmp_path / "whole", "lightningdit", online=True)
