@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from testing.cases import OPS
 from testing.rooms import GPU_ROOMS, ROOMS
 
@@ -48,6 +50,7 @@ def collected_beside_a_gpu(folder):
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
+@pytest.mark.slow
 def test_a_gpu_gets_every_kind_of_test_and_no_simulation(tmp_path):
     collected = collected_beside_a_gpu(tmp_path)
     for room, backend in itertools.product(GPU_ROOMS, ("triton", "cuda")):

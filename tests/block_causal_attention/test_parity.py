@@ -137,7 +137,7 @@ def test_drawn_cases(backend, device, tier):
 
 
 @pytest.mark.simulated
-@pytest.mark.parametrize("D", [64, 72, pytest.param(80, marks=pytest.mark.slow), 96, 128])
+@pytest.mark.parametrize("D", [72, 128, *(pytest.param(D, marks=pytest.mark.slow) for D in (64, 80, 96))])
 def test_every_order_of_warps_cuda(D, chip, emulated):
     """Bit-equal however the emulator orders the warps, and free of bank conflicts."""
     results = []
