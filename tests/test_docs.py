@@ -16,8 +16,8 @@ from ard_kernels import qk_norm_rope
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 LONGEST = 200
-# Results of every room, most of it made by benchmarks.report; a section for every op.
-MAY_BE_LONG = {"performance.md", "ops.md"}
+MAY_BE_LONG = {"performance.md"}  # results of every room, most of it made by benchmarks.report
+OPS = [ROOT / "docs" / name for name in ("ops.md", "history.md", "norms.md")]
 
 
 def code_blocks(document: Path) -> list[str]:
@@ -31,10 +31,11 @@ def anchors(document: Path) -> set[str]:
 
 
 def test_the_examples_of_the_ops_run():
-    """In the order of the document, each with the names of those before it."""
+    """In the order of the documents, each with the names of those before it."""
     namespace = {}
-    for block in code_blocks(ROOT / "docs" / "ops.md"):
-        exec(compile(block, "docs/ops.md", "exec"), namespace)
+    for document in OPS:
+        for block in code_blocks(document):
+            exec(compile(block, document.name, "exec"), namespace)
 
 
 def test_the_stream_of_the_readme_runs():
@@ -84,7 +85,7 @@ def test_the_stream_of_the_readme_runs():
 
 
 def test_every_public_op_has_its_section():
-    sections = " ".join(re.findall(r"^## (.*)$", (ROOT / "docs" / "ops.md").read_text(), re.M))
+    sections = " ".join(re.findall(r"^## (.*)$", "".join(path.read_text() for path in OPS), re.M))
     ops = [name for name in ard_kernels.__all__ if callable(vars(ard_kernels)[name]) and name[0].islower()]
     assert {name for name in ops if f"`{name}(" not in sections} == {"backends", "use_backend"}
 
