@@ -18,7 +18,7 @@ import torch
 from ard_kernels.block_causal_attention.mask import Run
 from ard_kernels.block_causal_attention.spec import empty_output
 from ard_kernels.block_causal_attention.tiles import column_tiles
-from ard_kernels.common import tuning
+from ard_kernels.common import extension, tuning
 from ard_kernels.history_attention import triton_impl
 from ard_kernels.history_attention.places import Place, Stand, new_positions
 from ard_kernels.history_attention.splits import share_tiles
@@ -32,7 +32,6 @@ from benchmarks.launches import (
     Binary,
     Launch,
     busy_of,
-    constant,
     count_stores,
     count_work,
     cuda_attention,
@@ -43,7 +42,7 @@ from benchmarks.launches import (
     triton_binary,
 )
 from benchmarks.sass import Cost, disassemble
-from testing import waves
+from testing import emulator, waves
 from testing.cases import MASKS, Case
 
 Constants = tuple[tuple[str, int], ...]  # name and value
@@ -112,11 +111,11 @@ def triton_history(step: Step, is_split: bool, constants: Constants = ()) -> Bin
 
 @cache
 def cuda_history(D: int, is_split: bool) -> Binary:
-    rows = constant("params.h", "kHistoryBlockM")
+    rows, columns = (extension.emulated or emulator.load()).attention_history_block(D)
     wanted = f"ForwardTraits<{D}, {rows}>, {str(is_split).lower()}>"
     for short, flow, registers, threads in cuda_kernels("sm80_forward.cu", D):
         if wanted in short:
-            return Binary("mma.sync history", flow, registers, threads, 0, (rows, 32 if D == 96 else 64), FORWARD)
+            return Binary("mma.sync history", flow, registers, threads, 0, (rows, columns), FORWARD)
     raise ValueError(f"history_launches: sm80_forward.cu has no kernel {wanted}")
 
 
