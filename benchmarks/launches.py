@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -93,6 +93,17 @@ def registers_of(cubin: Path) -> dict[str, int]:
     return {name: int(count) for name, count in re.findall(r"Function (\w+):\s+REG:(\d+)", text)}
 
 
+def triton_binary(title: str, products: Products, launch: tuple[str, Any, dict[str, int]]) -> Binary:
+    """Of one launch that `compiled_by` caught."""
+    name, compiled, options = launch
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        (flow,), (registers,) = disassemble(path).values(), registers_of(path).values()
+    block = options["BLOCK_M"], options["BLOCK_N"]
+    return Binary(title, flow, registers, 32 * options["num_warps"], compiled.metadata.shared, block, products)
+
+
 @cache
 def triton_attention(
     kernel: str, lengths: tuple[int, ...], mask: str, op: str, heads: tuple[int, int], D: int,
@@ -111,15 +122,11 @@ def triton_attention(
         else:
             triton_impl.backward(out, None, q, k, v, out, lse, q, k, v, case.segments, 0.1)
 
-    ((name, compiled, options),) = compiled_by(run, FUNCTIONS[kernel], ARCHITECTURE, config)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.cubin"
-        path.write_bytes(compiled.asm["cubin"])
-        (flow,), (registers,) = disassemble(path).values(), registers_of(path).values()
-    products = {"forward": FORWARD, "backward_dq": DQ, "backward_dkv": DKV}[name]
-    block, shared = (config["BLOCK_M"], config["BLOCK_N"]), compiled.metadata.shared
-    title = {"forward": "forward", "backward_dq": "dQ", "backward_dkv": "dK, dV"}[name]
-    return Binary(f"Triton {title}", flow, registers, 32 * options["num_warps"], shared, block, products)
+    (launch,) = compiled_by(run, FUNCTIONS[kernel], ARCHITECTURE, config)
+    title, products = {"forward": ("forward", FORWARD), "backward_dq": ("dQ", DQ), "backward_dkv": ("dK, dV", DKV)}[
+        launch[0]
+    ]
+    return triton_binary(f"Triton {title}", products, launch)
 
 
 def constant(header: str, name: str) -> int:
@@ -137,20 +144,26 @@ BACKWARD = {
 }  # fmt: skip
 
 
-@cache
-def cuda_attention(source: str, D: int) -> list[Binary]:
-    """The bf16 kernels of sm90.cu (the forward) or sm80_backward.cu (two or three launches) at one head dim."""
+def cuda_kernels(source: str, D: int) -> Iterator[tuple[str, Flow, int, int]]:
+    """(short name, flow, registers, threads) of the bf16 kernels of an attention source at one head dim."""
     path = nvcc_cubin(SOURCES / source, f"-DARD_HEAD_DIM={D}")
     registers, threads, flows = registers_of(path), launch_bounds(cuobjdump("-elf", str(path))), disassemble(path)
     names = [name for name in flows if name in threads]  # the others are functions that kernels call
+    for name, short in zip(names, short_names(names), strict=True):
+        if "bfloat16" in short:
+            yield short, flows[name], registers[name], threads[name]
+
+
+@cache
+def cuda_attention(source: str, D: int) -> list[Binary]:
+    """The kernels of sm90.cu (the forward) or sm80_backward.cu (two or three launches)."""
     header, prefix = ("sm90_layout.h", "kBlock") if source == "sm90.cu" else ("params.h", "kBackwardBlock")
     block = constant(header, f"{prefix}M"), constant(header, f"{prefix}N")
     found = []
-    for name, short in zip(names, short_names(names), strict=True):
-        if "bfloat16" in short:
-            flags = re.search(r"(\w+, \w+)>$", short)[1] if "dkv" in short else ""
-            title, products = ("wgmma forward", FORWARD) if source == "sm90.cu" else BACKWARD[flags]
-            found.append(Binary(title, flows[name], registers[name], threads[name], 0, block, products))
+    for short, flow, registers, threads in cuda_kernels(source, D):
+        flags = re.search(r"(\w+, \w+)>$", short)[1] if "dkv" in short else ""
+        title, products = ("wgmma forward", FORWARD) if source == "sm90.cu" else BACKWARD[flags]
+        found.append(Binary(title, flow, registers, threads, 0, block, products))
     order = [title for title, _ in BACKWARD.values()]
     return sorted(found, key=lambda binary: order.index(binary.name) if binary.name in order else 0)
 
@@ -162,11 +175,11 @@ def total(instructions: Iterable[Instruction]) -> Cost:
     return sum(map(cost, instructions), Cost())
 
 
-def _work(block: list[Instruction]) -> int:
+def count_work(block: list[Instruction]) -> int:
     return sum(instruction.operation in (*TENSOR, *COPIES) for instruction in block)
 
 
-def _stores(block: list[Instruction]) -> int:
+def count_stores(block: list[Instruction]) -> int:
     return sum(instruction.operation in GLOBAL_STORES for instruction in block)
 
 
@@ -185,10 +198,10 @@ def tile_costs(binary: Binary, D: int) -> TileCosts:
     loops = flow.innermost(lambda instruction: instruction.operation in TENSOR)
     if not 1 <= len(loops) <= 2:
         raise ValueError(f"{binary.name}: {len(loops)} loops with matrix instructions; expected 1 or 2")
-    stores = frozenset(number for number, block in enumerate(flow.blocks) if _stores(block))
+    stores = frozenset(number for number, block in enumerate(flow.blocks) if count_stores(block))
 
     def lean(loop: Loop) -> list[Instruction]:
-        return flow.instructions(flow.path(lambda block: (_work(block), -len(block)), loop, stores))
+        return flow.instructions(flow.path(lambda block: (count_work(block), -len(block)), loop, stores))
 
     def heavy(loop: Loop) -> list[Instruction]:
         return flow.instructions(flow.path(lambda block: (len(block),), loop, stores))
@@ -209,14 +222,14 @@ def tile_costs(binary: Binary, D: int) -> TileCosts:
     masked = total(lean(loops[1])) * binary.warps if len(loops) == 2 else of_tile(heavy)
     issued = passes * flops(lean(loops[0])) * binary.warps
     if binary.has_producer:  # persistent: a program is a turn of the loop that stores, less its tile
-        storing = flow.path(lambda block: (_stores(block), _work(block), -len(block)), tile)
+        storing = flow.path(lambda block: (count_stores(block), count_work(block), -len(block)), tile)
         program = (total(flow.instructions(storing)) - total(lean(tile))) * binary.warps
         feeding = flow.innermost(lambda instruction: instruction.operation == "UTMALDG")
         box = 2 * columns * -(-D // 16) * 16 * 2  # bytes of K and V that the copy engine writes
         fed = min(total(lean(loop)) for loop in feeding) + Cost(shared=box / SHARED_BYTES)
         full, masked = full + fed, masked + fed
     else:
-        whole = flow.path(lambda block: (_work(block) + _stores(block), -len(block)))
+        whole = flow.path(lambda block: (count_work(block) + count_stores(block), -len(block)))
         once = [total(lean(loop)) for loop in ([tile] if passes > 1 else loops)]
         program = (total(flow.instructions(whole)) - sum(once, Cost())) * binary.warps
     return TileCosts(full, masked, program, issued)
@@ -239,13 +252,17 @@ class Launch:
     issued_flops: float = 0
 
 
-def busy_share(items: np.ndarray, batch_heads: int, group: int, resident: int, persistent: bool) -> float:
-    """By the model of testing/waves.py; a persistent block takes every 132nd program."""
-    costs = waves.program_costs(items, batch_heads, group)
+def busy_of(costs: np.ndarray, resident: int, persistent: bool) -> float:
+    """costs: of programs in launch order, by the model of testing/waves.py; a persistent block takes every 132nd."""
     if persistent:
         last = max(costs[start::MULTIPROCESSORS].sum() for start in range(min(MULTIPROCESSORS, len(costs))))
-        return costs.sum() / (MULTIPROCESSORS * last)
-    return costs.sum() / (MULTIPROCESSORS * waves.shared_makespan(costs, MULTIPROCESSORS, resident))
+    else:
+        last = waves.shared_makespan(costs, MULTIPROCESSORS, resident)
+    return costs.sum() / (MULTIPROCESSORS * last)
+
+
+def busy_share(items: np.ndarray, batch_heads: int, group: int, resident: int, persistent: bool) -> float:
+    return busy_of(waves.program_costs(items, batch_heads, group), resident, persistent)
 
 
 def attention_launch(case: Case, binary: Binary) -> Launch:

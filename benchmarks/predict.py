@@ -22,12 +22,13 @@ from importlib import metadata
 from benchmarks import chip
 from benchmarks.cuda_objects import nvcc
 from benchmarks.files import ROOT
+from benchmarks.history_launches import attention_alone, growing, history_launches, rolling, triton_history
 from benchmarks.launches import Binary, Launch, attention_binaries, attention_launch, tile_costs, triton_attention
 from benchmarks.markdown import table
-from benchmarks.ops import Job, attention_job, gpu_jobs
-from benchmarks.row_launches import adaln_launch
+from benchmarks.ops import Job, attention_job, gpu_jobs, segment_job
+from benchmarks.row_launches import adaln_launch, rope_launch
 from benchmarks.sass import Cost, spills
-from testing.cases import ADALN
+from testing.cases import ADALN, NORM_ROPE, Case
 
 DOCUMENT = ROOT / "docs" / "predictions.md"
 BLOCK = re.compile(r"(<!-- prediction: (\w+) -->\n).*?(<!-- end of prediction -->)", re.DOTALL)
@@ -60,17 +61,39 @@ def job_launches(job: Job, backend: str) -> tuple[Launch, ...]:
     """The launches of one call; none where the backend does not serve it."""
     if job.case.op in ADALN:
         return (adaln_launch(job, backend),)
+    if job.case.op == NORM_ROPE:
+        return (rope_launch(job, backend),) * 2  # of q and of k
     return tuple(attention_launch(job.case, binary) for binary in attention_binaries(job.case, job.direction, backend))
 
 
+WAYS = ("forward", "backward")
+
+
 def attention_jobs() -> list[Job]:
-    """Of gpu_jobs, those of one attention call in 16 bits; a packed projection makes the same launches."""
+    """Of gpu_jobs, those of one attention call in 16 bits (a packed projection makes the same launches); then short
+    segments, and the frames of a chunk of LongLive 2 as segments."""
     ops = ("block_causal_attention", "segment_attention")
-    return [job for job in gpu_jobs() if job.case.op in ops]
+    found = [job for job in gpu_jobs() if job.case.op in ops]
+    found += [attention_job(B, L, 72, "M4", way, 1.0) for L in (16, 64) for B in (32, 64) for way in WAYS]
+    rates = {"forward": 500.0, "backward": 350.0}
+    return found + [segment_job((880,) * 8, "block-causal", way, 1.1, rates[way], H=24, D=128) for way in WAYS]
 
 
-def adaln_jobs() -> list[Job]:
-    return [job for job in gpu_jobs() if job.case.op in ADALN and job.case.row_dtype.itemsize == 4]
+def row_jobs() -> list[Job]:
+    """Of gpu_jobs, the adaLN family with rows in fp32 and a LayerNorm, and qk_norm_rope."""
+
+    def wanted(case: Case) -> bool:
+        return case.op == NORM_ROPE or (case.op in ADALN and case.row_dtype.itemsize == 4 and case.norm == "layer")
+
+    return [job for job in gpu_jobs() if wanted(job.case)]
+
+
+def by_case(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Forward and backward of each case."""
+    found: dict[Case, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(job.case, []).append(job)
+    return list(found.values())
 
 
 # Tables
@@ -80,11 +103,33 @@ def micro(seconds: float) -> str:
     return f"{1e6 * seconds:.0f}" if seconds >= 1e-5 else f"{1e6 * seconds:.1f}"
 
 
-def short(job: Job) -> str:
-    """A job's shape in few words."""
-    case = job.case
+def cell(launches: Iterable[Launch]) -> str:
+    """Microseconds at least of launches one after the other, and what binds them."""
+    bounds = [bound(launch) for launch in launches]
+    binds = ", ".join(dict.fromkeys(name for _, name in bounds))
+    return f"{micro(sum(seconds for seconds, _ in bounds))} {binds}"
+
+
+def seconds_of(launches: Iterable[Launch]) -> float:
+    return sum(bound(launch)[0] for launch in launches)
+
+
+def targets(values: Iterable[float | None], digits: int) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values if value is not None)
+
+
+def header(first: str, columns: Sequence[str], last: str) -> list[str]:
+    """The columns for each backend and direction; the first of them is named after these."""
+    ways = [f"{name} {way}" for name in ("Triton", "CUDA") for way in WAYS]
+    return [first, *(column for way in ways for column in (f"{way}, us at least", *columns)), last]
+
+
+def short(case: Case) -> str:
+    """A shape in few words."""
     if case.op in ADALN:
         return f"{case.op}{f', {case.seam}' if case.seam else ''}, C {case.C}, {case.B * case.tokens} tokens"
+    if case.op == NORM_ROPE:
+        return f"{case.op} over {case.over}, H {case.H}, D {case.D}, {case.B * case.tokens} tokens"
     count = len(case.lengths)
     equal = len(set(case.lengths)) == 1
     tokens = f"{count} x {case.lengths[0]}" if equal else " + ".join(map(str, case.lengths))
@@ -134,88 +179,104 @@ def kernels() -> str:
     rows = []
     for D in (64, 72, 128):
         for backend in BACKENDS:
-            for way in ("forward", "backward"):
+            for way in WAYS:
                 job = attention_job(32, 256, D, "M4", way, 1.0)
                 rows += [kernel_row(binary, D) for binary in attention_binaries(job.case, way, backend)]
-    header = [
-        "kernel",
-        "D",
-        "tile",
-        "blocks",
-        *LIMITS[:4],
-        "binds",
-        "issue, masked",
-        "issue, program",
-        "issued / useful",
-    ]
-    return table(header, rows)
+    units = [*LIMITS[:4], "binds", "issue, masked", "issue, program", "issued / useful"]
+    return table(["kernel", "D", "tile", "blocks", *units], rows)
 
 
 def attention() -> str:
-    """Per call: the bound, what binds each launch, and the rate that follows beside the target."""
+    """Per call: the bound, what binds its launches, and the rate that follows beside the target."""
     rows = []
-    for job in attention_jobs():
-        row: list[object] = [short(job), job.direction]
+    for jobs in by_case(attention_jobs()):
+        row: list[object] = [short(jobs[0].case)]
         for backend in BACKENDS:
-            launches = job_launches(job, backend)
-            if not launches:
-                row += ["", "", ""]
-                continue
-            seconds = sum(bound(launch)[0] for launch in launches)
-            row += [
-                micro(seconds),
-                ", ".join(bound(launch)[1] for launch in launches),
-                f"{job.rate(1e3 * seconds):.0f}",
-            ]
-        rows.append([*row, "" if job.rate_target is None else f"{job.rate_target:.0f}"])
-    header = ["attention", "direction"]
-    for name in ("Triton", "CUDA"):
-        header += [f"{name}: us at least", "binds", "TFLOP/s at most"]
-    return table([*header, "target"], rows)
+            for job in jobs:
+                launches = job_launches(job, backend)
+                row += [cell(launches), f"{job.rate(1e3 * seconds_of(launches)):.0f}"] if launches else ["", ""]
+        rows.append([*row, targets((job.rate_target for job in jobs), 0)])
+    return table(header("attention", ["TFLOP/s"], "targets"), rows)
 
 
-def adaln() -> str:
+def rows_of_tokens() -> str:
     """Per call: the bound, and the share of the HBM's rate that it leaves."""
     rows = []
-    for job in adaln_jobs():
-        row: list[object] = [short(job), job.direction]
+    for jobs in by_case(row_jobs()):
+        row: list[object] = [short(jobs[0].case)]
         for backend in BACKENDS:
-            (launch,) = job_launches(job, backend)
-            seconds, binds = bound(launch)
-            floor = job.op.work(job.case, job.direction)[1] / chip.HBM_BYTES[CHIP]
-            row += [micro(seconds), binds, micro(limits(launch)["issue"]), f"{floor / seconds:.2f}"]
-        rows.append([*row, f"{job.fraction_target:.2f}"])
-    header = ["adaLN", "direction"]
-    for name in ("Triton", "CUDA"):
-        header += [f"{name}: us at least", "binds", "issue", "share of HBM"]
-    return table([*header, "target"], rows)
+            for job in jobs:
+                launches = job_launches(job, backend)
+                floor = job.op.work(job.case, job.direction)[1] / chip.HBM_BYTES[CHIP]
+                issue = sum(limits(launch)["issue"] for launch in launches)
+                row += [cell(launches), micro(issue), f"{floor / seconds_of(launches):.2f}"]
+        rows.append([*row, targets((job.fraction_target for job in jobs), 2)])
+    return table(header("op", ["issue", "of HBM"], "targets"), rows)
+
+
+RING = Case("history_attention", 1, (4680,), H=12, D=128)  # with a window of 7 and a sink of 3
+
+
+def history_row(name: str, flops: int, launches: Sequence[list[Launch]]) -> list[object]:
+    """launches: of each backend."""
+    row: list[object] = [name]
+    for each in launches:
+        parts = {part: seconds_of(launch for launch in each if launch.name == part) for part in ("append", "splits")}
+        beside = ", ".join(f"{part} {micro(seconds)}" for part, seconds in parts.items() if seconds)
+        row += [cell(each), beside, f"{flops / seconds_of(each) / 1e12:.0f}"]
+    return row
+
+
+def history() -> str:
+    """All steps of a sampler of four segments; a step of an endless stream, and its attention without a cache."""
+    rows = []
+    for case in (job.case for job in gpu_jobs() if job.case.op == "history_attention"):
+        steps = growing(case)
+        launches = [[one for step in steps for one in history_launches(step, backend)] for backend in BACKENDS]
+        rows.append(history_row(f"4 steps, {short(case)}", sum(step.flops for step in steps), launches))
+    step = rolling(RING, 7, 3)
+    whole = f"4680 x {sum(step.past) + step.length}, D 128, H 12"
+    rows.append(history_row(f"rolling, {whole}", step.flops, [history_launches(step, name) for name in BACKENDS]))
+    alone = [[attention_alone(step, name)] for name in BACKENDS]
+    rows.append(history_row(f"attention alone, {whole}", step.flops, alone))
+    columns = [f"{name}, {column}" for name in ("Triton", "CUDA") for column in ("us at least", "of it", "TFLOP/s")]
+    return table(["history attention", *columns], rows)
 
 
 TILES = ((128, 64, 8, 3), (128, 128, 8, 2))
 
 
+def tile_row(values: Sequence[int], D: int, binary: Binary, launch: Launch) -> list[object]:
+    each, (seconds, binds) = limits(launch), bound(launch)
+    spilled = spills(binary.flow.instructions(range(len(binary.flow.blocks))))
+    return [
+        binary.name, D, "{} x {}, {} warps, {} stages".format(*values), binary.resident,
+        *(micro(each[name]) for name in LIMITS[:5]), binds, micro(seconds), spilled or "",
+    ]  # fmt: skip
+
+
 def tiles() -> str:
-    """Alternatives of Triton's tiles at the model's own shape."""
-    rows = []
+    """Alternatives of Triton's tiles at the model's own shape; of history attention at a rolling step."""
+    rows, step = [], rolling(RING, 7, 3)
+
+    def constants_(values: Sequence[int]) -> tuple[tuple[str, int], ...]:
+        return tuple(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values, strict=True))
+
     for D in (72, 128):
         case = attention_job(32, 256, D, "M4", "forward", 1.0).case
         for kernel in ("attention_forward", "attention_backward_dq", "attention_backward_dkv"):
             for values in TILES:
-                constants_ = tuple(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values, strict=True))
-                binary = triton_attention(kernel, case.lengths, case.mask, case.op, (16, 16), D, constants_)
-                launch = attention_launch(case, binary)
-                each, (seconds, binds) = limits(launch), bound(launch)
-                spilled = spills(binary.flow.instructions(range(len(binary.flow.blocks))))
-                rows.append([
-                    binary.name, D, "{} x {}, {} warps, {} stages".format(*values), binary.resident,
-                    *(micro(each[name]) for name in LIMITS[:5]), binds, micro(seconds), spilled or "",
-                ])  # fmt: skip
+                binary = triton_attention(kernel, case.lengths, case.mask, case.op, (16, 16), D, constants_(values))
+                rows.append(tile_row(values, D, binary, attention_launch(case, binary)))
+    for values in ((64, 64, 4, 3), *TILES):
+        binary = triton_history(step, False, constants_(values))
+        rows.append(tile_row(values, RING.D, binary, history_launches(step, "triton", constants_(values))[0]))
     return table(["kernel", "D", "tile", "blocks", *LIMITS[:5], "binds", "us at least", "spilling instructions"], rows)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "constants": constants, "versions": versions, "kernels": kernels, "attention": attention, "adaln": adaln,
-    "tiles": tiles,
+    "constants": constants, "versions": versions, "kernels": kernels, "attention": attention, "history": history,
+    "rows": rows_of_tokens, "tiles": tiles,
 }  # fmt: skip
 
 
