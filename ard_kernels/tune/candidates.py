@@ -52,7 +52,9 @@ def candidates(key: str) -> Iterator[dict[str, int]]:
         return
     if bits == "32bit":
         blocks = _FP32
-    elif length == "short" or kernel == "attention_history":  # one segment's queries: few tiles, so small ones
+    elif kernel == "attention_history":  # one segment's queries: few tiles, so small ones first
+        blocks = _SHORT + (_LONG if length == "long" else [])  # large ones read a long cache less often
+    elif length == "short":
         blocks = _SHORT
     else:
         blocks = _LONG + _SHORT

@@ -102,7 +102,7 @@ def test_bit_equal_over_runs_and_threads(backend, device, length, heads, dtype, 
         return out, *torch.autograd.grad(out, (q, k, v), grad_out)
 
     first = run()
-    # Of backend torch it depends on the chip whether PyTorch's matmuls round by the number of threads (docs/environment.md).
+    # With backend torch it depends on the chip whether PyTorch's matmuls round by the number of threads.
     for count in [torch.get_num_threads()] if backend == "torch" else thread_counts():
         for _ in range(3 if backend in ("torch", "cpu") else 1):
             assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{count} threads"
