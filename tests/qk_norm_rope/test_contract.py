@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ard_kernels
 from ard_kernels import block_causal_attention_packed, qk_norm_rope, qk_norm_rope_packed
-from testing.devices import on_devices, simulated_slow
+from testing.devices import SIMULATED, on_devices, simulated_slow
 
 on_every_backend = pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton", "cuda"))
 
@@ -106,8 +106,9 @@ def packed(device, B=1, T=8, H=2, D=16, P=8, dtype=torch.float32, over="all", no
 @pytest.mark.parametrize("over", ["head", "all"])
 @pytest.mark.parametrize(
     ("backend", "device", "T", "D"),
+    # The interpreter has no threads, and takes long: its repeats are in tests/test_model_sizes.py.
     on_devices(torch=[(96, 72)], cpu=[(96, 72), (512, 128)], cuda=[(40, 72)])
-    + simulated_slow(on_devices(triton=[(6, 24)])),
+    + ([] if SIMULATED else on_devices(triton=[(40, 72)])),
 )
 def test_bit_equal_over_runs_and_threads(backend, device, T, D, over, thread_counts):
     qkv, parameters, settings = packed(device, 2, T, 4, D, over=over)
