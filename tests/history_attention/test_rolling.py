@@ -57,9 +57,16 @@ def test_a_stream(backend, device, dtype, poisoned):
 @pytest.mark.parametrize(("backend", "device", "dtype"), EACH)
 def test_a_long_stream(backend, device, dtype):
     """Many turns of a ring of five slots, in the same memory."""
-    segments = 40 if SIMULATED and backend in GPU_BACKENDS else 200
-    more = {"layers": 1, "L": 16 if backend == "cuda" else 8, "tries": 1}
-    stream(backend, device, dtype, segments=segments, window=4, sink=1, **more)
+    simulated = SIMULATED and backend in GPU_BACKENDS
+    segments, tries = (40, 1) if simulated else (200, 3)
+    stream(backend, device, dtype, segments=segments, window=4, sink=1, layers=1, tries=tries)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("backend", "device", "dtype"), EACH)
+def test_two_hundred_segments(backend, device, dtype):
+    """The same, simulated kernels too, in tiles of another length."""
+    stream(backend, device, dtype, segments=200, window=4, sink=1, layers=1, L=16)
 
 
 @pytest.mark.parametrize(("backend", "device", "dtype"), EACH)
