@@ -158,12 +158,14 @@ def test_opcheck(backend, device, lengths, dtype):
         _, y, mean, rstd = forward(*checks[0][1])
     x, branch, gate, scale = (t.detach() for t in (x, branch, gate, scale))
     statistics, settings = (mean, rstd), (lengths, dtype, [True, True, True, False, False], backend)
-    of_gate, nothing = [True, False, False, False, False], [None] * 5
+    of_gate, of_shift, nothing = [True, *[False] * 4], [False, True, *[False] * 3], [None] * 5
     checks += [
         (
             backward,
             (None, y, x, None, None, scale, *affine, *statistics, lengths, dtype, [False, *settings[2][1:]], backend),
         ),
+        # A shift of another dtype than x's, which nothing but row_dtype tells.
+        (backward, (None, y, x, *[None] * 5, *statistics, lengths, torch.float32, of_shift, backend)),
         (backward, (x, y, x, branch, gate, scale, *affine, *statistics, *settings)),
         (backward, (None, y, x, branch, gate, scale, *affine, *statistics, *settings)),
         (backward, (x, None, None, branch, gate, *nothing, lengths, None, of_gate, backend)),
