@@ -12,12 +12,12 @@ import subprocess
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import ard_kernels
+from ard_kernels.common import machine
 from ard_kernels.tune.timing import Timing
 from benchmarks.files import RESULTS, ROOT
 from benchmarks.timing import DEVICE
@@ -106,24 +106,12 @@ def goal(what: str, value: float, target: float) -> dict:
     return {"what": what, "value": value, "target": target, "met": value >= target}
 
 
-def cpu_name() -> str:
-    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return match.group(1) if match else platform.processor()
-
-
 def output(*command: str) -> str:
     """What a program says; empty where it is not installed or fails."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _driver() -> str:
@@ -154,7 +142,7 @@ def environment(device: torch.device = DEVICE) -> dict:
         "driver": _driver() if device.type == "cuda" else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": machine.triton_version() or None,
         "nvcc": nvcc.group(1) if nvcc else None,
         "ard_kernels": ard_kernels.__version__,
     }
@@ -164,13 +152,13 @@ def device_name(device: torch.device) -> str:
     """In words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{machine.processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def results_folder() -> Path:
     """benchmarks/results/<device>: the GPU, or the CPU with its number of threads."""
     on_gpu = DEVICE.type == "cuda"
-    words = device_name(DEVICE) if on_gpu else f"{cpu_name()} {torch.get_num_threads()} threads"
+    words = device_name(DEVICE) if on_gpu else f"{machine.processor()} {torch.get_num_threads()} threads"
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 

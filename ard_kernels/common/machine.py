@@ -37,10 +37,11 @@ def chip(device: torch.device) -> str:
     """The processor behind `device`, by its maker's name; of a CPU with the instructions that PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the CPU; where nothing says it, of its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -2,8 +2,8 @@
 
 Errors are 2-norms of the difference to an fp64 reference: a maximum over a small tensor is one draw of a random
 variable, a norm is not, and a single wrong element of it still dominates; of a large one every row is held to the rule,
-too (self_check.py). The floor is one rounding of the reference
-to the tensor's dtype, so that a case where plain PyTorch happens to be exact does not forbid the last bit.
+too (self_check.py). The floor is one rounding of the reference to the tensor's dtype, so that a case where plain
+PyTorch happens to be exact does not forbid the last bit.
 """
 
 from __future__ import annotations

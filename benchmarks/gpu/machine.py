@@ -9,11 +9,13 @@ import os
 import re
 import shutil
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from ard_kernels import doctor
+from ard_kernels.common import findings
+from ard_kernels.common.machine import version
 from benchmarks.files import ROOT, write_json
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.processes import FAILED, find_tool, output_of
@@ -44,12 +46,7 @@ def simulate() -> None:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"cuda_of_torch": torch.version.cuda}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
+    found = {"cuda_of_torch": torch.version.cuda} | {package: version(package) or None for package in PACKAGES}
     query = ("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader")
     found["driver, max SM clock, power limit"] = output_of(*query)[1]
     return found | {"compute-sanitizer": find_tool("compute-sanitizer")}
@@ -133,9 +130,6 @@ def build(journal: Journal) -> None:
 
 def self_check(journal: Journal) -> None:
     """What `python -m ard_kernels.doctor --check` does, a line for each kind of call. A dry run checks one op."""
-    from ard_kernels import doctor  # not before `build` has made its extension
-    from ard_kernels.common import findings
-
     print("self-check of every kernel")
     for row in doctor.check(["gelu"] if TINY else ()):
         what = " ".join(map(str, row[:5]))

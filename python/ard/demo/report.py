@@ -11,6 +11,7 @@ import torch
 from ard.demo.scores import DISTANCES, is_tuned
 from ard.demo.workers import cores
 from ard.storage.files import atomic_path
+from ard_kernels.common.machine import processor
 
 TITLES = {"digits": "handwritten digits", "scenes": "scenes of handwritten digits, from prompts"}
 DISTANCE_HEADINGS = {  # score -> heading of the table over seeds, digits; heading of every run, digits
@@ -30,7 +31,7 @@ SHARE_HEADINGS = {
 def environment(workers: int) -> dict:
     """Hardware and versions that produced a report; workers: processes beside this one."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": processor(),
         "cpu_count": os.cpu_count(),
         "cores": cores(),
         "workers": workers,
@@ -38,14 +39,6 @@ def environment(workers: int) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def write_markdown(path: Path, result: dict) -> Path:
