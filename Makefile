@@ -14,6 +14,8 @@ export ARD_BUILD_CUDA
 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Some images set it. Then each of the suite's hundreds of processes compiles torch's sources anew: 5 s instead of 1.7.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install emulator other-torch demo test test-slow test-all test-exhaustive test-other-python test-sanitize dist \
   lint format bench aot aot-update cuda-build cuda-build-update predictions gpu-check bench-gpu clean

@@ -45,7 +45,7 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         self.count, self._reported = count, context.Value("q", 0)
         self._pool = ProcessPoolExecutor(count, context, _begin, (self._reported,))
-        for _ in range(count):  # starts one each, which imports torch (4 s) while this process does something else
+        for _ in range(count):  # starts one each, which imports torch (2 s) while this process does something else
             self._pool.submit(_nothing)
 
     def __enter__(self) -> Workers:
@@ -71,8 +71,9 @@ class Workers:
             finished, waiting = wait(waiting, POLL, FIRST_EXCEPTION)
             for future in finished:
                 future.result()  # raises what the job has raised
-            advance(self._reported.value - shown)
-            shown = self._reported.value
+            reported = self._reported.value  # read once: a worker may add to it at any time
+            advance(reported - shown)
+            shown = reported
         return [futures[number].result() for number in range(len(jobs))]
 
 
