@@ -1,10 +1,14 @@
 """Repairs of Triton's interpreter, which runs the Triton kernels in the tests and in the dry run of benchmarks/gpu."""
 
 import inspect
+from functools import cache
 
 import numpy as np
 import torch
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
+
+WIDE = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def repair() -> None:
@@ -12,6 +16,8 @@ def repair() -> None:
     _take_an_element_for_an_index()
     _patch_the_language_once()
     _round_to_bfloat16()
+    _look_for_overflows_in_numpy()
+    _look_up_types_once()
 
 
 def _take_an_element_for_an_index() -> None:
@@ -51,3 +57,30 @@ def _round_to_bfloat16() -> None:
         return interpreter.TensorHandle(rounded.view(np.uint16).reshape(src.data.shape), dst_type.scalar)
 
     interpreter.InterpreterBuilder.cast_impl = rounding_cast
+
+
+def _look_for_overflows_in_numpy() -> None:
+    """Triton checks each sum, difference and product of integers by eight of its own: a quarter of the time."""
+
+    def check(self, lhs, rhs, operation):
+        bits = lhs.type.scalar.int_bitwidth
+        if bits >= 64 or not self.builder.options.sanitize_overflow:
+            return
+        wide = WIDE[operation.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+        low, high = lhs.type.scalar.get_int_min_value(), lhs.type.scalar.get_int_max_value()
+        if wide.size and not low <= wide.min() <= wide.max() <= high:
+            raise OverflowError(f"int{bits} overflow in {operation.__name__}")
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = check
+
+
+def _look_up_types_once() -> None:
+    """The interpreter makes a table of 18 types whenever it wants the NumPy type of one."""
+    look_up = interpreter._get_np_dtype
+    of_numbers = cache(look_up)
+
+    def of_any(triton_type):
+        element = triton_type.scalar
+        return look_up(element) if element.is_ptr() else of_numbers(element)
+
+    interpreter._get_np_dtype = of_any

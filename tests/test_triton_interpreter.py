@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import InterpreterError
 
 pytestmark = pytest.mark.simulated
 
@@ -57,3 +58,25 @@ def test_float32_is_rounded_to_bfloat16_as_torch_does():
     rounded = torch.empty(64, dtype=torch.bfloat16)
     copy[(1,)](source, rounded)
     assert torch.equal(rounded, source.bfloat16())
+
+
+@triton.jit
+def combine(a, b, sum_of, difference, product):
+    x, y = tl.load(a), tl.load(b)
+    tl.store(sum_of, x + y)
+    tl.store(difference, x - y)
+    tl.store(product, x * y)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "operation"),
+    [(2**31 - 1, 0, None), (-(2**31), 0, None), (2**31 - 1, 1, "add"), (-(2**31), 1, "sub"), (2**16, 2**15, "mul")],
+)
+def test_an_offset_of_32_bits_that_overflows_is_an_error(x, y, operation):
+    a, b, *results = torch.tensor([[x], [y], [0], [0], [0]], dtype=torch.int32)
+    if operation:
+        with pytest.raises(InterpreterError, match=f"int32 overflow in {operation}"):
+            combine[(1,)](a, b, *results)
+    else:
+        combine[(1,)](a, b, *results)
+        assert [result.item() for result in results] == [x + y, x - y, x * y]
