@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 CUDA := $(wildcard csrc/*/*.cu)
+PACKAGED := $(shell find ard_kernels python -name '*.py' -o -name '*.json' -o -name '*.yaml')
 FORMATTED := $(CPP) $(CUDA) $(wildcard testing/emulator/*.cpp testing/emulator/*.h)
 
 # .venv gets the CUDA kernels where there is a GPU to run them (and nvcc to build them). The tests run their source in
@@ -53,8 +54,8 @@ test-all: test test-slow
 test-exhaustive: emulator
 	$(PYTEST) -m exhaustive
 
-# The quick tests with the versions of a GPU machine instead of the pinned ones, on a Python 3.12 of pyenv or on PATH.
-# Without the long tests and those of testing/emulator. --no-compile saves 25 seconds of CPU.
+# The quick tests with the versions of a GPU machine instead of the pinned ones, on a Python 3.12 of pyenv or on PATH, and
+# with its wheel instead of the checkout's build. Without the long tests and those of testing/emulator.
 OTHER := build/other-python
 OTHER_TORCH := 2.11.0
 OTHER_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) \
@@ -82,12 +83,13 @@ $(TORCH)/.installed: constraints.txt
 	$(TORCH)/bin/pip install --quiet --no-compile torch==$(OTHER_TORCH)
 	touch $@
 
-$(OTHER)/.installed: export ARD_BUILD_CUDA := 0
 $(OTHER)/.installed: export PIP_CONSTRAINT := $(CURDIR)/$(TORCH)/constraints.txt
-$(OTHER)/.installed: $(TORCH)/.installed pyproject.toml setup.py CMakeLists.txt $(CPP)
+$(OTHER)/.installed: $(TORCH)/.installed pyproject.toml setup.py CMakeLists.txt $(CPP) $(PACKAGED)
+	$(MAKE) dist ONE=1
+	rm -rf $(OTHER)
 	$(OTHER_PYTHON) -m venv $(OTHER)
 	ls -d $(CURDIR)/$(TORCH)/lib/python3.*/site-packages > $$(echo $(OTHER)/lib/python3.*/site-packages)/torch.pth
-	$(OTHER)/bin/pip install --quiet --no-compile --editable '.[test]'
+	$(OTHER)/bin/pip install --quiet --no-compile "$$(echo dist/*.whl)[test]"
 	touch $@
 
 # dist/: the sdist, and made from it a manylinux wheel for PYTHON and for OTHER_PYTHON; both are tried in environments with
