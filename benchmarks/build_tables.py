@@ -1,12 +1,13 @@
 """The committed tables of `make aot` and `make cuda-build`: what compilers made of each kernel, a CSV file per chip.
 
-A row is a dataclass; a table's first line names the compiler, whose numbers it holds.
+A row is a dataclass; a table's first line names the compiler whose numbers it holds, and may name the sources.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, astuple, fields
 from pathlib import Path
 
@@ -24,10 +25,11 @@ def show(title: str, row_type: type, rows: list) -> None:
     print(f"\n{title}\n{table([field.name for field in fields(row_type)], map(astuple, rows))}")
 
 
-def write(path: Path, compiler: str, row_type: type, rows: list) -> None:
+def write(path: Path, compiler: str, row_type: type, rows: list, sources: str = "") -> None:
+    """sources: their `digest`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        file.write(f"# {compiler}\n")
+        file.write(f"# {compiler}{f', sources {sources}' if sources else ''}\n")
         writer = csv.DictWriter(file, [field.name for field in fields(row_type)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
@@ -35,7 +37,22 @@ def write(path: Path, compiler: str, row_type: type, rows: list) -> None:
 
 def compiler_of(path: Path) -> str | None:
     """The compiler whose numbers a table holds; None without a table."""
-    return path.read_text().split("\n", 1)[0][2:] if path.is_file() else None
+    return _first_line(path).split(", sources ")[0] or None
+
+
+def sources_of(path: Path) -> str | None:
+    """The digest of the sources that a table's numbers are of; None without one."""
+    return _first_line(path).partition(", sources ")[2] or None
+
+
+def _first_line(path: Path) -> str:
+    return path.read_text().split("\n", 1)[0][2:] if path.is_file() else ""
+
+
+def digest(root: Path, files: Iterable[Path]) -> str:
+    """Of names and contents: the same sources have the same."""
+    entries = [(path.relative_to(root).as_posix(), path.read_bytes()) for path in sorted(files)]
+    return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
 
 
 def lines_of(path: Path) -> list[dict[str, str]]:

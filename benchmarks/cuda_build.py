@@ -1,7 +1,10 @@
 """`make cuda-build`: build the module with its CUDA kernels, without a GPU, and check what the compiler made of them.
 
-    python -m benchmarks.cuda_build            build, check, compare with the committed tables; exit 1 if any is off
-    python -m benchmarks.cuda_build --update   the same, and write the tables (benchmarks/results/cuda/sm*.csv)
+    python -m benchmarks.cuda_build            build, check, compare with the committed tables; exit 1 if any is off.
+                                               Nothing is built where the tables say that they are of these sources
+                                               and this nvcc: they would become the same again
+    python -m benchmarks.cuda_build --update   build, check, and write the tables (benchmarks/results/cuda/sm*.csv) if
+                                               nothing is wrong
 
 It is the build of `ARD_BUILD_CUDA=1 pip install .`, kept in build/cuda, but that observed_nvcc.py stands before nvcc
 there and notes seconds, memory and ptxas' report beside each object. Instructions are counted in the disassembly of the
@@ -23,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import build_tables
-from benchmarks.cuda_objects import cuobjdump, instruction_counts, launch_bounds, ptxas_report, short_names
+from benchmarks.cuda_objects import cuobjdump, instruction_counts, launch_bounds, nvcc, ptxas_report, short_names
 from benchmarks.markdown import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,8 +70,22 @@ class Row:
     stg128: int
 
 
+def sources() -> str:
+    """Digest of all that decides what the CUDA objects are, and how they are judged."""
+    csrc = ROOT / "csrc"
+    files = [path for path in csrc.rglob("*") if path.suffix in (".cu", ".h") or path.name.endswith("bindings.cpp")]
+    judges = [ROOT / "benchmarks" / name for name in ("cuda_build.py", "cuda_objects.py", "observed_nvcc.py")]
+    return build_tables.digest(ROOT, [*files, *judges, ROOT / "CMakeLists.txt", ROOT / "setup.py"])
+
+
+def version_of(nvcc: str) -> str:
+    """Such as 13.0.88."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"V(\d+\.\d+\.\d+)", text)[1]
+
+
 def build() -> str:
-    """Build the module; the compiler's version, such as 13.0.88. Ends the program when the build fails."""
+    """Build the module; the compiler's version. Ends the program when the build fails."""
     launcher = f"{sys.executable};{Path(__file__).resolve().with_name('observed_nvcc.py')}"
     cache = BUILD / "objects" / "CMakeCache.txt"
     if cache.is_file() and launcher not in cache.read_text():
@@ -85,9 +102,7 @@ def build() -> str:
     command += ["--build-lib", str(BUILD / "module")]
     if status := subprocess.run(command, cwd=ROOT, env=environment).returncode:
         sys.exit(status)
-    nvcc = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", cache.read_text(), re.M)[1]
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"V(\d+\.\d+\.\d+)", version)[1]
+    return version_of(re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", cache.read_text(), re.M)[1])
 
 
 def objects() -> dict[str, tuple[str, Path]]:
@@ -190,35 +205,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the tables")
     options = parser.parse_args()
+    paths = {arch: TABLES / f"sm{arch}.csv" for arch in ARCHITECTURES}
+    known = {(build_tables.compiler_of(path), build_tables.sources_of(path)) for path in paths.values()}
+    if not options.update and Path(nvcc()).is_file() and known == {(f"nvcc {version_of(nvcc())}", sources())}:
+        print(f"the tables are of these sources ({sources()}) and nvcc {version_of(nvcc())}: nothing to build")
+        return
     start = time.perf_counter()
     compiler = f"nvcc {build()}"
     seconds, compiled = time.perf_counter() - start, objects()
     notes = {label: json.loads(Path(f"{path}.json").read_text()) for label, (_, path) in compiled.items()}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {arch: [pool.submit(inspect, *entry, arch) for entry in compiled.values()] for arch in ARCHITECTURES}
-    failures, kernels = module_problems(), 0
+    failures = module_problems()
     for label, (source, path) in compiled.items():
         failures += object_problems(source, path, notes[label])
     failures += repeated_kernels({label: note["report"] for label, note in notes.items()})
     lines = [[label, note["seconds"], note["peak_bytes"] >> 20] for label, note in notes.items()]
     print(f"\n{compiler}\n{table(['object', 'seconds', 'peak_MB'], lines)}")
+    tables = {}
     for arch, results in jobs.items():
         rows = sorted((row for job in results for row in job.result()[0]), key=lambda row: (row.source, row.kernel))
         failures += [problem for job in results for problem in job.result()[1]]
-        kernels += len(rows)
-        path = TABLES / f"sm{arch}.csv"
         build_tables.show(f"sm_{arch}", Row, rows)
-        if options.update:
-            build_tables.write(path, compiler, Row, rows)
-        elif build_tables.compiler_of(path) == compiler:
-            failures += build_tables.differences(path, rows, ("source", "kernel"))
-        else:
-            print(f"{path.name} is of {build_tables.compiler_of(path)}, this is {compiler}: numbers are not compared")
+        if build_tables.compiler_of(paths[arch]) == compiler and not options.update:
+            failures += build_tables.differences(paths[arch], rows, ("source", "kernel"))
+        elif not options.update:
+            print(f"sm{arch}.csv is of {build_tables.compiler_of(paths[arch])}, this is {compiler}: not compared")
+        tables[arch] = rows
     failures = list(dict.fromkeys(failures))
+    kernels = sum(map(len, tables.values()))
     print(f"\n{kernels} kernels of {len(compiled)} objects, built in {seconds:.0f} s, {len(failures)} problems")
     for failure in failures:
         print(f"  {failure}")
-    sys.exit(1 if failures else 0)
+    if failures:
+        sys.exit(1)
+    if options.update:
+        for arch, rows in tables.items():
+            build_tables.write(paths[arch], compiler, Row, rows, sources())
 
 
 if __name__ == "__main__":

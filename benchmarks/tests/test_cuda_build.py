@@ -146,6 +146,49 @@ def test_a_change_that_the_table_does_not_know_fails(tmp_path):
     assert "is not in the table" in build_tables.differences(path, [GOOD], identity)[0]
 
 
+def test_a_digest_is_of_names_and_contents(tmp_path):
+    a, b = tmp_path / "a.cu", tmp_path / "b.h"
+    a.write_text("kernel"), b.write_text("header")
+    before = build_tables.digest(tmp_path, [a, b])
+    assert build_tables.digest(tmp_path, [b, a]) == before
+    b.write_text("another")
+    assert build_tables.digest(tmp_path, [a, b]) != before
+    b.write_text("header")
+    assert build_tables.digest(tmp_path, [a, b.rename(tmp_path / "c.h")]) != before
+
+
+@pytest.mark.parametrize(
+    ("compiler", "sources", "arguments", "built"),
+    [
+        ("nvcc 13.0.88", cuda_build.sources(), [], False),
+        ("nvcc 13.0.88", cuda_build.sources(), ["--update"], True),
+        ("nvcc 13.0.89", cuda_build.sources(), [], True),
+        ("nvcc 13.0.88", "0123456789abcdef", [], True),
+        ("nvcc 13.0.88", "", [], True),
+    ],
+)
+def test_what_is_known_is_not_built_again(compiler, sources, arguments, built, tmp_path, monkeypatch, capsys):
+    class Built(Exception):
+        pass
+
+    def build():
+        raise Built
+
+    for arch in cuda_build.ARCHITECTURES:
+        build_tables.write(tmp_path / f"sm{arch}.csv", compiler, cuda_build.Row, [GOOD], sources)
+    monkeypatch.setattr(cuda_build, "TABLES", tmp_path)
+    monkeypatch.setattr(cuda_build, "nvcc", lambda: sys.executable)
+    monkeypatch.setattr(cuda_build, "version_of", lambda nvcc: "13.0.88")
+    monkeypatch.setattr(cuda_build, "build", build)
+    monkeypatch.setattr(sys, "argv", ["cuda_build", *arguments])
+    if built:
+        with pytest.raises(Built):
+            cuda_build.main()
+    else:
+        cuda_build.main()
+        assert "nothing to build" in capsys.readouterr().out
+
+
 def test_a_compiler_is_observed(tmp_path, capfd):
     """The launcher passes messages and status on, keeps ptxas' report to itself, and measures the compiler's memory."""
     compiler, target = tmp_path / "compiler.py", tmp_path / "kernel.o"
