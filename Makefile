@@ -139,7 +139,7 @@ bench: install
 	$(BIN)/pytest benchmarks -q
 	$(BIN)/python -m benchmarks.report
 
-# Triton kernels of the main widths compiled for sm_80, sm_90 and sm_100, checked, compared with the tables; all with
+# Triton kernels of the main widths compiled for sm_80 and sm_90, few for sm_100, checked, compared with the tables; all with
 # `python -m benchmarks.aot --all`, some 15 minutes.
 aot: install
 	$(BIN)/python -m benchmarks.aot

@@ -7,15 +7,9 @@ from hypothesis import strategies as st
 from ard_kernels.block_causal_attention.mask import SegmentMask, mask_of
 from ard_kernels.block_causal_attention.spec import Segments, block_causal, visibility
 
-# Index of the number of cases in (few, many, most): in the fast, the slow and the exhaustive tests. The few are the
-# first of the many, the many the first of the most.
+# Index of the number of cases in (few, most): in fast and in exhaustive tests. The few are the first of the most.
 TIERS = pytest.mark.parametrize(
-    "tier",
-    [
-        pytest.param(0, id="few"),
-        pytest.param(1, id="many", marks=pytest.mark.slow),
-        pytest.param(2, id="most", marks=pytest.mark.exhaustive),
-    ],
+    "tier", [pytest.param(0, id="few"), pytest.param(1, id="most", marks=pytest.mark.exhaustive)]
 )
 
 

@@ -165,7 +165,7 @@ def test_drawn_calls(tier, poisoned):
     """Any mask, lengths, heads, memory, scale, dtype, instruction set and number of threads."""
     best = extension.module.cpu_isa()
 
-    @settings(max_examples=(40, 100, 2000)[tier])
+    @settings(max_examples=(40, 2000)[tier])
     @given(call=calls(), seed=st.integers(0, 1000))
     def draw(call, seed):
         arguments, isa, threads = call

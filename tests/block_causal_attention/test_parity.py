@@ -105,7 +105,7 @@ DRAWN = {
     "triton": {"longest": 24, "segments": 4, "sizes": 1, "dims": [8, 16, 24, 40, 64, 72, 96, 112], "dtypes": DTYPES},
     "cuda": {"longest": 90, "segments": 5, "sizes": 2, "dims": CUDA_HEAD_DIMS, "dtypes": HALVES},
 }
-EXAMPLES = {"torch": (60, 120, 400), "cpu": (60, 120, 400), "triton": (8, 15, 30), "cuda": (12, 25, 60)}
+EXAMPLES = {"torch": (60, 400), "cpu": (60, 400), "triton": (8, 30), "cuda": (12, 60)}
 
 
 @on_every_backend

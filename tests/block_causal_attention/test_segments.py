@@ -35,7 +35,7 @@ DRAWN = {
     "triton": {"longest": 24, "segments": 3, "dims": [8, 16, 72], "dtypes": (FP32, BF16)},
     "cuda": {"longest": 80, "segments": 5, "dims": cuda.HEAD_DIMS, "dtypes": (BF16, FP16)},
 }
-EXAMPLES = {"torch": (100, 200, 2000), "cpu": (100, 200, 2000), "triton": (5, 12, 500), "cuda": (10, 25, 500)}
+EXAMPLES = {"torch": (100, 2000), "cpu": (100, 2000), "triton": (5, 500), "cuda": (10, 500)}
 
 
 @pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton", "cuda"))

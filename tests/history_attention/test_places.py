@@ -61,7 +61,7 @@ STEPS = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 2)), min_size=1, ma
 
 @TIERS
 def test_what_is_seen_is_what_the_mask_says(tier):
-    @settings(max_examples=(150, 500, 2000)[tier])
+    @settings(max_examples=(150, 2000)[tier])
     @given(
         steps=STEPS, window=st.one_of(st.none(), st.integers(1, 5)), sink=st.integers(0, 3), rolls=st.booleans(),
         first=st.integers(1, 4), rewinds=st.lists(st.integers(0, 12), max_size=3),

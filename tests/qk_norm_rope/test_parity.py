@@ -187,7 +187,7 @@ def shapes(largest: int):
     return draw()
 
 
-EXAMPLES = {"torch": (15, 50, 200), "cpu": (25, 60, 300), "triton": (3, 8, 20), "cuda": (10, 25, 100)}
+EXAMPLES = {"torch": (15, 200), "cpu": (25, 300), "triton": (3, 20), "cuda": (10, 100)}
 
 
 @on_every_backend

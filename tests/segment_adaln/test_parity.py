@@ -120,10 +120,10 @@ NARROW = st.integers(8, 100)  # narrower rows are ill-conditioned
 EIGHTS = st.integers(1, 40).map(lambda eights: 8 * eights)
 # What a drawn case of each backend may have, and how many are drawn in the fast, the slow and the exhaustive tests.
 DRAWN = {
-    "torch": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (30, 60, 200)},
-    "cpu": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (30, 60, 200)},
-    "triton": {"longest": 12, "batch": 2, "widths": NARROW, "examples": (4, 8, 15)},
-    "cuda": {"longest": 16, "batch": 3, "widths": EIGHTS, "examples": (15, 20, 40)},
+    "torch": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (30, 200)},
+    "cpu": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (30, 200)},
+    "triton": {"longest": 12, "batch": 2, "widths": NARROW, "examples": (4, 15)},
+    "cuda": {"longest": 16, "batch": 3, "widths": EIGHTS, "examples": (15, 40)},
 }
 
 
@@ -197,7 +197,7 @@ def test_widths_and_rows_at_a_time(backend, device, C, rows, per_token, poisoned
 @TIERS
 def test_chunks_cover_each_segment_once(tier):
     drawn = given(st.lists(st.integers(1, 70), min_size=1, max_size=7), st.integers(1, 40))
-    settings(max_examples=(100, 300, 1000)[tier])(drawn(check_chunks))()
+    settings(max_examples=(100, 1000)[tier])(drawn(check_chunks))()
 
 
 def check_chunks(lengths, most):
