@@ -5,6 +5,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from triton import language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
@@ -18,6 +19,7 @@ def repair() -> None:
     _round_to_bfloat16()
     _look_for_overflows_in_numpy()
     _look_up_types_once()
+    _describe_blocks_once()
 
 
 def _take_an_element_for_an_index() -> None:
@@ -84,3 +86,27 @@ def _look_up_types_once() -> None:
         return look_up(element) if element.is_ptr() else of_numbers(element)
 
     interpreter._get_np_dtype = of_any
+
+
+def _describe_blocks_once() -> None:
+    """Each block makes its shape and type anew, of objects for each size: a quarter of the time."""
+    of_types: dict[tuple, dict] = {}
+    of_shapes: dict[tuple, tuple] = {}
+    make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+
+    def type_init(self, element_ty, shape):
+        key = str(element_ty), tuple([getattr(size, "value", size) for size in shape])
+        if key not in of_types:
+            make_type(self, element_ty, shape)
+            of_types[key] = vars(self).copy()
+        vars(self).update(of_types[key], element_ty=element_ty)
+
+    def tensor_init(self, handle, type):
+        key = tuple(type.shape) if type.is_block() else ()
+        if key not in of_shapes:
+            make_tensor(self, handle, type)
+            of_shapes[key] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = of_shapes[key]
+
+    tl.block_type.__init__, tl.tensor.__init__ = type_init, tensor_init

@@ -97,7 +97,7 @@ def test_equal_segments_of_each_chip(backend, device, D, dtype, mask, chip, pois
     check(backend, device, [48], MASKS[mask], 1, 1, D, dtype)
 
 
-# What a drawn case of each backend may have, and how many are drawn in the fast, the slow and the exhaustive tests.
+# What a drawn case of each backend may have, and how many are drawn in the fast and the exhaustive tests.
 DRAWN = {
     "torch": {"longest": 40, "segments": 12, "sizes": 3, "dims": [8, 16, 24, 72, 80], "dtypes": DTYPES},
     # Wider heads, whose dq of queries with few keys is noise without a floor: test_segments.py and test_cpu_numbers.py.

@@ -28,7 +28,7 @@ SERVED = on_devices(torch=[(16, FP32)], cpu=[(16, FP32)], triton=[(16, FP32)], c
 HOLES = SegmentMask([[1, 0, 1, 0, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 1], [0, 1, 0, 0, 0]])  # row 1 and column 3: empty
 
 
-# What a drawn case of each backend may have, and how many are drawn in the fast, the slow and the exhaustive tests.
+# What a drawn case of each backend may have, and how many are drawn in the fast and the exhaustive tests.
 DRAWN = {
     "torch": {"longest": 40, "segments": 8, "dims": [8, 16, 72], "dtypes": (FP32, BF16, FP16)},
     "cpu": {"longest": 90, "segments": 9, "dims": range(8, 257, 8), "dtypes": (FP32, BF16, FP16)},

@@ -104,7 +104,7 @@ def test_splits_fit_the_workspace(row_tiles, column_tiles, multiprocessors):
     assert shares <= splits and (shares - 1) * tiles < column_tiles <= shares * tiles, "no share is empty"
 
 
-# What a drawn case of each backend may have, and how many are drawn in the fast, the slow and the exhaustive tests.
+# What a drawn case of each backend may have, and how many are drawn in the fast and the exhaustive tests.
 DRAWN = {
     "torch": {"longest": 20, "sizes": 2, "dims": [8, 24, 72], "dtypes": DTYPES, "examples": (20, 100)},
     "cpu": {"longest": 20, "sizes": 2, "dims": [8, 24, 72], "dtypes": DTYPES, "examples": (20, 100)},

@@ -118,7 +118,7 @@ def test_strides_and_ragged_segments(backend, device, op, kind, lengths, poisone
 
 NARROW = st.integers(8, 100)  # narrower rows are ill-conditioned
 EIGHTS = st.integers(1, 40).map(lambda eights: 8 * eights)
-# What a drawn case of each backend may have, and how many are drawn in the fast, the slow and the exhaustive tests.
+# What a drawn case of each backend may have, and how many are drawn in the fast and the exhaustive tests.
 DRAWN = {
     "torch": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (30, 200)},
     "cpu": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (30, 200)},

@@ -124,7 +124,7 @@ def test_widths_of_video_models(backend, device, C, poisoned):
 
 NARROW = st.integers(16, 100)  # narrower rows are ill-conditioned
 EIGHTS = st.integers(2, 40).map(lambda eights: 8 * eights)
-# What a drawn case of each backend may have, and how many are drawn in the fast, the slow and the exhaustive tests.
+# What a drawn case of each backend may have, and how many are drawn in the fast and the exhaustive tests.
 DRAWN = {
     "torch": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (10, 300)},
     "cpu": {"longest": 70, "batch": 3, "widths": NARROW, "examples": (20, 500)},
