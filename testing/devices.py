@@ -8,7 +8,7 @@ own (tests/test_without_gpu.py), for which ARD_TEST_DEVICES=cpu hides the GPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -48,16 +48,23 @@ def on_devices(*backends: str, **values: Sequence) -> list:
     ]
 
 
-def simulated_slow(parameters: list) -> list:
-    """The same ones of `on_devices`, where simulated backends are left to the slow tests.
+def _simulated(mark: pytest.MarkDecorator) -> Callable[[list], list]:
+    """(parameters of `on_devices`) -> the same ones, where simulated backends have this mark too."""
 
-    For what PyTorch does around a kernel (schemas, fakes, graphs): there the backend is a constant like any other.
-    """
-    slow = [pytest.mark.slow] if SIMULATED else []
-    return [
-        pytest.param(*p.values, id=p.id, marks=[*p.marks, *(slow if p.values[0] in GPU_BACKENDS else [])])
-        for p in parameters
-    ]
+    def marked(parameters: list) -> list:
+        marks = [mark] if SIMULATED else []
+        return [
+            pytest.param(*p.values, id=p.id, marks=[*p.marks, *(marks if p.values[0] in GPU_BACKENDS else [])])
+            for p in parameters
+        ]
+
+    return marked
+
+
+# For what PyTorch does around a kernel: of its schema and fake the slow tests tell; for compilers the backend is a
+# constant like any other, so that those of torch and cpu tell enough.
+simulated_slow = _simulated(pytest.mark.slow)
+simulated_exhaustive = _simulated(pytest.mark.exhaustive)
 
 
 def devices() -> list:

@@ -13,7 +13,7 @@ from ard_kernels.block_causal_attention import cuda
 from ard_kernels.block_causal_attention.mask import causal_code
 from ard_kernels.block_causal_attention.spec import useful_pairs
 from ard_kernels.common import extension, gpu_support
-from testing.devices import on_devices, simulated_slow
+from testing.devices import on_devices, simulated_exhaustive, simulated_slow
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SERVED = on_devices(torch=[(16, FP32)], cpu=[(16, FP32)], triton=[(16, FP32)], cuda=[(64, BF16)])
@@ -141,7 +141,7 @@ def test_bad_packed_input(shape, message, device):
         block_causal_attention_packed(torch.randn(shape, device=device), segment_length=16)
 
 
-@pytest.mark.parametrize(("backend", "device", "D", "dtype"), simulated_slow(SERVED))
+@pytest.mark.parametrize(("backend", "device", "D", "dtype"), simulated_exhaustive(SERVED))
 def test_compiles_to_one_graph(backend, device, D, dtype):
     """Of any sizes; of fixed ones: test_compiles_with_inductor, and test_segments.py."""
 
@@ -163,7 +163,7 @@ def test_compiles_to_one_graph(backend, device, D, dtype):
 
 @pytest.mark.parametrize(
     ("backend", "device", "D", "dtype"),
-    simulated_slow(on_devices(torch=[(16, FP32)], cpu=[(16, FP32)], triton=[(16, FP32)], cuda=[(72, FP16)])),
+    simulated_exhaustive(on_devices(torch=[(16, FP32)], cpu=[(16, FP32)], triton=[(16, FP32)], cuda=[(72, FP16)])),
 )
 def test_compiles_with_inductor(backend, device, D, dtype):
     def layer(q, k, v):

@@ -20,7 +20,7 @@ from ard_kernels.block_causal_attention import cuda, dense
 from ard_kernels.block_causal_attention.reference import segment_attention as reference
 from ard_kernels.common import extension
 from testing.attention_checks import check, leaves
-from testing.devices import SIMULATED, on_devices, simulated_slow
+from testing.devices import SIMULATED, on_devices, simulated_exhaustive, simulated_slow
 from testing.drawing import TIERS
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -289,7 +289,7 @@ def test_opcheck(backend, device, D, dtype):
         torch.library.opcheck(torch.ops.ard.segment_attention_backward, inputs)
 
 
-@pytest.mark.parametrize(("backend", "device", "D", "dtype"), simulated_slow(SERVED))
+@pytest.mark.parametrize(("backend", "device", "D", "dtype"), simulated_exhaustive(SERVED))
 def test_compiles_to_one_graph(backend, device, D, dtype):
     """With a mask from outside, and with one that is made inside."""
     outside = SegmentMask.teacher_forcing(2)

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ard_kernels
 from ard_kernels import block_causal_attention_packed, qk_norm_rope, qk_norm_rope_packed
-from testing.devices import SIMULATED, on_devices, simulated_slow
+from testing.devices import SIMULATED, on_devices, simulated_exhaustive, simulated_slow
 
 on_every_backend = pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton", "cuda"))
 
@@ -137,7 +137,7 @@ def test_the_packed_form_is_the_other_one(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize(("backend", "device"), simulated_slow(on_devices("torch", "cpu", "triton", "cuda")))
+@pytest.mark.parametrize(("backend", "device"), simulated_exhaustive(on_devices("torch", "cpu", "triton", "cuda")))
 def test_compiles_to_one_graph(backend, device):
     """Of any sizes; of fixed ones: the next test."""
 

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ard_kernels
 from ard_kernels import adaln_modulate, gate_residual, gate_residual_adaln
-from testing.devices import on_devices, simulated_slow
+from testing.devices import on_devices, simulated_exhaustive, simulated_slow
 
 on_every_backend = pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton", "cuda"))
 
@@ -78,7 +78,7 @@ def test_bit_equal_over_runs_and_threads(backend, device, T, C, thread_counts):
             assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{count} threads"
 
 
-@pytest.mark.parametrize(("backend", "device"), simulated_slow(on_devices("torch", "cpu", "triton", "cuda")))
+@pytest.mark.parametrize(("backend", "device"), simulated_exhaustive(on_devices("torch", "cpu", "triton", "cuda")))
 def test_compiles_to_one_graph(backend, device):
     """Of any sizes; of fixed ones: test_variants.py."""
 

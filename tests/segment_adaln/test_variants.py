@@ -12,7 +12,7 @@ import ard_kernels
 from ard_kernels import adaln_modulate, gate_residual, gate_residual_adaln
 from ard_kernels.segment_adaln import reference
 from testing import plain
-from testing.devices import on_devices, simulated_slow
+from testing.devices import on_devices, simulated_exhaustive, simulated_slow
 from testing.drawing import TIERS
 from testing.oracle import BACKWARD_FACTOR, assert_all_close
 from testing.plain import TAKES
@@ -234,7 +234,7 @@ def test_gradcheck(seam, device):
 
 @pytest.mark.parametrize(
     ("backend", "device", "seam"),
-    simulated_slow(on_devices(torch=["rms"], cpu=["norm3"], triton=["rms"], cuda=["norm3"])),
+    simulated_exhaustive(on_devices(torch=["rms"], cpu=["norm3"], triton=["rms"], cuda=["norm3"])),
 )
 def test_compiles_to_one_graph(backend, device, seam):
     variant = Variant(*SEAMS[seam], 2, [4, 4], 24, form="frame", device=device)
