@@ -55,7 +55,8 @@ test-exhaustive: emulator
 	$(PYTEST) -m exhaustive
 
 # The quick tests with the versions of a GPU machine instead of the pinned ones, on a Python 3.12 of pyenv or on PATH, and
-# with its wheel instead of the checkout's build. Without the long tests and those of testing/emulator.
+# with its wheel instead of the checkout: PYTHONSAFEPATH keeps the folder that a test is started in out of sys.path.
+# Without the long tests and those of testing/emulator.
 OTHER := build/other-python
 OTHER_TORCH := 2.11.0
 OTHER_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) \
@@ -68,8 +69,8 @@ test-other-python:
 	@echo 'SKIPPED test-other-python: no Python 3.12 in ~/.pyenv/versions or on PATH; OTHER_PYTHON=... names one' >&2
 else
 test-other-python: $(OTHER)/.installed
-	$(OTHER)/bin/pytest -n $(WORKERS) -m 'not slow and not exhaustive' -k '$(QUICK)' tests/test_library.py tests/test_package.py \
-	  tests/block_causal_attention tests/history_attention tests/segment_adaln tests/qk_norm_rope tests/gelu
+	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(OTHER)/bin/pytest -n $(WORKERS) -m 'not slow and not exhaustive' -k '$(QUICK)' \
+	  tests/test_library.py tests/test_package.py tests/block_causal_attention tests/history_attention tests/segment_adaln tests/qk_norm_rope tests/gelu
 endif
 
 # The other torch, 5 GB of it, stands once and alone in its environment; that of the tests and that in which dist tries
