@@ -132,6 +132,15 @@ def test_tiny_numbers(amplitude, thread_counts):
         assert all(torch.equal(first[name], again[name]) for name in NAMES)
 
 
+def test_subnormal_numbers_are_zero_inside_and_as_they_are_outside(thread_counts):
+    """With them each multiply-add takes a hundred cycles; what other code does with them is not the kernel's."""
+    q, k, v = torch.randn(3, 4, 3, 64, 32)
+    for _ in thread_counts():
+        ours = segment_attention(q, k, v * 1e-40, SegmentMask.block_causal(4), segment_length=16, backend="cpu")
+        assert not ours.any()
+        assert (torch.full((1 << 20,), 1e-40) * 0.5).all(), "a thread still takes them for 0"
+
+
 # Largest drawn lengths, by how many segments there are.
 LONGEST = {1: 400, 2: 200, 4: 90, 9: 40, 40: 4}
 
