@@ -87,7 +87,8 @@ def segment_attention(
         out, like q in shape, layout and dtype, its memory ordered (B, T, H, D); with return_lse (out, lse).
         Accumulation is fp32. A query that sees nothing: out 0, lse -inf, no gradient. Under autocast q, k, v are cast
         to its dtype first, as scaled_dot_product_attention does. A NaN or infinity reaches the queries that see it and
-        no others; on GPU backends also queries whose tile holds its segment (a product with a zero weight).
+        no others; on GPU backends also queries whose tile holds its segment (a product with a zero weight). Backend cpu
+        takes numbers below 2^-126 for 0.
 
     Raises:
         ValueError: a shape, dtype, device, length, mask or backend outside this contract.
