@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -110,6 +111,13 @@ def test_teacher_loss_falls_and_log_is_written(tmp_path, device):
     assert read_log(tmp_path) == fitted.log and [line["step"] for line in fitted.log] == [30, 60, 90]
     assert fitted.log[-1]["loss"] < 0.5 * fitted.log[0]["loss"]
     assert steps == list(range(1, 91)) and fitted.step == 90
+
+
+def test_garbage_collection_leaves_the_heap_alone_while_a_run_trains():
+    frozen = []
+    with pytest.raises(KeyError):
+        toy_trainer(None).fit(on_step=lambda step: frozen.append(gc.get_freeze_count()) if step < 3 else {}[step])
+    assert len(frozen) == 2 and min(frozen) > 1000 and gc.get_freeze_count() == 0
 
 
 def test_all_of_a_run_is_on_its_device(store, device):
