@@ -39,7 +39,7 @@ demo: install
 
 # A worker for each core, each with one thread; whole files to each at first, so that what a file shares is made once.
 # The slow tests wait for disks and for processes that they kill: twice as many.
-CORES := $(shell nproc)
+CORES := $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 WORKERS = $(CORES)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 test: emulator
