@@ -88,7 +88,7 @@ def segment_attention(
         Accumulation is fp32. A query that sees nothing: out 0, lse -inf, no gradient. Under autocast q, k, v are cast
         to its dtype first, as scaled_dot_product_attention does. A NaN or infinity reaches the queries that see it and
         no others; on GPU backends also queries whose tile holds its segment (a product with a zero weight). Backend cpu
-        takes numbers below 2^-126 for 0.
+        takes numbers below 2^-126 for 0, in every thread: of values or gradients of 1e-36 two digits are left.
 
     Raises:
         ValueError: a shape, dtype, device, length, mask or backend outside this contract.
