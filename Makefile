@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Some images set it. Then each of the suite's hundreds of processes compiles torch's sources anew: 5 s instead of 1.7.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install emulator other-torch demo test test-slow test-all test-exhaustive test-other-python test-sanitize dist \
+.PHONY: install emulator other-torch other-python demo test test-slow test-all test-exhaustive test-other-python test-sanitize dist \
   lint format bench aot aot-update cuda-build cuda-build-update predictions gpu-check bench-gpu clean
 
 install: $(STAMP)
@@ -62,16 +62,18 @@ OTHER_TORCH := 2.11.0
 OTHER_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) \
   $(wildcard $(addsuffix /python3.12,$(subst :, ,$(PATH)))))
 QUICK := (library or package or contract or history or model_width or layouts_agree) \
-  and not (cuda or drawn or split_keys or bit_equal or bad_input or (opcheck or compiles) and triton)
+  and not (cuda or compiler or drawn or split_keys or bit_equal or bad_input or (opcheck or compiles) and triton)
 
 ifeq ($(OTHER_PYTHON),)
 test-other-python:
 	@echo 'SKIPPED test-other-python: no Python 3.12 in ~/.pyenv/versions or on PATH; OTHER_PYTHON=... names one' >&2
 else
-test-other-python: $(OTHER)/.installed
+test-other-python: other-python
 	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(OTHER)/bin/pytest -n $(WORKERS) -m 'not slow and not exhaustive' -k '$(QUICK)' \
 	  tests/test_library.py tests/test_package.py tests/block_causal_attention tests/history_attention tests/segment_adaln tests/qk_norm_rope tests/gelu
 endif
+
+other-python: $(if $(OTHER_PYTHON),$(OTHER)/.installed)
 
 # The other torch, 5 GB of it, stands once and alone in its environment; that of the tests and that in which dist tries
 # its wheel see it by a .pth file.
@@ -116,13 +118,14 @@ $(TOOLS)/.installed: constraints.txt
 # AddressSanitizer's back.
 SANITIZED := $(CURDIR)/build/sanitized
 PRELOAD = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libubsan.so)
+REACHES_CPP := (cpu or extension or half_value or raw) \
+  and not (compile or opcheck or gradcheck or bit_equal or tiles or flash or triton or cuda or torch-on)
 test-sanitize: install
 	rm -rf $(SANITIZED)
 	ARD_SANITIZE=1 ARD_BUILD_CUDA=0 $(BIN)/pip install --quiet --no-deps --target $(SANITIZED) .
 	LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONPATH=$(SANITIZED) \
-	  ARD_EXPECT_EXTENSION=$(SANITIZED) $(BIN)/pytest -n $(CORES) $(addprefix tests/,segment_adaln history_attention qk_norm_rope gelu \
-	  block_causal_attention) -m 'not slow and not exhaustive' \
-	  -k '(cpu or extension or half_value or raw) and not compile and not opcheck and not triton and not cuda and not torch-on'
+	  ARD_EXPECT_EXTENSION=$(SANITIZED) $(BIN)/pytest -n $(CORES) --dist worksteal $(addprefix tests/,segment_adaln history_attention \
+	  qk_norm_rope gelu block_causal_attention) -m 'not slow and not exhaustive' -k '$(REACHES_CPP)'
 
 lint: install
 	$(BIN)/ruff check .
