@@ -16,11 +16,13 @@ pytest.importorskip("yaml")
 pictures = pytest.importorskip("matplotlib.image")
 
 from ard.demo.run import load_config, run_demo, summarize  # noqa: E402
+from ard.demo.students import Made, Stopwatch, make_trajectories  # noqa: E402
+from ard.demo.workers import Workers  # noqa: E402
 
 TINY = {
     "model": {"hidden_size": 16, "depth": 2, "num_heads": 2},
     "teacher": {"train": {"steps": 20, "batch_size": 16}},
-    "trajectories": {"count": 60, "shard_size": 40, "batch_size": 20, "sampling_steps": 6, "keep": [3, 0]},
+    "trajectories": {"count": 300, "shard_size": 300, "sampling_steps": 6, "keep": [3, 0]},  # two parts for workers
     "distill": {"steps": 8, "batch_size": 8, "log_every": 4},
     "gan": {"start": 2, "train": {"steps": 4, "batch_size": 8, "log_every": 2}},
     "demo": {
@@ -98,14 +100,32 @@ def test_fine_tune_starts_from_the_student_and_changes_it(finished):
 
 
 @pytest.mark.slow
-def test_demo_is_reproducible_and_reuses_its_trajectories(finished, tmp_path):
-    out, _ = finished
-    scores = json.loads((out / "report.json").read_text())["students"]
+def test_demo_has_the_same_bits_with_two_workers(finished, tmp_path):
+    found = []
+    changes = {**TINY, "demo": {**TINY["demo"], "workers": 2}}
+    assert "Quick run" not in run_demo(tmp_path, config=load_config(changes=changes)).read_text()
+    for workers, out in ((1, finished[0]), (2, tmp_path)):
+        result = json.loads((out / "report.json").read_text())
+        assert result["environment"]["workers"] == workers
+        # torch's own generator is kept too, and nothing draws from it
+        files = [path for path in out.rglob("*.safetensors") if path.stem != "rng"]
+        tensors = {path.relative_to(out): path.read_bytes() for path in files}
+        found.append((result["students"], result["teacher"], tensors))
+    assert found[0] == found[1] and len(found[0][2]) > 10
+
+
+@pytest.mark.slow
+def test_trajectories_of_the_same_teacher_and_settings_are_made_once(finished):
+    out, recipe = finished[0], load_config(changes=TINY).recipe
     shards = {path: path.stat().st_mtime_ns for path in out.rglob("shard-*")}
-    run_demo(out, config=load_config(changes=TINY))
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("shard-*")} == shards
-    assert json.loads((out / "report.json").read_text())["students"] == scores
-    assert "Quick run" not in (out / "report.md").read_text()
+    teacher, sha256 = open_teacher(out / "teacher", recipe.model)
+    with Workers(1) as workers:
+        made = Made(teacher, sha256, [], recipe)
+        assert len(make_trajectories(made, out, Stopwatch(), workers)) == 300
+        assert shards and {path: path.stat().st_mtime_ns for path in out.rglob("shard-*")} == shards
+        fewer = replace(recipe, trajectories=replace(recipe.trajectories, count=250, shard_size=250))
+        assert len(make_trajectories(replace(made, recipe=fewer), out, Stopwatch(), workers)) == 250
+    assert len(list(out.rglob("shard-*"))) > len(shards)
 
 
 def test_shipped_settings_hold_to_the_comparison():

@@ -1,8 +1,7 @@
-"""Jobs of the demo in processes beside each other: order, progress, errors, ends; the same bits however many."""
+"""Jobs of the demo in processes beside each other: order, progress, errors, ends."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -35,7 +34,9 @@ def two():
 
 
 def test_results_are_in_the_order_of_the_jobs_and_of_one_thread(two):
-    assert two.run(wait_and_report, [1, 3, 2], size=lambda job: job) == [(1, 1), (3, 1), (2, 1)]
+    first = two.start(wait_and_report, [1, 3, 2], size=lambda job: job)
+    assert two.run(wait_and_report, [4]) == [(4, 1)]
+    assert two.finish(first) == [(1, 1), (3, 1), (2, 1)]
 
 
 def test_steps_inside_jobs_are_reported_as_they_are_done(two, monkeypatch):
@@ -82,41 +83,6 @@ def test_cores_are_those_that_this_process_may_use():
         assert cores() == 1
     finally:
         os.sched_setaffinity(0, before)
-
-
-@pytest.mark.slow
-def test_the_demo_has_the_same_bits_with_one_worker_and_with_two(tmp_path):
-    pytest.importorskip("yaml")
-    pytest.importorskip("matplotlib")
-    from ard.demo.run import load_config, run_demo
-
-    tiny = {
-        "model": {"hidden_size": 16, "depth": 2, "num_heads": 2},
-        "teacher": {"train": {"steps": 5, "batch_size": 16}},
-        "trajectories": {"count": 300, "shard_size": 300, "sampling_steps": 2, "keep": [1, 0]},  # two parts
-        "distill": {"steps": 4, "batch_size": 8},
-        "gan": {"start": 1, "train": {"steps": 2, "batch_size": 8}},
-        "demo": {
-            "teacher_threads": 1,
-            "classifier": {"steps": 20},
-            "history_layers": [0, 1],
-            "seeds": [0, 1],
-            "evaluation": {"count": 40},
-        },
-    }
-    found = []
-    for count in (1, 2):
-        out, changes = tmp_path / str(count), {**tiny, "demo": {**tiny["demo"], "workers": count}}
-        run_demo(out, config=load_config(changes=changes))
-        result = json.loads((out / "report.json").read_text())
-        assert result["environment"]["workers"] == count
-        files = [
-            path for path in out.rglob("*.safetensors") if path.stem != "rng"
-        ]  # torch's own, which nothing draws from
-        found.append(
-            (result["students"], result["teacher"], {path.relative_to(out): path.read_bytes() for path in files})
-        )
-    assert found[0] == found[1] and len(found[0][2]) > 10
 
 
 PARENT = """

@@ -18,7 +18,7 @@ from ard.demo.digit_scenes import DigitScenes
 from ard.demo.scores import Judge, Subject, measure_costs, summarize
 from ard.demo.settings import DemoConfig, load_config
 from ard.demo.single_digits import SingleDigits
-from ard.demo.students import Stopwatch, make_students, make_trajectories
+from ard.demo.students import Job, Stopwatch, make_trajectories, student_jobs
 from ard.demo.workers import Workers, cores, threads
 from ard.evaluation import digit_classifier
 from ard.storage.files import write_json
@@ -57,8 +57,11 @@ def _run(out: Path, quick: bool, config: DemoConfig, workers: Workers) -> Path:
     with threads(config.demo.teacher_threads):  # nothing else is to be done meanwhile
         made = subject.make_teacher(out, watch)
     store = make_trajectories(made, out, watch, workers)
-    samplers = make_students(made, store, subject.real(), config, out, watch, workers)
-    judge = Judge(made, subject, config, watch, workers)
+    jobs = student_jobs(made, store, subject.real(), config, out)
+    students = workers.start(Job.run, jobs, size=lambda job: job.steps)
+    judge = Judge(made, subject, config, watch, workers)  # the teacher's images behind them, for who is done first
+    with watch.stage("students", sum(job.steps for job in jobs)) as advance:
+        samplers = [sampler for trained in workers.finish(students, advance) for sampler in trained]
     teacher_scores, images = judge.scores(judge.teacher_images), judge.images(samplers)
     rows = [judge.row(sampler, own) for sampler, own in zip(samplers, images, strict=True)]
     costs = measure_costs(made, subject, samplers, config, watch)

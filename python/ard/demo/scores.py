@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ard.common.streams import noise_at
 from ard.data.latents import RealLatents
 from ard.demo.settings import DemoConfig
-from ard.demo.students import Made, Sampler, Stopwatch, shared_sampler, teacher_sampler
+from ard.demo.students import Made, Sampler, Stopwatch, start_sampling, teacher_sampler
 from ard.demo.workers import Workers, report
 from ard.evaluation.metrics import FeatureStatistics, endpoint_mse, feature_statistics, frechet_distance
 from ard.models.student import ARDStudent
@@ -52,18 +52,29 @@ class Subject(Protocol):
 
 
 class Judge:
-    """Scores samplers on one set of held-out noise; the teacher's images from it are the reference."""
+    """Scores samplers on one set of held-out noise; the teacher's images from it are the reference.
+
+    Workers make these behind what they were given before.
+    """
 
     def __init__(self, made: Made, subject: Subject, config: DemoConfig, watch: Stopwatch, workers: Workers):
         settings = config.demo.evaluation
         self.subject, self.watch, self.workers, self.batch_size = subject, watch, workers, settings.batch_size
         noise = noise_at(settings.seed, range(settings.count), made.recipe.model.image_shape)
         self.inputs = (noise, *subject.conditions(settings.count))
+        self.sampling = start_sampling(made, (0,), self.inputs, workers)
         self.real = self.statistics(subject.real_images)
-        with watch.stage("teacher's images", settings.count) as advance:
-            self.teacher_images = shared_sampler(made, (0,), workers)(*self.inputs).x0[:, -1]
-            advance(settings.count)
-        self.teacher = self.statistics(self.teacher_images)
+
+    @cached_property
+    def teacher_images(self) -> Tensor:
+        with self.watch.stage("teacher's images", len(self.inputs[0])) as advance:
+            images = torch.cat([x0[:, -1] for x0, _ in self.workers.finish(self.sampling)])
+            advance(len(images))
+        return images
+
+    @cached_property
+    def teacher(self) -> FeatureStatistics:
+        return self.statistics(self.teacher_images)
 
     def statistics(self, images: Tensor) -> FeatureStatistics:
         return feature_statistics(self.subject.features(images))

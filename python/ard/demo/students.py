@@ -20,7 +20,7 @@ from ard.config.recipe import Recipe
 from ard.data.latents import RealLatents
 from ard.data.trajectories import MakeBatch, TrajectoryStore, generate_store
 from ard.demo.settings import DemoConfig
-from ard.demo.workers import Workers, report
+from ard.demo.workers import Started, Workers, report
 from ard.diffusion.trajectories import TrajectoryBatch
 from ard.models.student import ARDStudent
 from ard.models.trunk import Teacher
@@ -86,12 +86,19 @@ def teacher_sampler(made: Made, keep: tuple[int, ...]) -> MakeBatch:
     return stages.sampler(made.teacher, made.recipe.trajectories, keep, torch.device("cpu"), null)
 
 
+def start_sampling(
+    made: Made, keep: tuple[int, ...], inputs: tuple[Tensor, ...], workers: Workers
+) -> Started[tuple[Tensor, Tensor]]:
+    """`teacher_sampler` of (noise, *conditions), by workers: a part each, of the same rows however many they are."""
+    parts = list(zip(*(tensor.split(PART) for tensor in inputs), strict=True))
+    return workers.start(partial(_sampled, made, keep), parts)
+
+
 def shared_sampler(made: Made, keep: tuple[int, ...], workers: Workers) -> MakeBatch:
-    """`teacher_sampler`, by workers: a part each, of the same rows however many they are."""
+    """`teacher_sampler`, by workers."""
 
     def sample(*inputs: Tensor) -> TrajectoryBatch:
-        parts = list(zip(*(tensor.split(PART) for tensor in inputs), strict=True))
-        states = workers.run(partial(_sampled, made, keep), parts)
+        states = workers.finish(start_sampling(made, keep, inputs, workers))
         x0, ode = (torch.cat(tensors) for tensors in zip(*states, strict=True))
         return TrajectoryBatch(inputs[0], x0, ode, inputs[1:])
 
@@ -123,21 +130,10 @@ def make_trajectories(made: Made, out: Path, watch: Stopwatch, workers: Workers)
     return store
 
 
-def make_students(
-    made: Made,
-    store: TrajectoryStore,
-    real: RealLatents,
-    config: DemoConfig,
-    out: Path,
-    watch: Stopwatch,
-    workers: Workers,
-) -> list[Sampler]:
-    """The averaged students of every seed, in eval mode: one per history_layers, and the last one fine-tuned."""
+def student_jobs(made: Made, store: TrajectoryStore, real: RealLatents, config: DemoConfig, out: Path) -> list[Job]:
+    """Of every seed a student per history_layers, the last of which is fine-tuned too."""
     seeds, layers = config.demo.seeds, config.demo.history_layers
-    jobs = [Job(made, store.folder, real, seed, n, n == layers[-1], out) for seed in seeds for n in layers]
-    with watch.stage("students", sum(job.steps for job in jobs)) as advance:
-        done = workers.run(Job.run, jobs, advance, size=lambda job: job.steps)
-    return [sampler for samplers in done for sampler in samplers]
+    return [Job(made, store.folder, real, seed, n, n == layers[-1], out) for seed in seeds for n in layers]
 
 
 @dataclass(frozen=True)
@@ -159,7 +155,7 @@ class Job:
         return recipe.distill.steps + (recipe.gan.train.steps if self.tune else 0)
 
     def run(self) -> list[Sampler]:
-        """In a worker."""
+        """The averaged students, in eval mode; in a worker."""
         teacher, teacher_sha256, recipe = self.made.teacher, self.made.sha256, self.made.recipe
         seed, layers, name = self.seed, self.layers, f"N={self.layers}"
         assert recipe.gan is not None  # of a DemoConfig

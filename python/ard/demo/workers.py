@@ -10,8 +10,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -38,6 +39,14 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@dataclass(frozen=True)
+class Started(Generic[Result]):
+    """Jobs that workers do, or will do."""
+
+    futures: list[Future[Result]]  # in the order of the jobs
+    before: int  # what had been reported
+
+
 class Workers:
     """``count`` processes, which end with the context, or with this process."""
 
@@ -54,19 +63,19 @@ class Workers:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def run(
-        self,
-        function: Callable[[Job], Result],
-        jobs: Sequence[Job],
-        advance: Callable[[int], None] = lambda count: None,
-        size: Callable[[Job], int] = lambda job: 1,
-    ) -> list[Result]:
-        """``function`` of every job, in their order; the largest begin first. advance: gets what they `report`."""
-        shown = self._reported.value
+    def start(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], size: Callable[[Job], int] = lambda job: 1
+    ) -> Started[Result]:
+        """``function`` of every job, behind what was started before; the largest begin first."""
+        before = self._reported.value
         futures: dict[int, Future[Result]] = {}
         for number in sorted(range(len(jobs)), key=lambda number: -size(jobs[number])):
             futures[number] = self._pool.submit(function, jobs[number])
-        waiting = set(futures.values())
+        return Started([futures[number] for number in range(len(jobs))], before)
+
+    def finish(self, started: Started[Result], advance: Callable[[int], None] = lambda count: None) -> list[Result]:
+        """What all of these jobs return, in their order. advance: gets what jobs `report` meanwhile."""
+        shown, waiting = started.before, set(started.futures)
         while waiting:
             finished, waiting = wait(waiting, POLL, FIRST_EXCEPTION)
             for future in finished:
@@ -74,7 +83,16 @@ class Workers:
             reported = self._reported.value  # read once: a worker may add to it at any time
             advance(reported - shown)
             shown = reported
-        return [futures[number].result() for number in range(len(jobs))]
+        return [future.result() for future in started.futures]
+
+    def run(
+        self,
+        function: Callable[[Job], Result],
+        jobs: Sequence[Job],
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> list[Result]:
+        """Starts and finishes them."""
+        return self.finish(self.start(function, jobs), advance)
 
 
 def report(count: int) -> None:

@@ -152,33 +152,31 @@ class GanObjective(StudentObjective):
         adversarial = micro.step >= self.config.start
         with autocast(), torch.set_grad_enabled(adversarial):
             summary_BC, features = self.features(fake.requires_grad_(adversarial), *conditions)
+        with autocast():
+            on_fake = self.discriminator(features, summary_BC)
         if adversarial:
-            self.discriminator.requires_grad_(False)
-            with autocast():
-                generator = -self.discriminator(features, summary_BC).mean()
-            (gan_gradient,) = torch.autograd.grad(generator, fake)
-            self.discriminator.requires_grad_(True)
+            generator = -on_fake.mean()
+            (gan_gradient,) = torch.autograd.grad(generator, fake, retain_graph=True)
             weight = self.adaptive_weight(gradient[:, -1], gan_gradient, last_BLC[0])
             gradient[:, -1] += self.config.factor * weight * gan_gradient
             scalars |= {"generator_loss": generator.detach(), "generator_weight": weight}
         outputs.backward((gradient * share).to(outputs.dtype))
-
-        return scalars | self.discriminator_backward([x.detach() for x in features], summary_BC, micro, share, autocast)
+        return scalars | self.discriminator_backward(on_fake, micro, share, autocast)
 
     def discriminator_backward(
-        self, fake_features: list[Tensor], summary_BC: Tensor, micro: MicroBatch, share: float, autocast: Autocast
+        self, on_fake: Tensor, micro: MicroBatch, share: float, autocast: Autocast
     ) -> dict[str, Tensor]:
-        """Adds the gradient of the hinge loss; the fake features are those of the generator's pass."""
+        """Adds the gradient of the hinge loss; the logits of fakes are those of the generator's pass."""
         order = batch_indices(self.seed, micro.step, len(micro.batch), len(self.real), "real")
         latents, conditions = self.real.rows(order[micro.rows])
         latents, conditions = latents.to(self.device), tuple(each.to(self.device) for each in conditions)
         with autocast():
             with torch.no_grad():
-                real_summary_BC, real_features = self.features(wide(latents), *conditions)
-            on_real = self.discriminator(real_features, real_summary_BC)
-            on_fake = self.discriminator(fake_features, summary_BC.detach())
+                summary_BC, features = self.features(wide(latents), *conditions)
+            on_real = self.discriminator(features, summary_BC)
         loss = F.relu(1.0 - on_real).mean() + F.relu(1.0 + on_fake).mean()
-        (loss * share).backward()
+        # The heads alone: the logits of fakes are functions of the student's final state too.
+        (loss * share).backward(inputs=list(self.discriminator.parameters()))
         return {
             "discriminator_loss": loss.detach(),
             "logits_real": on_real.detach().mean(),
