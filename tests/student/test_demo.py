@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -101,6 +102,9 @@ def test_fine_tune_starts_from_the_student_and_changes_it(finished):
 
 @pytest.mark.slow
 def test_demo_has_the_same_bits_with_two_workers(finished, tmp_path):
+    """Where another demo has been before: all but trajectories is made anew."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "trajectories")
     found = []
     changes = {**TINY, "demo": {**TINY["demo"], "workers": 2}}
     assert "Quick run" not in run_demo(tmp_path, config=load_config(changes=changes)).read_text()
