@@ -152,11 +152,14 @@ class GanObjective(StudentObjective):
         adversarial = micro.step >= self.config.start
         with autocast(), torch.set_grad_enabled(adversarial):
             summary_BC, features = self.features(fake.requires_grad_(adversarial), *conditions)
+        # The heads' graph alone is kept for their own gradient; the teacher's, which is the large one, ends here.
+        seen = [x.detach().requires_grad_(adversarial) for x in features]
         with autocast():
-            on_fake = self.discriminator(features, summary_BC)
+            on_fake = self.discriminator(seen, summary_BC)
         if adversarial:
             generator = -on_fake.mean()
-            (gan_gradient,) = torch.autograd.grad(generator, fake, retain_graph=True)
+            seen_gradients = torch.autograd.grad(generator, seen, retain_graph=True)
+            (gan_gradient,) = torch.autograd.grad(features, fake, seen_gradients)
             weight = self.adaptive_weight(gradient[:, -1], gan_gradient, last_BLC[0])
             gradient[:, -1] += self.config.factor * weight * gan_gradient
             scalars |= {"generator_loss": generator.detach(), "generator_weight": weight}
@@ -175,7 +178,7 @@ class GanObjective(StudentObjective):
                 summary_BC, features = self.features(wide(latents), *conditions)
             on_real = self.discriminator(features, summary_BC)
         loss = F.relu(1.0 - on_real).mean() + F.relu(1.0 + on_fake).mean()
-        # The heads alone: the logits of fakes are functions of the student's final state too.
+        # The heads alone: the logits of fakes are functions of features too.
         (loss * share).backward(inputs=list(self.discriminator.parameters()))
         return {
             "discriminator_loss": loss.detach(),
