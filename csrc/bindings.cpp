@@ -8,7 +8,7 @@
 #include "common/python.h"
 #include "gelu/kernels.h"
 #include "gpu_bindings.h"
-#include "history_attention/params.h"
+#include "history_attention/cpu.h"
 #include "qk_norm_rope/python.h"
 #include "segment_adaln/params.h"
 
@@ -54,13 +54,14 @@ PYBIND11_MODULE(_C, m) {
                       int threads) { return Segments{batch, tokens, channels, length, std::move(offsets), threads}; }));
   m.def("segment_adaln_forward", &segment_adaln_forward);
   m.def("segment_adaln_backward", &segment_adaln_backward);
-  m.def(
-      "history_append",
-      [](const HeadsView& k, const HeadsView& v, const HeadsView& cache_k, const HeadsView& cache_v, int64_t batch,
-         int64_t heads, int64_t tokens, int64_t row_bytes, int64_t element_bytes, int threads) {
-        append_cpu({k, v, cache_k, cache_v, batch, heads, tokens, row_bytes, element_bytes, threads});
-      },
-      py::call_guard<py::gil_scoped_release>());
+  m.def("history_attention",
+        [](const AttentionTiles& tiles, const py::tuple& shape, int dtype, float scale, int threads, const HeadsView& q,
+           const HeadsView& k, const HeadsView& v, const HeadsView& cache_k, const HeadsView& cache_v,
+           const HeadsView& out, int64_t start) {
+          const AttentionCall p = attention_call(shape, dtype, scale, threads, q, cache_k, cache_v, out, 0);
+          py::gil_scoped_release release;
+          history_attention_cpu(p, tiles, k, v, start);
+        });
   m.def("gelu_forward", [](uintptr_t x, uintptr_t y, int64_t n, int dtype, int threads) {
     py::gil_scoped_release release;
     gelu_forward_cpu(pointer<void>(x), pointer<void>(y), n, static_cast<DType>(dtype), threads);

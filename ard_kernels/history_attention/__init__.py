@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.compiler import is_compiling
 
 from ard_kernels.block_causal_attention import block_causal_attention, block_causal_attention_packed
 from ard_kernels.block_causal_attention.cpu import measured_slower
-from ard_kernels.block_causal_attention.spec import check_qkv, check_window, rows_apart
+from ard_kernels.block_causal_attention.spec import check_packed, check_qkv, check_window, rows_apart
 from ard_kernels.common.arguments import check_int, check_scale, described, is_int
 from ard_kernels.common.autocast import cast_to_autocast
 from ard_kernels.common.backends import resolve
+from ard_kernels.common.kinds import once_per_kind
 from ard_kernels.common.library import transformed
 from ard_kernels.common.segments import check_segment_length
 from ard_kernels.common.self_check import register_trials
 from ard_kernels.history_attention.cache import HistoryCache
 from ard_kernels.history_attention.copied import attend_outside_of_graphs, attend_to_copy
 from ard_kernels.history_attention.op import check_memory, history_op
-from ard_kernels.history_attention.spec import check_layer, check_segment, check_sink_query
+from ard_kernels.history_attention.spec import check_dtype, check_layer, check_segment, check_sink_query
 from ard_kernels.history_attention.trials import UNIT
 
 register_trials(UNIT, UNIT.op)
@@ -88,31 +89,23 @@ def history_attention(
         raise NotImplementedError(f"{op}: torch.export would freeze the cache into the program; expected torch.compile")
     if not is_compiling() and transformed():
         raise NotImplementedError(f"ard_kernels: {op} does not run under torch.func; expected torch.autograd")
-    check_qkv(op, q, k, v, layout)
-    check_sink_query(op, q_sink, q)
-    scale = check_scale(op, scale, q.shape[-1])
     if not isinstance(cache, HistoryCache):
         raise ValueError(f"{op}: cache is {described(cache)}; expected an ard_kernels.HistoryCache")
-    if not isinstance(commit, bool):
-        raise ValueError(f"{op}: commit is {described(commit)}; expected True or False")
+    memory = cache.keys, cache.values, cache.workspace, cache.positions
     window = cache.window if window is None else window
-    window, sink = check_window(op, window, (cache.sink or 0) if sink is None else sink)
-    if not is_compiling():  # there the op checks when it runs
-        check_memory(cache.keys, cache.values, cache.workspace, cache.positions)
-    if q_sink is not None and sink == 0:
-        raise ValueError(f"{op}: q_sink is given with sink 0; expected None, or a sink whose keys it is for")
-    check_layer(op, layer, cache.layers)
-    token_dim, tokens = layout.index("t"), q.shape[layout.index("t")]
-    lengths = [tokens]
-    if segment_length is not None and tokens:
-        lengths = check_segment_length(op, segment_length, "q", tokens, (token_dim, q.shape, layout))
-        lengths = lengths * (tokens // lengths[0]) if len(lengths) == 1 else lengths
-    given = (q, k, v) if q_sink is None else (q, k, v, q_sink)
-    q, k, v, *sunk = (x if rows_apart(x, token_dim) else x.contiguous() for x in cast_to_autocast(*given))
+    sink = (cache.sink or 0) if sink is None else sink
+    settings = layer, commit, segment_length, window, sink, scale, layout
+    checked = once_per_kind(_check, (q, k, v, *memory), *settings)
+    window, sink, lengths, scale = checked.window, checked.sink, checked.lengths, checked.scale
+    check_sink_query(op, q_sink, q, sink)
+    q, k, v, *sunk = cast_to_autocast(*((q, k, v) if q_sink is None else (q, k, v, q_sink)))
+    check_dtype(op, k, cache.keys)
+    if sunk or not checked.apart:
+        token_dim = layout.index("t")
+        q, k, v, *sunk = (x if rows_apart(x, token_dim) else x.contiguous() for x in (q, k, v, *sunk))
     if layout == "bthd":
-        q, k, v, *sunk = (x.transpose(1, 2) for x in (q, k, v, *sunk))
+        q, k, v, *sunk = [x.transpose(1, 2) for x in (q, k, v, *sunk)]
     q_sink = sunk[0] if sunk else None
-    check_segment(op, k, cache.keys)
     copied = len(lengths) > 1 or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *sunk)))
     kernels = "segment_attention" if copied or sunk else op  # that run: theirs is the self-check
     chosen = resolve(kernels, backend, q.device, q.dtype, q.shape[-1], measured_slower((q, k, v, *sunk), lengths))
@@ -120,9 +113,41 @@ def history_attention(
         attend = attend_outside_of_graphs if is_compiling() else attend_to_copy
         out = attend(q, k, v, q_sink, cache, layer, lengths, window, sink, scale, commit, chosen)
     else:
-        memory = (cache.keys, cache.values, cache.workspace, cache.positions)
         out = history_op(q, k, v, q_sink, *memory, layer, window, sink, scale, commit, chosen)
     return out.transpose(1, 2) if layout == "bthd" else out
+
+
+class _Checked(NamedTuple):
+    """What the checks of a call give."""
+
+    window: int | None
+    sink: int
+    lengths: list[int]  # of the new segments
+    scale: float
+    apart: bool  # q, k, v can be read in place
+
+
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+    workspace: torch.Tensor, positions: torch.Tensor, layer: int, commit: bool,
+    segment_length: int | Sequence[int] | None, window: int | None, sink: int, scale: float | None, layout: str,
+) -> _Checked:  # fmt: skip
+    op = "history_attention"
+    check_qkv(op, q, k, v, layout)
+    scale = check_scale(op, scale, q.shape[-1])
+    if not isinstance(commit, bool):
+        raise ValueError(f"{op}: commit is {described(commit)}; expected True or False")
+    window, sink = check_window(op, window, sink)
+    if not is_compiling():  # there the op checks when it runs
+        check_memory(keys, values, workspace, positions)
+    check_layer(op, layer, keys.shape[0])
+    token_dim, tokens = layout.index("t"), q.shape[layout.index("t")]
+    lengths = [tokens]
+    if segment_length is not None and tokens:
+        lengths = check_segment_length(op, segment_length, "q", tokens, (token_dim, q.shape, layout))
+        lengths = lengths * (tokens // lengths[0]) if len(lengths) == 1 else lengths
+    check_segment(op, k if layout == "bhtd" else k.transpose(1, 2), keys)
+    return _Checked(window, sink, lengths, scale, all([rows_apart(x, token_dim) for x in (q, k, v)]))
 
 
 class HistoryRouting:
@@ -186,9 +211,10 @@ class HistoryRouting:
         """`attention` of qkv (B, T, 3, H, D); returns (B, T, H, D). See `block_causal_attention_packed`."""
         shared: dict[str, Any] = {"scale": scale, "backend": backend}
         if cache is not None and self.reads_history(layer):
-            q, k, v = qkv.unbind(2)
+            check_packed("HistoryRouting", qkv)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
             shared |= {"segment_length": segment_length, **self._mask_over(cache)}
-            return history_attention(q, k, v, cache, layer=layer, commit=commit, layout="bthd", **shared)
+            return history_attention(q, k, v, cache, layer=layer, commit=commit, **shared).transpose(1, 2)
         return block_causal_attention_packed(qkv, segment_length=segment_length, **self.mask(layer), **shared)
 
     def _mask_over(self, cache: HistoryCache) -> dict[str, Any]:

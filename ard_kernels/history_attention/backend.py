@@ -1,4 +1,4 @@
-"""What a backend of history attention provides: kernels for the whole op, and its append alone."""
+"""What a backend of history attention provides."""
 
 from __future__ import annotations
 
@@ -18,8 +18,3 @@ class Kernels(Protocol):
     ) -> None:  # fmt: skip
         """The caches (B, H_kv, capacity, D) get k and v at token `place.start`; out, which the op has allocated, the
         attention over their tokens `place.runs`. `workspace`: see `splits.py`."""
-
-
-class Append(Protocol):
-    def __call__(self, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, start: int) -> None:
-        """cache[:, :, start : start + L] = (k, v)."""

@@ -1,4 +1,4 @@
-"""History attention in C++: append (csrc/history_attention), attend (csrc/block_causal_attention/cpu*)."""
+"""History attention in C++ (csrc/history_attention/cpu.cpp): makes tiles, passes pointers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ard_kernels.block_causal_attention.mask import Run
 from ard_kernels.common import extension
 from ard_kernels.history_attention.places import Place
 
-__all__ = ["append", "forward", "refuses"]
+__all__ = ["forward", "refuses"]
 
 
 @lru_cache(maxsize=1024)
@@ -22,21 +22,13 @@ def _tiles(rows: int, runs: tuple[Run, ...]) -> Any:
     return extension.module.AttentionTiles(*tiles_of([0, rows], [runs], across=False))
 
 
-def append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, start: int) -> None:
-    """See backend.py."""
-    B, H, L, D = k.shape
-    views = map(extension.heads_view, (k, v, cache_k[:, :, start:], cache_v[:, :, start:]))
-    extension.module.history_append(*views, B, H, L, D * k.element_size(), k.element_size(), torch.get_num_threads())
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, out: Tensor, workspace: Tensor,
     place: Place, scale: float,
 ) -> None:  # fmt: skip
     """See backend.py."""
-    append(k, v, cache_k, cache_v, place.start)
     B, H, L, D = q.shape
     shape = B, H, k.shape[1], L, cache_k.shape[2], D
-    views = map(extension.heads_view, (q, cache_k, cache_v, out))
-    how = extension.dtype_code(q.dtype), scale, torch.get_num_threads()
-    extension.module.attention_forward(_tiles(L, tuple(place.runs)), shape, *how, *views, 0)
+    how = shape, extension.dtype_code(q.dtype), scale, torch.get_num_threads()
+    views = map(extension.heads_view, (q, k, v, cache_k, cache_v, out))
+    extension.module.history_attention(_tiles(L, tuple(place.runs)), *how, *views, place.start)

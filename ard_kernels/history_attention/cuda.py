@@ -27,7 +27,7 @@ def _from_token(cache: Tensor, start: int) -> tuple[int, int, int, int]:
 
 @on_device
 def append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, start: int) -> None:
-    """See backend.py. Rows of the cache start on 16 bytes."""
+    """cache[:, :, start : start + L] = (k, v). Rows of the cache start on 16 bytes."""
     B, H_kv, L, D = k.shape
     k, v = aligned(k), aligned(v)
     views = *map(extension.heads_view, (k, v)), _from_token(cache_k, start), _from_token(cache_v, start)

@@ -18,7 +18,7 @@ from ard_kernels.common import triton_support
 from ard_kernels.common.backends import check_backend, register_backend, serves_everything
 from ard_kernels.common.library import define_op
 from ard_kernels.history_attention import cpu, cuda, places, spec, torch_impl
-from ard_kernels.history_attention.backend import Append, Kernels
+from ard_kernels.history_attention.backend import Kernels
 from ard_kernels.history_attention.places import Place, Stand
 from ard_kernels.history_attention.splits import workspace_elements
 
@@ -31,10 +31,6 @@ OP = "history_attention"
 WHOLE = SegmentMask([[True]])
 
 KERNELS: dict[str, Kernels] = {"cuda": cuda, "triton": triton_impl, "cpu": cpu}
-APPENDS: dict[str, Append] = {
-    "cuda": cuda.append, "triton": torch_impl.append, "cpu": cpu.append, "torch": torch_impl.append
-}  # fmt: skip
-
 register_backend(OP, "cuda", cuda.refuses)
 register_backend(OP, "triton", triton_support.refuses)
 register_backend(OP, "cpu", cpu.refuses)
@@ -51,12 +47,13 @@ def _check(
     positions: Tensor, layer: int, window: int | None, sink: int, scale: float, commit: bool, backend: str,
 ) -> None:  # fmt: skip
     check_qkv(OP, q, k, v, "bhtd")
-    spec.check_sink_query(OP, q_sink, q)
+    spec.check_sink_query(OP, q_sink, q, sink)
     check_rows_apart(OP, {"q": q, "k": k, "v": v} | ({} if q_sink is None else {"q_sink": q_sink}))
     check_window(OP, window, sink)
     check_memory(keys, values, workspace, positions)
     spec.check_layer(OP, layer, keys.shape[0])
     spec.check_segment(OP, k, keys)
+    spec.check_dtype(OP, k, keys)
     check_backend(OP, backend, q.device, q.dtype, q.shape[-1])
 
 
@@ -93,7 +90,7 @@ def _with_sink_query(
     backend: str,
 ) -> Tensor:  # fmt: skip
     """Two attentions, of q_sink over the sink and of q over the rest, merged by their log-sum-exps."""
-    APPENDS[backend](k, v, cache_k, cache_v, place.start)
+    torch_impl.append(k, v, cache_k, cache_v, place.start)
 
     def attend(query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         shared: dict[str, Any] = {"scale": scale, "return_lse": True, "backend": backend}

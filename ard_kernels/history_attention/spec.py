@@ -39,14 +39,18 @@ def check_segment(op: str, k_BHTD: torch.Tensor, keys: torch.Tensor) -> None:
             f"{op}: k has (batch, heads, head_dim) {(B, H_kv, D)}; expected the cache's {(*sizes, head_dim)} "
             "(is the layout right?)"
         )
-    if k_BHTD.dtype != keys.dtype:
-        autocast = autocast_dtype(k_BHTD.device)
-        why = f" (autocast to {autocast} is on: make the cache in that dtype)" if autocast == k_BHTD.dtype else ""
-        raise ValueError(f"{op}: k has dtype {k_BHTD.dtype}; expected the cache's {keys.dtype}{why}")
     if k_BHTD.device != keys.device:
         raise ValueError(f"{op}: k is on {k_BHTD.device}; expected the cache's {keys.device}")
     if L < 1:
         raise ValueError(f"{op}: k has {L} tokens; expected a segment of at least 1")
+
+
+def check_dtype(op: str, k: torch.Tensor, keys: torch.Tensor) -> None:
+    """ValueError unless k, as autocast has made it, has the dtype of the cache's keys."""
+    if k.dtype != keys.dtype:
+        autocast = autocast_dtype(k.device)
+        why = f" (autocast to {autocast} is on: make the cache in that dtype)" if autocast == k.dtype else ""
+        raise ValueError(f"{op}: k has dtype {k.dtype}; expected the cache's {keys.dtype}{why}")
 
 
 def check_memory(
@@ -74,22 +78,25 @@ def check_memory(
         raise ValueError(f"{op}: cache.positions is {got}; expected {counts[0]} or {counts[1]} int64 on the CPU")
 
 
-def check_sink_query(op: str, q_sink: torch.Tensor | None, q: torch.Tensor) -> None:
-    """ValueError unless q_sink is None or like q."""
+def check_sink_query(op: str, q_sink: torch.Tensor | None, q: torch.Tensor, sink: int) -> None:
+    """ValueError unless q_sink is None, or like q with a sink."""
     if q_sink is None:
         return
     check_tensor(op, "q_sink", q_sink)
     if q_sink.shape != q.shape or q_sink.dtype != q.dtype or q_sink.device != q.device:
         got, expected = f"{described(q_sink)} on {q_sink.device}", f"{described(q)} on {q.device}"
         raise ValueError(f"{op}: q_sink is {got}; expected it like q, {expected}")
+    if sink == 0:
+        raise ValueError(f"{op}: q_sink is given with sink 0; expected None, or a sink whose keys it is for")
 
 
 def check_apart(op: str, inputs: Sequence[torch.Tensor], keys: torch.Tensor, values: torch.Tensor) -> None:
     """ValueError if an input lies in the cache's memory, which is written before everything of it is read."""
     if keys.is_meta:
         return
+    pointers = [x.data_ptr() for x in inputs]
     for memory in (keys, values):
         start = memory.data_ptr()
         stop = start + memory.nbytes
-        if any([start <= x.data_ptr() < stop for x in inputs]):
+        if any([start <= pointer < stop for pointer in pointers]):
             raise ValueError(f"{op}: an input is memory of the cache; expected q, k, v (and q_sink) of their own")

@@ -10,7 +10,7 @@ from ard_kernels.history_attention.places import Place
 
 
 def append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, start: int) -> None:
-    """See backend.py."""
+    """cache[:, :, start : start + L] = (k, v)."""
     cache_k[:, :, start : start + k.shape[2]] = k
     cache_v[:, :, start : start + v.shape[2]] = v
 

@@ -4,16 +4,13 @@
 #include <pybind11/stl.h>
 
 #include "../common/python.h"
-#include "cpu_params.h"
 
 namespace ard {
 
 namespace py = pybind11;
 
-namespace {
-
-AttentionCall call_of(const py::tuple& shape, int dtype, float scale, int threads, const HeadsView& q,
-                      const HeadsView& k, const HeadsView& v, const HeadsView& out, uintptr_t lse) {
+AttentionCall attention_call(const py::tuple& shape, int dtype, float scale, int threads, const HeadsView& q,
+                             const HeadsView& k, const HeadsView& v, const HeadsView& out, uintptr_t lse) {
   AttentionCall p;
   int64_t* const sizes[] = {&p.batch, &p.heads, &p.kv_heads, &p.rows, &p.keys, &p.head_dim};
   for (size_t i = 0; i < 6; ++i) *sizes[i] = shape[i].cast<int64_t>();
@@ -21,8 +18,6 @@ AttentionCall call_of(const py::tuple& shape, int dtype, float scale, int thread
   p.q = q, p.k = k, p.v = v, p.out = out, p.lse = pointer<float>(lse);
   return p;
 }
-
-}  // namespace
 
 void bind_attention_cpu(py::module_& m) {
   py::class_<AttentionTiles>(m, "AttentionTiles")
@@ -37,7 +32,7 @@ void bind_attention_cpu(py::module_& m) {
   m.def("attention_forward",
         [](const AttentionTiles& tiles, const py::tuple& shape, int dtype, float scale, int threads, const HeadsView& q,
            const HeadsView& k, const HeadsView& v, const HeadsView& out, uintptr_t lse) {
-          const AttentionCall p = call_of(shape, dtype, scale, threads, q, k, v, out, lse);
+          const AttentionCall p = attention_call(shape, dtype, scale, threads, q, k, v, out, lse);
           py::gil_scoped_release release;
           return attention_forward_cpu(p, tiles);
         });
@@ -45,7 +40,7 @@ void bind_attention_cpu(py::module_& m) {
         [](const AttentionTiles& tiles, const py::tuple& shape, int dtype, float scale, int threads, const HeadsView& q,
            const HeadsView& k, const HeadsView& v, const HeadsView& out, uintptr_t lse, const HeadsView& grad_out,
            uintptr_t grad_lse, const HeadsView& dq, const HeadsView& dk, const HeadsView& dv) {
-          const AttentionCall p = call_of(shape, dtype, scale, threads, q, k, v, out, lse);
+          const AttentionCall p = attention_call(shape, dtype, scale, threads, q, k, v, out, lse);
           const AttentionGradients g{grad_out, dq, dk, dv, pointer<const float>(grad_lse)};
           py::gil_scoped_release release;
           return attention_backward_cpu(p, g, tiles);

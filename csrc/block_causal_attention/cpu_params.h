@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "../common/tensor.h"
@@ -44,9 +45,12 @@ struct AttentionGradients {
   const float* grad_lse;  // nullptr: 0
 };
 
+// Makes the keys and values of a head, before they are read.
+using PrepareHead = std::function<void(int64_t batch, int64_t kv_head)>;
+
 // Each returns whether what it wrote is finite, or true where no tile has an `unseen`: weights of 0 make NaN of an
 // infinity there, and the caller repeats the call with tiles that have none.
-bool attention_forward_cpu(const AttentionCall&, const AttentionTiles&);
+bool attention_forward_cpu(const AttentionCall&, const AttentionTiles&, const PrepareHead& = {});
 bool attention_backward_cpu(const AttentionCall&, const AttentionGradients&, const AttentionTiles&);
 
 }  // namespace ard

@@ -19,7 +19,7 @@ ARD_DEVICE T* unit_of(const HeadsView& x, int batch, int head, int token, int un
 // Grid (head_blocks * batch * heads).
 template <class T>
 ARD_KERNEL(kThreads, 8)
-append(const ARD_GRID_CONSTANT AppendGpuParams p) {
+append(const ARD_GRID_CONSTANT AppendParams p) {
   const int block = block_index() % p.head_blocks, batch_head = block_index() / p.head_blocks;
   const int batch = batch_head / p.heads, head = batch_head % p.heads, units = p.head_dim / 8;
   const int i = block * kThreads + thread_index(), token = i / units, unit = i % units;
@@ -32,7 +32,7 @@ append(const ARD_GRID_CONSTANT AppendGpuParams p) {
 }
 
 template <class T>
-void launch_append(AppendGpuParams p, Stream stream) {
+void launch_append(AppendParams p, Stream stream) {
   const int64_t units = static_cast<int64_t>(p.tokens) * (p.head_dim / 8);
   p.head_blocks = static_cast<int32_t>((units + kThreads - 1) / kThreads);
   launch<append<T>>(static_cast<int64_t>(p.head_blocks) * p.batch * p.heads, 1, kThreads, 0, stream, p);
@@ -40,7 +40,7 @@ void launch_append(AppendGpuParams p, Stream stream) {
 
 }  // namespace
 
-void append_gpu(AppendGpuParams p, DType dtype, void* stream) {
+void append_gpu(AppendParams p, DType dtype, void* stream) {
   const auto s = static_cast<Stream>(stream);
   switch (dtype) {
     case DType::kFloat32:

@@ -8,7 +8,7 @@ namespace {
 
 void history_append(const HeadsView& k, const HeadsView& v, const HeadsView& cache_k, const HeadsView& cache_v,
                     int batch, int heads, int tokens, int head_dim, int dtype, uintptr_t stream) {
-  const AppendGpuParams p{k, v, cache_k, cache_v, batch, heads, tokens, head_dim};
+  const AppendParams p{k, v, cache_k, cache_v, batch, heads, tokens, head_dim};
   append_gpu(p, static_cast<DType>(dtype), pointer<void>(stream));
 }
 

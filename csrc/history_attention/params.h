@@ -7,24 +7,15 @@
 
 namespace ard {
 
+// In units of 8 elements, on 16-byte boundaries.
 struct AppendParams {
-  HeadsView k, v;                           // the new segment
-  HeadsView cache_k, cache_v;               // the cache from token `start` on
-  int64_t batch, heads, tokens, row_bytes;  // row_bytes = D elements
-  int64_t element_bytes;
-  int threads;
-};
-
-void append_cpu(const AppendParams& params);
-
-// The same, for 8-element units on 16-byte boundaries.
-struct AppendGpuParams {
-  HeadsView k, v, cache_k, cache_v;  // as in AppendParams
+  HeadsView k, v;              // the new segment
+  HeadsView cache_k, cache_v;  // the cache from token `start` on
   int32_t batch = 0, heads = 0, tokens = 0, head_dim = 0;
   int32_t head_blocks = 0;  // thread blocks per head, set by the launch
 };
 
-void append_gpu(AppendGpuParams params, DType dtype, void* stream);
+void append_gpu(AppendParams params, DType dtype, void* stream);
 
 // out[row] = sum over splits of exp2(m_i - max m) * partial_i[row] / sum over splits of exp2(m_i - max m) * total_i
 struct SplitsParams {

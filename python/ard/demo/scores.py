@@ -157,7 +157,8 @@ def measure_costs(
     for sampler in samplers[: len(config.demo.history_layers)]:  # a fine-tune changes no cost
         n = sampler.history_layers
         cost = flops.student_sampling(model, made.recipe.steps, n)
-        runs.append((f"student N={n}", n, sampler.student.sample, cost))
+        student, cache = sampler.student, sampler.student.new_cache(settings.timing_batch_size)
+        runs.append((f"student N={n}", n, partial(student.sample, cache=cache), cost))
     times: dict[str, list[float]] = {name: [] for name, *_ in runs}
     with watch.stage("timing", settings.timing_repeats) as advance:
         for _ in range(settings.timing_repeats):
