@@ -148,6 +148,13 @@ def test_bit_equal_over_threads_and_runs(backend, device, dtype, thread_counts):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{count} threads"
 
 
+@pytest.mark.parametrize(("backend", "device", "dtype"), on_devices(cpu=[FP32, BF16]))
+def test_heads_that_threads_share(backend, device, dtype, poisoned, thread_counts):
+    """Few heads of many queries are cut between threads, which all read the keys that were just appended."""
+    for _ in thread_counts():
+        check(backend, device, [1100, 1030], MASKS["M4"], dtype=dtype, H=1)
+
+
 @pytest.mark.parametrize(("backend", "device"), on_devices("torch", "cpu", "triton", "cuda"))
 def test_offsets_beyond_int32(backend, device):
     """Two samples more than 2**31 elements apart; the memory between them is reserved, never touched."""
