@@ -24,6 +24,10 @@ const AttentionKernels& kernels_in_use() {
 constexpr int64_t kForwardUnits = 32, kForwardRows = 512, kBackwardUnits = 12;
 // Below this many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kParallelWork = 1 << 18;
+// Units that follow each other share lines of memory, which two cores pass to and fro: with one unit at a time tiny ones
+// took 1.7 times as long. So a thread takes some in a row: all of its share where that is little work, else so few that
+// a core with other work does not hold up the rest.
+constexpr int64_t kLittleWork = 1 << 22, kTurns = 16;
 // Scratch that a thread keeps for its next call: fresh memory costs a page fault every 4 KiB.
 constexpr int64_t kKeptFloats = 4 << 20;
 
@@ -33,12 +37,13 @@ int64_t cuts_for(const AttentionCall& p, const AttentionTiles& tiles, int64_t un
   return std::max<int64_t>(1, std::min({wanted, most, count}));
 }
 
-int threads_for(const AttentionCall& p, const AttentionTiles& tiles) {
+// Multiply-adds of each product of a forward.
+int64_t work_of(const AttentionCall& p, const AttentionTiles& tiles) {
   int64_t pairs = 0;
   for (const AttentionTiles::Tile& tile : tiles.tiles)
     for (int64_t i = tile.first_piece; i < tile.stop_piece; ++i)
       pairs += int64_t{tile.stop - tile.start} * (tiles.pieces[i].stop - tiles.pieces[i].start);
-  return p.batch * p.heads * p.head_dim * pairs < kParallelWork ? 1 : p.threads;
+  return p.batch * p.heads * p.head_dim * pairs;
 }
 
 // nullptr where there is no memory: no exception may leave a parallel region.
@@ -69,15 +74,16 @@ class Scratch {
 template <class Run>
 bool for_units(const AttentionCall& p, const AttentionTiles& tiles, int64_t cuts, int64_t scratch_floats, Run run) {
   const int64_t count = static_cast<int64_t>(tiles.tiles.size()), units = p.batch * p.kv_heads * cuts;
+  const int64_t work = work_of(p, tiles);
+  const int threads = work < kParallelWork ? 1 : p.threads;
+  const int64_t turns = threads * (work < threads * kLittleWork ? 1 : kTurns), chunk = (units + turns - 1) / turns;
   bool good = true, room = true;
-#pragma omp parallel num_threads(threads_for(p, tiles)) reduction(&& : good, room)
+#pragma omp parallel num_threads(threads) reduction(&& : good, room)
   {
     const Scratch scratch(scratch_floats);
     // Weights of peaked softmaxes, times small gradients: with them a backward took 4 times as long.
     [[maybe_unused]] const SubnormalsAreZero flush;
-    // A thread's units lie side by side: heads share lines of memory, which two cores would pass to and fro (small ones
-    // took 1.7 times as long with dynamic(1)); the last chunks are small, for a core that has other work.
-#pragma omp for schedule(guided)
+#pragma omp for schedule(dynamic, chunk)
     for (int64_t i = 0; i < units; ++i) {
       room = room && scratch.get();
       if (!room) continue;
