@@ -24,9 +24,9 @@ const AttentionKernels& kernels_in_use() {
 constexpr int64_t kForwardUnits = 32, kForwardRows = 512, kBackwardUnits = 12;
 // Below this many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kParallelWork = 1 << 18;
-// Units that follow each other share lines of memory, which two cores pass to and fro: with one unit at a time tiny ones
-// took 1.7 times as long. So a thread takes some in a row: all of its share where that is little work, else so few that
-// a core with other work does not hold up the rest.
+// Units that follow each other share lines of memory, which two cores pass to and fro: with one unit at a time tiny
+// ones took 1.7 times as long. So a thread takes some in a row: all of its share where that is little work, else so few
+// that a core with other work does not hold up the rest.
 constexpr int64_t kLittleWork = 1 << 22, kTurns = 16;
 // Scratch that a thread keeps for its next call: fresh memory costs a page fault every 4 KiB.
 constexpr int64_t kKeptFloats = 4 << 20;
