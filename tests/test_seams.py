@@ -35,11 +35,6 @@ def test_dense_calls_take_what_the_protocol_says():
         assert [parameters(getattr(kind, name)) for name in names] == expected, kind
 
 
-def test_appends_take_what_the_protocol_says():
-    for append in history.APPENDS.values():
-        assert parameters(append) == parameters(history.Append.__call__)
-
-
 def imports(path: Path) -> set[str]:
     """Modules of ard_kernels that a file imports, at any place."""
     found = set()

@@ -281,6 +281,18 @@ def test_routing_trains_and_samples_alike(mask, layout, device):
     assert cache.length == 48
 
 
+def test_routing_of_one_projection(device):
+    routing, qkv = HistoryRouting(1, 1), torch.randn(2, 32, 3, 3, 24, device=device)
+    caches = [HistoryCache(1, 2, 3, 24, 32, device=device) for _ in range(2)]
+    for own in qkv.split(16, 1):
+        packed = routing.attention_packed(0, own, segment_length=16, cache=caches[0])
+        parts = routing.attention(0, *own.unbind(2), segment_length=16, cache=caches[1], layout="bthd")
+        assert packed.shape == (2, 16, 3, 24) and torch.equal(packed, parts)
+    assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
+    with pytest.raises(ValueError, match=r"qkv has shape \(2, 32, 3, 72\); expected 5 dims"):
+        routing.attention_packed(0, qkv.flatten(3), segment_length=16, cache=caches[0])
+
+
 def test_routing_rejects_bad_layers():
     with pytest.raises(ValueError, match="history_layers is 5; expected 0 to depth=4"):
         HistoryRouting(4, 5)
