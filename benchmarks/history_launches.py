@@ -74,7 +74,7 @@ class Step(NamedTuple):
 def growing(case: Case) -> list[Step]:
     """Of all segments of a case, one after the other."""
     window, sink = MASKS[case.mask]
-    stand = Stand(new_positions(1, case.tokens, None).numpy(), 1, 0)
+    stand = Stand(new_positions(1, case.tokens, None).tolist(), 1, 0)
     stand.add(case.lengths)
     return [Step(case, length, stand.place(i, window, sink)) for i, length in enumerate(case.lengths)]
 
@@ -82,7 +82,7 @@ def growing(case: Case) -> list[Step]:
 def rolling(case: Case, window: int, sink: int) -> Step:
     """Of a ring that is full: the first segment that overwrites another."""
     (length,) = case.lengths
-    positions = new_positions(1, (window + sink) * length, (length, window, sink)).numpy()
+    positions = new_positions(1, (window + sink) * length, (length, window, sink)).tolist()
     return Step(case, length, Stand(positions, 1, window + sink).place(window + sink, None, 0))
 
 

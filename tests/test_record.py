@@ -128,7 +128,7 @@ def test_a_stream_without_end_has_few_kinds(file, sink, window):
     for step in range(20):
         for commit in (False, True):
             for layer in range(2):
-                at = places.Stand(cache.positions.numpy(), 2, step)
+                at = places.Stand(cache.positions.tolist(), 2, step)
                 at.add([4])
                 seen.add((commit, *at.place(step, window, sink)))
                 history_attention(q, q, q, cache, layer=layer, commit=commit, backend="torch")

@@ -12,9 +12,10 @@ from ard_kernels.block_causal_attention.cpu import measured_slower
 from ard_kernels.block_causal_attention.mask import SegmentMask, causal_code
 from ard_kernels.block_causal_attention.merge import merge_attention
 from ard_kernels.block_causal_attention.op import NAMES, forward_op, packed_op
+from ard_kernels.block_causal_attention.spec import rows_apart
 from ard_kernels.block_causal_attention.trials import UNIT
 from ard_kernels.common.arguments import check_scale, described
-from ard_kernels.common.autocast import cast_to_autocast
+from ard_kernels.common.autocast import cast_to_autocast, dtype_in_autocast
 from ard_kernels.common.backends import resolve
 from ard_kernels.common.kinds import once_per_kind
 from ard_kernels.common.segments import check_segment_length
@@ -32,14 +33,27 @@ __all__ = [
 ]
 
 
-class _Checked(NamedTuple):
+class _Plan(NamedTuple):
     """What the checks of a call give."""
 
     code: str  # the mask, as ops take it
     q_lengths: list[int]
     k_lengths: list[int]
     scale: float
+    backend: str
     apart: bool  # all tensors can be read in place
+
+
+def _planned(
+    op: str, tensors: Sequence[torch.Tensor], token_dim: int, code: str, q_lengths: list[int], k_lengths: list[int],
+    scale: float | None, backend: str | None,
+) -> _Plan:  # fmt: skip
+    x = tensors[0]
+    D, dtype = x.shape[-1], dtype_in_autocast(x)
+    scale = check_scale(op, scale, D)
+    slow = measured_slower(tensors, dtype, q_lengths)
+    chosen = resolve(op.removesuffix("_packed"), backend, x.device, dtype, D, slow)
+    return _Plan(code, q_lengths, k_lengths, scale, chosen, all([rows_apart(x, token_dim) for x in tensors]))
 
 
 @overload
@@ -95,15 +109,15 @@ def segment_attention(
     """
     if not isinstance(mask, SegmentMask):
         raise ValueError(f"segment_attention: mask is {described(mask)}; expected an ard_kernels.SegmentMask")
-    settings = mask.code, segment_length, key_segment_length, scale, layout
-    checked = once_per_kind(_check_segment_attention, (q, k, v), *settings)
-    return _attend("segment_attention", q, k, v, checked, layout, return_lse, backend)
+    settings = mask.code, segment_length, key_segment_length, scale, layout, backend
+    plan = once_per_kind(_plan_segment_attention, (q, k, v), *settings)
+    return _attend(q, k, v, plan, layout, return_lse)
 
 
-def _check_segment_attention(
+def _plan_segment_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, code: str, segment_length: int | Sequence[int],
-    key_segment_length: int | Sequence[int] | None, scale: float | None, layout: str,
-) -> _Checked:  # fmt: skip
+    key_segment_length: int | Sequence[int] | None, scale: float | None, layout: str, backend: str | None,
+) -> _Plan:  # fmt: skip
     op = "segment_attention"
     spec.check_qkv(op, q, k, v, layout, own_tokens=True)
     token_dim = layout.index("t")
@@ -113,8 +127,7 @@ def _check_segment_attention(
     key_segment_length = segment_length if key_segment_length is None else key_segment_length
     k_lengths = check_segment_length(op, key_segment_length, "k", k_tokens, (token_dim, k.shape, layout), name)
     spec.check_code(op, code, q_lengths, k_lengths, (tokens, k_tokens))
-    apart = [spec.rows_apart(x, token_dim) for x in (q, k, v)]
-    return _Checked(code, q_lengths, k_lengths, check_scale(op, scale, q.shape[-1]), all(apart))
+    return _planned(op, (q, k, v), token_dim, code, q_lengths, k_lengths, scale, backend)
 
 
 @overload
@@ -160,37 +173,33 @@ def block_causal_attention(
 
     Source: ARD, arXiv 2504.11295, Sec. 3 and Fig. 4 (masks M1 window=1, M2 window=2, M3 window=1 sink=1, M4 None).
     """
-    checked = once_per_kind(_check_block_causal, (q, k, v), segment_length, window, sink, scale, layout)
-    spec.warn_of_tokens("block_causal_attention", window, checked.q_lengths, q.shape[layout.index("t")])
-    return _attend("block_causal_attention", q, k, v, checked, layout, return_lse, backend)
+    plan = once_per_kind(_plan_block_causal, (q, k, v), segment_length, window, sink, scale, layout, backend)
+    return _attend(q, k, v, plan, layout, return_lse)
 
 
-def _check_block_causal(
+def _plan_block_causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment_length: int | Sequence[int], window: int | None,
-    sink: int, scale: float | None, layout: str,
-) -> _Checked:  # fmt: skip
+    sink: int, scale: float | None, layout: str, backend: str | None,
+) -> _Plan:  # fmt: skip
     op = "block_causal_attention"
     spec.check_qkv(op, q, k, v, layout)
     token_dim = layout.index("t")
     lengths = check_segment_length(op, segment_length, "q", q.shape[token_dim], (token_dim, q.shape, layout))
     code = causal_code(*spec.check_window(op, window, sink))
-    apart = [spec.rows_apart(x, token_dim) for x in (q, k, v)]
-    return _Checked(code, lengths, lengths, check_scale(op, scale, q.shape[-1]), all(apart))
+    spec.warn_of_tokens(op, window, lengths, q.shape[token_dim])
+    return _planned(op, (q, k, v), token_dim, code, lengths, lengths, scale, backend)
 
 
 def _attend(
-    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, checked: _Checked, layout: str, return_lse: bool,
-    backend: str | None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: _Plan, layout: str, return_lse: bool
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The unpacked forms behind their checks."""
     q, k, v = cast_to_autocast(q, k, v)
-    if not checked.apart:
-        q, k, v = (x if spec.rows_apart(x, layout.index("t")) else x.contiguous() for x in (q, k, v))
-    slow = measured_slower((q, k, v), checked.q_lengths)
-    chosen = resolve(op, backend, q.device, q.dtype, q.shape[-1], slow)
+    if not plan.apart:
+        q, k, v = (x if rows_apart(x, layout.index("t")) else x.contiguous() for x in (q, k, v))
     if layout == "bthd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out, lse = forward_op(q, k, v, checked.code, checked.q_lengths, checked.k_lengths, checked.scale, chosen)
+    out, lse = forward_op(q, k, v, plan.code, plan.q_lengths, plan.k_lengths, plan.scale, plan.backend)
     if layout == "bthd":
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
@@ -228,21 +237,20 @@ def segment_attention_packed(
     Raises:
         ValueError: as `segment_attention`.
     """
-    op = "segment_attention_packed"
     if not isinstance(mask, SegmentMask):
-        raise ValueError(f"{op}: mask is {described(mask)}; expected an ard_kernels.SegmentMask")
-    checked = once_per_kind(_check_segment_packed, (qkv,), mask.code, segment_length, scale)
-    return _attend_packed(op, qkv, checked, return_lse, backend)
+        raise ValueError(f"segment_attention_packed: mask is {described(mask)}; expected an ard_kernels.SegmentMask")
+    plan = once_per_kind(_plan_segment_packed, (qkv,), mask.code, segment_length, scale, backend)
+    return _attend_packed(qkv, plan, return_lse)
 
 
-def _check_segment_packed(
-    qkv: torch.Tensor, code: str, segment_length: int | Sequence[int], scale: float | None
-) -> _Checked:
+def _plan_segment_packed(
+    qkv: torch.Tensor, code: str, segment_length: int | Sequence[int], scale: float | None, backend: str | None
+) -> _Plan:
     op = "segment_attention_packed"
     spec.check_packed(op, qkv)
     lengths = check_segment_length(op, segment_length, "qkv", qkv.shape[1], (1, qkv.shape))
     spec.check_code(op, code, lengths, lengths, (qkv.shape[1], qkv.shape[1]))
-    return _Checked(code, lengths, lengths, check_scale(op, scale, qkv.shape[-1]), spec.rows_apart(qkv, 1))
+    return _planned(op, (qkv,), 1, code, lengths, lengths, scale, backend)
 
 
 @overload
@@ -277,30 +285,28 @@ def block_causal_attention_packed(
     Raises:
         ValueError: as `block_causal_attention`.
     """
-    op = "block_causal_attention_packed"
-    checked = once_per_kind(_check_block_causal_packed, (qkv,), segment_length, window, sink, scale)
-    spec.warn_of_tokens(op, window, checked.q_lengths, qkv.shape[1])
-    return _attend_packed(op, qkv, checked, return_lse, backend)
+    plan = once_per_kind(_plan_block_causal_packed, (qkv,), segment_length, window, sink, scale, backend)
+    return _attend_packed(qkv, plan, return_lse)
 
 
-def _check_block_causal_packed(
-    qkv: torch.Tensor, segment_length: int | Sequence[int], window: int | None, sink: int, scale: float | None
-) -> _Checked:
+def _plan_block_causal_packed(
+    qkv: torch.Tensor, segment_length: int | Sequence[int], window: int | None, sink: int, scale: float | None,
+    backend: str | None,
+) -> _Plan:  # fmt: skip
     op = "block_causal_attention_packed"
     spec.check_packed(op, qkv)
     lengths = check_segment_length(op, segment_length, "qkv", qkv.shape[1], (1, qkv.shape))
     code = causal_code(*spec.check_window(op, window, sink))
-    return _Checked(code, lengths, lengths, check_scale(op, scale, qkv.shape[-1]), spec.rows_apart(qkv, 1))
+    spec.warn_of_tokens(op, window, lengths, qkv.shape[1])
+    return _planned(op, (qkv,), 1, code, lengths, lengths, scale, backend)
 
 
 def _attend_packed(
-    op: str, qkv: torch.Tensor, checked: _Checked, return_lse: bool, backend: str | None
+    qkv: torch.Tensor, plan: _Plan, return_lse: bool
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The packed forms behind their checks."""
     (qkv,) = cast_to_autocast(qkv)
-    qkv = qkv if checked.apart else qkv.contiguous()
-    slow = measured_slower((qkv,), checked.q_lengths)
-    chosen = resolve(op.removesuffix("_packed"), backend, qkv.device, qkv.dtype, qkv.shape[-1], slow)
-    out, lse = packed_op(qkv, checked.code, checked.q_lengths, checked.scale, chosen)
+    qkv = qkv if plan.apart else qkv.contiguous()
+    out, lse = packed_op(qkv, plan.code, plan.q_lengths, plan.scale, plan.backend)
     out = out.transpose(1, 2)
     return (out, lse) if return_lse else out

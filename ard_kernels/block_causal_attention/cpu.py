@@ -16,13 +16,13 @@ from ard_kernels.common import extension
 refuses = extension.refuses_cpu
 
 
-def measured_slower(tensors: Sequence[Tensor], lengths: Sequence[int]) -> str | None:
-    """The backend cpu where PyTorch's kernel is the faster one; for `resolve`.
+def measured_slower(tensors: Sequence[Tensor], dtype: torch.dtype, lengths: Sequence[int]) -> str | None:
+    """The backend cpu where PyTorch's kernel is the faster one, of tensors that autocast makes `dtype`; for `resolve`.
 
     With bf16 and segments of 256 tokens its forward takes 0.6 of our time on a chip with AMX, at 64 tokens 1.1, its
     forward and backward 1.2 to 7 times ours. In fp32 and fp16 it is nowhere faster: docs/performance.md.
     """
-    if tensors[0].dtype != torch.bfloat16 or max(lengths) < 128:
+    if dtype != torch.bfloat16 or max(lengths) < 128:
         return None
     return None if torch.is_grad_enabled() and any([x.requires_grad for x in tensors]) else "cpu"
 
@@ -34,10 +34,10 @@ def _tiles(segments: Segments, q_tokens: int, k_tokens: int, whole: bool) -> Any
 
 def _run(kernel: Callable[..., bool], q: Tensor, k: Tensor, segments: Segments, scale: float, *rest: Any) -> None:
     """The kernel; once more, with a tile for each segment, where a mask's weights of 0 have met an infinity or NaN."""
-    shape = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
-    how = shape, extension.dtype_code(q.dtype), scale, torch.get_num_threads()
-    if not kernel(_tiles(segments, shape[3], shape[4], False), *how, *rest):
-        kernel(_tiles(segments, shape[3], shape[4], True), *how, *rest)
+    (B, H, q_tokens, D), (_, H_kv, k_tokens, _) = q.shape, k.shape
+    how = (B, H, H_kv, q_tokens, k_tokens, D), extension.dtype_code(q.dtype), scale, torch.get_num_threads()
+    if not kernel(_tiles(segments, q_tokens, k_tokens, False), *how, *rest):
+        kernel(_tiles(segments, q_tokens, k_tokens, True), *how, *rest)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, scale: float) -> None:

@@ -107,7 +107,7 @@ def warn_of_tokens(op: str, window: int | None, lengths: Sequence[int], tokens: 
         warnings.warn(
             f"{op}: window={window} of {segments} segments sees all of them. A window counts segments, the own one "
             f"included; {window} tokens are window={window // lengths[0]}",
-            stacklevel=3,
+            stacklevel=5,  # whoever called the public function, of which this is called by the plan
         )
 
 

@@ -80,14 +80,19 @@ def check_backend(op: str, backend: str, device: torch.device, dtype: torch.dtyp
         raise ValueError(f"{op}: backend {backend!r} cannot run on {device.type} {dtype}: {reason}")
 
 
+def requested() -> str | None:
+    """The backend that is asked for where no argument names one."""
+    return _override or _environment
+
+
 def resolve(
-    op: str, requested: str | None, device: torch.device, dtype: torch.dtype, width: int | None, slow: str | None = None
+    op: str, argument: str | None, device: torch.device, dtype: torch.dtype, width: int | None, slow: str | None = None
 ) -> str:
     """Name of the backend to run. An explicit choice that cannot serve raises; nothing falls back silently.
 
     slow: a backend that is chosen where no other serves, as it has been measured slower for this call.
     """
-    explicit = requested or _override or _environment
+    explicit = argument or requested()
     if explicit is None:
         if forward_mode() and has_backend(op, "torch"):  # the one with derivatives in forward mode: see library.py
             return "torch"
@@ -100,7 +105,7 @@ def resolve(
         raise RuntimeError(f"{op}: no backend serves {device.type} tensors of {dtype}; see ard_kernels.backends()")
     reason = refusal(op, explicit, device, dtype, width)
     if reason is not None:
-        source = "argument backend" if requested else "use_backend" if _override else "environment ARD_BACKEND"
+        source = "argument backend" if argument else "use_backend" if _override else "environment ARD_BACKEND"
         raise ValueError(f"{op}: backend {explicit!r} ({source}) cannot run on {device.type} {dtype}: {reason}")
     return explicit
 

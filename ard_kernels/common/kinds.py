@@ -1,49 +1,64 @@
-"""Checks made once for each kind of call: of the smallest ones they took as long as the kernel."""
+"""Plans made once for each kind of call: checks and the choice of a backend took as long as the smallest kernels.
+
+What a plan may depend on is in its key: shapes, strides, dtypes, devices and `requires_grad` of tensors, the values of
+settings, autocast, whether gradients are recorded, which backend is asked for, and what is known of backends.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from ard_kernels.common.library import private
+from ard_kernels.common import backends, self_check
+from ard_kernels.common.autocast import autocast_dtype
+from ard_kernels.common.library import forward_mode, private
 
 _PLAIN = (Tensor, Parameter)
 _VALUES = frozenset((int, float, str, bool, type(None)))  # what a key can hold: no tensor, whose value may change
 _MOST_KEPT = 1024
 _jit_trace = private("_C._get_tracing_state")  # sizes are tensors then
 
-_results: dict[tuple, Any] = {}
+_plans: dict[tuple, Any] = {}
 
 
-def once_per_kind(check: Callable[..., Any], tensors: Sequence[Any], *settings: Any) -> Any:
-    """check(*tensors, *settings), which depends on shapes, strides, dtypes, devices and values, and is not None."""
-    kind = _kind_of(check, tensors, settings)
+def once_per_kind(make: Callable[..., Any], tensors: Sequence[Any], *settings: Any) -> Any:
+    """make(*tensors, *settings), which is not None. The first tensor tells the device; others may be None."""
+    kind = _kind_of(make, tensors, settings)
     if kind is None:
-        return check(*tensors, *settings)
-    result = _results.get(kind)
-    if result is None:
-        result = check(*tensors, *settings)
-        if len(_results) >= _MOST_KEPT:
-            _results.clear()
-        _results[kind] = result
-    return result
+        return make(*tensors, *settings)
+    plan = _plans.get(kind)
+    if plan is None:
+        plan = make(*tensors, *settings)
+        if self_check.lasting(tensors[0].device):
+            if len(_plans) >= _MOST_KEPT:
+                _plans.clear()
+            _plans[kind] = plan
+    return plan
 
 
-def _kind_of(check: Callable[..., Any], tensors: Sequence[Any], settings: Sequence[Any]) -> tuple | None:
-    """None for what no key describes: lengths in a list, subclasses of Tensor, what a compiler traces."""
+def _kind_of(make: Callable[..., Any], tensors: Sequence[Any], settings: Sequence[Any]) -> tuple | None:
+    """None for what no key describes: lengths in a list, subclasses of Tensor, tangents, what a compiler traces."""
     types = tuple(map(type, settings))
     if is_compiling() or _jit_trace is None or _jit_trace() is not None or not _VALUES.issuperset(types):
         return None
-    fields = [check, types, settings]  # 1, 1.0 and True are one key without their types
+    if forward_mode():
+        return None
+    fields = [make, types, settings]  # 1, 1.0 and True are one key without their types
+    fields += (backends.requested(), self_check.epoch, torch.is_grad_enabled())
     for x in tensors:
+        if x is None:
+            fields.append(None)
+            continue
         if type(x) not in _PLAIN:
             return None
         try:
-            fields += (x.shape, x.stride(), x.dtype, x.device)
+            fields += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
         except RuntimeError:  # no dense tensor
             return None
+    fields.append(autocast_dtype(tensors[0].device))
     return tuple(fields)

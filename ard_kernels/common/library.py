@@ -155,10 +155,15 @@ def _directly(op: Callable, kernel: Callable, with_gradient: Callable, places: S
             return op(*inputs)
         if forward_ad._current_level >= 0 or _transforms() is not None:
             return transformed(*inputs)
-        tensors = [inputs[i] for i in places if inputs[i] is not None]
-        if not all(map(_plain, tensors)):
-            return op(*inputs)
-        if torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
+        differentiated = False
+        for i in places:
+            x = inputs[i]
+            if x is None:
+                continue
+            if not _plain(x):
+                return op(*inputs)
+            differentiated |= x.requires_grad
+        if differentiated and torch.is_grad_enabled():
             return with_gradient(*inputs)
         with _below_autograd():
             return kernel(*inputs)

@@ -77,6 +77,7 @@ class Unit(NamedTuple):
 UNITS: dict[str, Unit] = {}  # by what users call
 _local = threading.local()  # .ignores: in this thread the record refuses nothing
 _one_at_a_time = threading.Lock()
+epoch = 0  # counts how often the record was read anew
 _settled: dict[tuple, str | None] = {}  # what has been answered by (op, backend, device, dtype, width)
 _graph_task = private("_C._current_graph_task_id")  # of the backward pass that is running; -1 outside
 
@@ -215,8 +216,15 @@ def examine(kind: Kind, device: torch.device, repeats: int) -> Finding:
     return finding
 
 
+def lasting(device: torch.device) -> bool:
+    """Whether what is answered now holds for later calls too, until `epoch` changes."""
+    return not getattr(_local, "ignores", False) and _why_not_now(device) is None
+
+
 def forget() -> None:
     """Read the record again: for who has changed it."""
+    global epoch
+    epoch += 1
     _settled.clear()
     known.cache_clear()
 

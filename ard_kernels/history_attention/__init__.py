@@ -12,7 +12,7 @@ from ard_kernels.block_causal_attention import block_causal_attention, block_cau
 from ard_kernels.block_causal_attention.cpu import measured_slower
 from ard_kernels.block_causal_attention.spec import check_packed, check_qkv, check_window, rows_apart
 from ard_kernels.common.arguments import check_int, check_scale, described, is_int
-from ard_kernels.common.autocast import cast_to_autocast
+from ard_kernels.common.autocast import cast_to_autocast, dtype_in_autocast
 from ard_kernels.common.backends import resolve
 from ard_kernels.common.kinds import once_per_kind
 from ard_kernels.common.library import transformed
@@ -94,44 +94,42 @@ def history_attention(
     memory = cache.keys, cache.values, cache.workspace, cache.positions
     window = cache.window if window is None else window
     sink = (cache.sink or 0) if sink is None else sink
-    settings = layer, commit, segment_length, window, sink, scale, layout
-    checked = once_per_kind(_check, (q, k, v, *memory), *settings)
-    window, sink, lengths, scale = checked.window, checked.sink, checked.lengths, checked.scale
-    check_sink_query(op, q_sink, q, sink)
+    settings = layer, commit, segment_length, window, sink, scale, layout, backend
+    plan = once_per_kind(_plan, (q, k, v, q_sink, *memory), *settings)
     q, k, v, *sunk = cast_to_autocast(*((q, k, v) if q_sink is None else (q, k, v, q_sink)))
-    check_dtype(op, k, cache.keys)
-    if sunk or not checked.apart:
-        token_dim = layout.index("t")
-        q, k, v, *sunk = (x if rows_apart(x, token_dim) else x.contiguous() for x in (q, k, v, *sunk))
+    if not plan.apart:
+        q, k, v, *sunk = (x if rows_apart(x, layout.index("t")) else x.contiguous() for x in (q, k, v, *sunk))
     if layout == "bthd":
         q, k, v, *sunk = [x.transpose(1, 2) for x in (q, k, v, *sunk)]
     q_sink = sunk[0] if sunk else None
-    copied = len(lengths) > 1 or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *sunk)))
-    kernels = "segment_attention" if copied or sunk else op  # that run: theirs is the self-check
-    chosen = resolve(kernels, backend, q.device, q.dtype, q.shape[-1], measured_slower((q, k, v, *sunk), lengths))
-    if copied:
+    if plan.copied:
         attend = attend_outside_of_graphs if is_compiling() else attend_to_copy
-        out = attend(q, k, v, q_sink, cache, layer, lengths, window, sink, scale, commit, chosen)
+        how = layer, plan.lengths, plan.window, plan.sink, plan.scale, commit, plan.backend
+        out = attend(q, k, v, q_sink, cache, *how)
     else:
-        out = history_op(q, k, v, q_sink, *memory, layer, window, sink, scale, commit, chosen)
+        mask = plan.window, plan.sink
+        out = history_op(q, k, v, q_sink, *memory, layer, *mask, plan.scale, commit, plan.backend)
     return out.transpose(1, 2) if layout == "bthd" else out
 
 
-class _Checked(NamedTuple):
+class _Plan(NamedTuple):
     """What the checks of a call give."""
 
     window: int | None
     sink: int
     lengths: list[int]  # of the new segments
     scale: float
-    apart: bool  # q, k, v can be read in place
+    backend: str
+    apart: bool  # q, k, v, q_sink can be read in place
+    copied: bool  # what is seen of the cache is
 
 
-def _check(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-    workspace: torch.Tensor, positions: torch.Tensor, layer: int, commit: bool,
+def _plan(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_sink: torch.Tensor | None, keys: torch.Tensor,
+    values: torch.Tensor, workspace: torch.Tensor, positions: torch.Tensor, layer: int, commit: bool,
     segment_length: int | Sequence[int] | None, window: int | None, sink: int, scale: float | None, layout: str,
-) -> _Checked:  # fmt: skip
+    backend: str | None,
+) -> _Plan:  # fmt: skip
     op = "history_attention"
     check_qkv(op, q, k, v, layout)
     scale = check_scale(op, scale, q.shape[-1])
@@ -147,7 +145,15 @@ def _check(
         lengths = check_segment_length(op, segment_length, "q", tokens, (token_dim, q.shape, layout))
         lengths = lengths * (tokens // lengths[0]) if len(lengths) == 1 else lengths
     check_segment(op, k if layout == "bhtd" else k.transpose(1, 2), keys)
-    return _Checked(window, sink, lengths, scale, all([rows_apart(x, token_dim) for x in (q, k, v)]))
+    check_sink_query(op, q_sink, q, sink)
+    check_dtype(op, dtype_in_autocast(k), keys)
+    inputs = [q, k, v] if q_sink is None else [q, k, v, q_sink]
+    copied = len(lengths) > 1 or (torch.is_grad_enabled() and any([x.requires_grad for x in inputs]))
+    kernels = "segment_attention" if copied or q_sink is not None else op  # that run: theirs is the self-check
+    slow = measured_slower(inputs, keys.dtype, lengths)
+    chosen = resolve(kernels, backend, q.device, keys.dtype, q.shape[-1], slow)
+    apart = all([rows_apart(x, token_dim) for x in inputs])
+    return _Plan(window, sink, lengths, scale, chosen, apart, copied)
 
 
 class HistoryRouting:

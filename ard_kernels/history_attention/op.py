@@ -53,7 +53,7 @@ def _check(
     check_memory(keys, values, workspace, positions)
     spec.check_layer(OP, layer, keys.shape[0])
     spec.check_segment(OP, k, keys)
-    spec.check_dtype(OP, k, keys)
+    spec.check_dtype(OP, k.dtype, keys)
     check_backend(OP, backend, q.device, q.dtype, q.shape[-1])
 
 
@@ -123,7 +123,7 @@ def _history_flops(
     B, H, L, D = q.shape
     layers, counts = keys.shape[0], positions.numpy()
     segment = int(counts[places.HEADER + layer]) - commit  # the positions are those after the call
-    at = Stand(counts, layers, segment)
+    at = Stand(places.read(counts, layers), layers, segment)
     at.add([L])
     return 4 * B * H * D * L * sum(stop - start for start, stop in at.place(segment, window, sink).runs)
 

@@ -63,18 +63,25 @@ class Place(NamedTuple):
         return [*cut, (0, 0), (0, 0)][:2]
 
 
+def read(positions: np.ndarray, layers: int) -> list[int]:
+    """What of `positions` says something: up to the start that follows the last segment taken."""
+    counts = positions[HEADER : HEADER + layers].tolist()
+    taken = 0 if positions[SEGMENT_LENGTH] else max([0, *counts])
+    return positions[: HEADER + layers + 1 + taken].tolist()
+
+
 class Stand:
-    """A layer of a cache before a call, read from `positions` once.
+    """A layer of a cache before a call. `positions`: as `read` gives them.
 
     Attributes:
         taken: segments that the layer has taken, the index of the next.
     """
 
-    def __init__(self, positions: np.ndarray, layers: int, taken: int):
-        self.segment_length, self.window, self.sink = positions[:WRITTEN].tolist()
+    def __init__(self, positions: list[int], layers: int, taken: int):
+        self.segment_length, self.window, self.sink = positions[:WRITTEN]
         self.rolls, self.taken = self.segment_length > 0, taken
         first = HEADER + layers
-        self.starts: list[int] = positions[first : first + 1 + (0 if self.rolls else taken)].tolist()
+        self.starts = positions[first : first + 1 + (0 if self.rolls else taken)]
 
     def add(self, lengths: Sequence[int]) -> None:
         """The tokens of segments taken, taken + 1, ..."""
@@ -121,7 +128,8 @@ def stand(
         ValueError: no room; an earlier step that left layers behind; another length than the step has in other layers,
             or than the cache's; another window and sink than the cache's; positions that this file has not written.
     """
-    counts = check_undamaged(op, positions, layers, capacity)
+    held = check_undamaged(op, positions, layers, capacity)
+    counts = held[HEADER : HEADER + layers]
     taken, most = counts[layer], max(counts)
     if min(counts) < taken:
         behind = [i for i, count in enumerate(counts) if count < taken]
@@ -130,11 +138,11 @@ def stand(
             f"{counts[behind[0]]}: an earlier step did not reach it; expected every step to append to every layer "
             f"(rewind({most - min(counts)}) forgets the unfinished step, reset() empties the cache)"
         )
-    found = Stand(positions, layers, taken)
+    found = Stand(held, layers, taken)
     if found.rolls:
         _check_rolling(op, found, window, sink, lengths)
     for segment, length in zip(range(taken, most), lengths, strict=False):
-        first, stop = Stand(positions, layers, most).tokens(segment)
+        first, stop = Stand(held, layers, most).tokens(segment)
         if length != stop - first:
             raise ValueError(
                 f"{op}: k has {length} tokens in layer {layer}; expected {stop - first}, as in the layers that have "
@@ -151,21 +159,22 @@ def stand(
 
 
 def check_undamaged(op: str, positions: np.ndarray, layers: int, capacity: int) -> list[int]:
-    """The segments that each layer has taken; ValueError unless this file may have written the positions."""
-    segment_length, window, sink, written, *counts = positions[: HEADER + layers].tolist()
-    most, first = max([0, *counts]), HEADER + layers
+    """`read`; ValueError unless this file may have written the positions."""
+    held = read(positions, layers)
+    segment_length, window, sink, written = held[:HEADER]
+    counts, starts = [0, *held[HEADER : HEADER + layers]], held[HEADER + layers :]
+    most = max(counts)
     if segment_length == 0:
-        starts = positions[first : first + most + 1].tolist()
-        good = window == sink == written == 0 and most <= capacity and positions.size == first + capacity + 1
+        good = window == sink == written == 0 and most <= capacity and positions.size == HEADER + layers + capacity + 1
         good = good and starts[0] == 0 and starts[-1] <= capacity and all([a < b for a, b in pairwise(starts)])
     else:
         good = segment_length > 0 and window > 0 and sink >= 0 and (sink + window) * segment_length == capacity
-        good = good and positions.size == first + 1 and 0 <= int(positions[first]) < segment_length and written >= most
-    if not good or min([0, *counts]) < 0:
+        good = good and positions.size == HEADER + layers + 1 and 0 <= starts[0] < segment_length and written >= most
+    if not good or min(counts) < 0:
         raise ValueError(
             f"{op}: cache.positions is damaged; expected what the op has written (reset() empties the cache)"
         )
-    return counts
+    return held
 
 
 def _check_rolling(op: str, at: Stand, window: int | None, sink: int, lengths: Sequence[int]) -> None:
@@ -204,7 +213,8 @@ def of_one_layer(op: str, positions: torch.Tensor, layers: int, capacity: int, l
     Raises:
         ValueError: positions that this file has not written.
     """
-    at = Stand(positions.numpy(), layers, check_undamaged(op, positions.numpy(), layers, capacity)[layer])
+    held = check_undamaged(op, positions.numpy(), layers, capacity)
+    at = Stand(held, layers, held[HEADER + layer])
     taken, slots = at.taken, at.sink + at.window
     if at.rolls and taken > slots:
         taken = slots + (taken - slots) % at.window
@@ -225,7 +235,7 @@ def rewind(positions: np.ndarray, layers: int, segments: int) -> None:
     if segments > taken:
         raise ValueError(f"HistoryCache.rewind: segments is {segments}; expected at most the {taken} taken")
     new = taken - segments
-    at = Stand(positions, layers, new)
+    at = Stand(read(positions, layers), layers, new)
     first = max(at.sink, new - at.window + 1)
     if at.rolls and first < new and first + at.window < written:
         raise ValueError(
@@ -239,8 +249,9 @@ def rewind(positions: np.ndarray, layers: int, segments: int) -> None:
 
 def held(positions: np.ndarray, layers: int) -> Run:
     """The tokens of the memory that hold what the layer furthest along has taken."""
-    taken = max([0, *positions[HEADER : HEADER + layers].tolist()])
-    at = Stand(positions, layers, taken)
+    known = read(positions, layers)
+    taken = max([0, *known[HEADER : HEADER + layers]])
+    at = Stand(known, layers, taken)
     if taken == 0 or not at.rolls:
         return 0, at.starts[-1] if not at.rolls else 0
     return at.place(taken - 1, at.window, at.sink).runs[0]

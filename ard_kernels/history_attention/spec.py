@@ -45,12 +45,12 @@ def check_segment(op: str, k_BHTD: torch.Tensor, keys: torch.Tensor) -> None:
         raise ValueError(f"{op}: k has {L} tokens; expected a segment of at least 1")
 
 
-def check_dtype(op: str, k: torch.Tensor, keys: torch.Tensor) -> None:
-    """ValueError unless k, as autocast has made it, has the dtype of the cache's keys."""
-    if k.dtype != keys.dtype:
-        autocast = autocast_dtype(k.device)
-        why = f" (autocast to {autocast} is on: make the cache in that dtype)" if autocast == k.dtype else ""
-        raise ValueError(f"{op}: k has dtype {k.dtype}; expected the cache's {keys.dtype}{why}")
+def check_dtype(op: str, dtype: torch.dtype, keys: torch.Tensor) -> None:
+    """ValueError unless `dtype`, that of k after autocast, is the cache's."""
+    if dtype != keys.dtype:
+        autocast = autocast_dtype(keys.device)
+        why = f" (autocast to {autocast} is on: make the cache in that dtype)" if autocast == dtype else ""
+        raise ValueError(f"{op}: k has dtype {dtype}; expected the cache's {keys.dtype}{why}")
 
 
 def check_memory(
@@ -94,9 +94,7 @@ def check_apart(op: str, inputs: Sequence[torch.Tensor], keys: torch.Tensor, val
     """ValueError if an input lies in the cache's memory, which is written before everything of it is read."""
     if keys.is_meta:
         return
-    pointers = [x.data_ptr() for x in inputs]
-    for memory in (keys, values):
-        start = memory.data_ptr()
-        stop = start + memory.nbytes
-        if any([start <= pointer < stop for pointer in pointers]):
+    nbytes = keys.nbytes  # of the values too
+    for start in (keys.data_ptr(), values.data_ptr()):
+        if any([start <= x.data_ptr() < start + nbytes for x in inputs]):
             raise ValueError(f"{op}: an input is memory of the cache; expected q, k, v (and q_sink) of their own")

@@ -40,20 +40,21 @@ struct Rows {
 // Of q, k, v in one projection each row is in a page of its own, where no hardware foresees the next one.
 constexpr int64_t kRowsAhead = 8;
 
+// Brings rows [first, stop) of D elements towards this core, also those that are about to be written.
+void prefetch_rows(const Head& x, int64_t first, int64_t stop, int64_t D) {
+  for (int64_t token = first; token < stop; ++token)
+    for (int64_t i = 0; i < D * size_of(x.dtype); i += 64) __builtin_prefetch(x.row(token) + i);
+}
+
 // Tokens [first, first + count) as fp32: in place where that is allowed and they are, else copied to `buffer`, with
 // zeros behind a row's end.
 Rows read_rows(const Head& x, int64_t first, int64_t count, int64_t D, bool in_place, const Rows& buffer) {
-  const auto prefetch = [&](int64_t r) {
-    const char* row = x.row(first + (r < count ? r : count - 1));
-    for (int64_t i = 0; i < D * size_of(x.dtype); i += 64) __builtin_prefetch(row + i);
-  };
   if (in_place && x.dtype == DType::kFloat32) {
-    if (x.step != D)
-      for (int64_t r = 0; r < count; ++r) prefetch(r);
+    if (x.step != D) prefetch_rows(x, first, first + count, D);
     return {static_cast<float*>(static_cast<void*>(x.row(first))), x.step};
   }
   for (int64_t r = 0; r < count; ++r) {
-    prefetch(r + kRowsAhead);
+    if (r + kRowsAhead < count) prefetch_rows(x, first + r + kRowsAhead, first + r + kRowsAhead + 1, D);
     float* to = buffer.row(r);
     const float* from = widen_row(x.row(first + r), x.dtype, D, to);
     if (from != to)
@@ -86,14 +87,17 @@ void write_lanes(const Head& to, int64_t first, int64_t count, int64_t D, int64_
   for (int64_t r = 0; r < count; ++r) store_row(to.row(first + r), to.dtype, D, false, rows.row(r), nullptr);
 }
 
+bool all_zero(const Lanes& x) {
+  for (int64_t lane = 0; lane < kLanes; ++lane)
+    if (x[lane] != 0) return false;
+  return true;
+}
+
 // n: a multiple of the lanes of a register.
 bool are_finite(const float* x, int64_t n) {
   Lanes chains[4] = {};
   for (int64_t i = 0; i < n; i += kLanes) chains[i / kLanes % 4] += load_lanes(x + i) * 0.0f;
-  const Lanes sum = (chains[0] + chains[1]) + (chains[2] + chains[3]);
-  for (int64_t lane = 0; lane < kLanes; ++lane)
-    if (sum[lane] != 0) return false;
-  return true;
+  return all_zero((chains[0] + chains[1]) + (chains[2] + chains[3]));
 }
 
 }  // namespace

@@ -1,0 +1,118 @@
+"""Plans are made once for each kind of call, and anew where anything differs that they depend on."""
+
+from contextlib import nullcontext
+from importlib import import_module
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from ard_kernels import block_causal_attention, use_backend
+from ard_kernels.common import backends, findings, kinds, self_check
+from ard_kernels.common.findings import FAILED, Finding, Kind
+from ard_kernels.common.kinds import once_per_kind
+
+X = torch.zeros(2, 4)
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    """once_per_kind of one maker; returns how often that has been called."""
+    monkeypatch.setattr(kinds, "_plans", {})
+    made = []
+
+    def make(*call):
+        made.append(call)
+        return "plan"
+
+    def asked(*tensors, settings=(1,), within=None):
+        with within or nullcontext():
+            assert once_per_kind(make, tensors or (X, None), *settings) == "plan"
+        return len(made)
+
+    return asked
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"tensors": (torch.zeros(4, 2), None)},
+        {"tensors": (torch.zeros(4, 2).T, None)},
+        {"tensors": (X.double(), None)},
+        {"tensors": (X.to("meta"), None)},
+        {"tensors": (X.clone().requires_grad_(), None)},
+        {"tensors": (X, X)},
+        {"settings": (1.0,)},
+        {"settings": (True,)},
+        {"settings": (None,)},
+        {"within": torch.no_grad},
+        {"within": lambda: torch.autocast("cpu", torch.bfloat16)},
+        {"within": lambda: torch.autocast("cpu", torch.float16)},
+        {"within": lambda: use_backend("torch")},
+    ],
+    ids=str,
+)
+def test_one_for_each_kind(ask, other):
+    other = {"tensors": (), "settings": (1,)} | other
+    tensors, settings, within = other["tensors"], other["settings"], other.get("within", nullcontext)
+    assert ask() == ask() == 1
+    assert ask(*tensors, settings=settings, within=within()) == 2
+    assert ask(*tensors, settings=settings, within=within()) == ask() == 2
+
+
+@pytest.mark.parametrize("within", [forward_ad.dual_level, self_check.ignoring_the_record], ids=lambda f: f.__name__)
+def test_none_is_kept_where_answers_do_not_last(ask, within):
+    assert (ask(within=within()), ask(within=within()), ask(), ask()) == (1, 2, 3, 3)
+
+
+def test_none_is_kept_of_a_backward_pass_and_what_was_kept_serves_there(ask):
+    """No check can be run there, so that a backend may be refused that serves later."""
+
+    def in_a_backward_pass():
+        counts = []
+        y = torch.ones(2, requires_grad=True) * 2
+        y.register_hook(lambda _: counts.append(ask()))  # gradients are not recorded
+        y.sum().backward()
+        return counts
+
+    assert in_a_backward_pass() + in_a_backward_pass() == [1, 2]
+    assert ask(within=torch.no_grad()) == 3
+    assert in_a_backward_pass() == [3]
+
+
+def test_lists_and_subclasses_have_no_key(ask):
+    class Other(torch.Tensor):
+        pass
+
+    assert (ask(settings=([1],)), ask(settings=([1],))) == (1, 2)
+    assert (ask(X.as_subclass(Other)), ask(X.as_subclass(Other))) == (3, 4)
+
+
+def test_what_raises_is_not_kept(monkeypatch):
+    monkeypatch.setattr(kinds, "_plans", {})
+
+    def refuse(x):
+        raise ValueError("no")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            once_per_kind(refuse, (X,))
+    assert not kinds._plans
+
+
+def test_a_verdict_reaches_calls_that_were_planned_before(unknown_machine, monkeypatch):
+    """What another process's check has found, once this one reads the record again."""
+    q = torch.randn(1, 1, 8, 8)
+    ran = []
+    room = import_module("ard_kernels.block_causal_attention")
+    monkeypatch.setattr(room, "resolve", lambda *call: ran.append(backends.resolve(*call)) or ran[-1])
+    monkeypatch.setattr(kinds, "_plans", {})
+    for _ in range(2):
+        block_causal_attention(q, q, q, segment_length=4)
+    findings.keep(q.device, Kind("segment_attention", "cpu", q.dtype, 8), Finding(FAILED, "planted"))
+    self_check.forget()
+    for _ in range(2):
+        block_causal_attention(q, q, q, segment_length=4)
+    assert ran == ["cpu", "torch"]
+    with pytest.raises(ValueError, match="planted"):
+        block_causal_attention(q, q, q, segment_length=4, backend="cpu")
