@@ -33,28 +33,26 @@ def ask(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"tensors": (torch.zeros(4, 2), None)},
-        {"tensors": (torch.zeros(4, 2).T, None)},
-        {"tensors": (X.double(), None)},
-        {"tensors": (X.to("meta"), None)},
-        {"tensors": (X.clone().requires_grad_(), None)},
-        {"tensors": (X, X)},
-        {"settings": (1.0,)},
-        {"settings": (True,)},
-        {"settings": (None,)},
-        {"within": torch.no_grad},
-        {"within": lambda: torch.autocast("cpu", torch.bfloat16)},
-        {"within": lambda: torch.autocast("cpu", torch.float16)},
-        {"within": lambda: use_backend("torch")},
-    ],
-    ids=str,
-)
+OTHERS = {
+    "shape": {"tensors": (torch.zeros(4, 2), None)},
+    "strides": {"tensors": (torch.zeros(4, 2).T, None)},
+    "dtype": {"tensors": (X.double(), None)},
+    "device": {"tensors": (X.to("meta"), None)},
+    "gradient": {"tensors": (X.clone().requires_grad_(), None)},
+    "tensor for None": {"tensors": (X, X)},
+    "float": {"settings": (1.0,)},
+    "bool": {"settings": (True,)},
+    "None": {"settings": (None,)},
+    "no_grad": {"within": torch.no_grad},
+    "autocast": {"within": lambda: torch.autocast("cpu", torch.bfloat16)},
+    "use_backend": {"within": lambda: use_backend("torch")},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_one_for_each_kind(ask, other):
-    other = {"tensors": (), "settings": (1,)} | other
-    tensors, settings, within = other["tensors"], other["settings"], other.get("within", nullcontext)
+    other = {"tensors": (), "settings": (1,), "within": nullcontext} | other
+    tensors, settings, within = other.values()
     assert ask() == ask() == 1
     assert ask(*tensors, settings=settings, within=within()) == 2
     assert ask(*tensors, settings=settings, within=within()) == ask() == 2
