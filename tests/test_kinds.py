@@ -86,7 +86,8 @@ def test_lists_and_subclasses_have_no_key(ask):
     assert (ask(X.as_subclass(Other)), ask(X.as_subclass(Other))) == (3, 4)
 
 
-def test_what_raises_is_not_kept(monkeypatch):
+@pytest.mark.parametrize("first", [X, None, "text"], ids=["tensor", "None", "text"])
+def test_what_raises_is_not_kept(monkeypatch, first):
     monkeypatch.setattr(kinds, "_plans", {})
 
     def refuse(x):
@@ -94,7 +95,7 @@ def test_what_raises_is_not_kept(monkeypatch):
 
     for _ in range(2):
         with pytest.raises(ValueError, match="no"):
-            once_per_kind(refuse, (X,))
+            once_per_kind(refuse, (first,))
     assert not kinds._plans
 
 

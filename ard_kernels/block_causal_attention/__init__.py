@@ -34,7 +34,7 @@ __all__ = [
 
 
 class _Plan(NamedTuple):
-    """What the checks of a call give."""
+    """What is settled for all calls of a kind."""
 
     code: str  # the mask, as ops take it
     q_lengths: list[int]

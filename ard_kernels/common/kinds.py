@@ -44,9 +44,9 @@ def once_per_kind(make: Callable[..., Any], tensors: Sequence[Any], *settings: A
 def _kind_of(make: Callable[..., Any], tensors: Sequence[Any], settings: Sequence[Any]) -> tuple | None:
     """None for what no key describes: lengths in a list, subclasses of Tensor, tangents, what a compiler traces."""
     types = tuple(map(type, settings))
-    if is_compiling() or _jit_trace is None or _jit_trace() is not None or not _VALUES.issuperset(types):
+    if is_compiling() or _jit_trace is None or _jit_trace() is not None or forward_mode():
         return None
-    if forward_mode():
+    if not _VALUES.issuperset(types) or tensors[0] is None:
         return None
     fields = [make, types, settings]  # 1, 1.0 and True are one key without their types
     fields += (backends.requested(), self_check.epoch, torch.is_grad_enabled())

@@ -113,7 +113,7 @@ def history_attention(
 
 
 class _Plan(NamedTuple):
-    """What the checks of a call give."""
+    """What is settled for all calls of a kind."""
 
     window: int | None
     sink: int
