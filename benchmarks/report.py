@@ -40,10 +40,12 @@ def on_cpu(rooms: Results) -> bool:
 
 
 def cpu_results(devices: dict[str, Results]) -> Results:
-    """The newest result file of each room that is of a CPU."""
+    """The newest result file of each room that is of a CPU with all its instructions."""
     found: Results = {}
     for rooms in devices.values():
         for name, content in rooms.items() if on_cpu(rooms) else ():
+            if content["environment"].get("restrained"):
+                continue
             if name not in found or content["environment"]["date"] > found[name]["environment"]["date"]:
                 found[name] = content
     if not found:

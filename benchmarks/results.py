@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import ard_kernels
-from ard_kernels.common import machine
+from ard_kernels.common import extension, machine
 from ard_kernels.tune.timing import Timing
 from benchmarks.files import RESULTS, ROOT
 from benchmarks.timing import DEVICE
@@ -145,6 +145,7 @@ def environment(device: torch.device = DEVICE) -> dict:
         "triton": machine.triton_version() or None,
         "nvcc": nvcc.group(1) if nvcc else None,
         "ard_kernels": ard_kernels.__version__,
+        "restrained": extension.restrained_isa() is not None,
     }
 
 
@@ -156,9 +157,10 @@ def device_name(device: torch.device) -> str:
 
 
 def results_folder() -> Path:
-    """benchmarks/results/<device>: the GPU, or the CPU with its number of threads."""
+    """benchmarks/results/<device>: the GPU, or the CPU with its number of threads, and what it is restrained to."""
     on_gpu = DEVICE.type == "cuda"
     words = device_name(DEVICE) if on_gpu else f"{machine.processor()} {torch.get_num_threads()} threads"
+    words += "" if on_gpu else f" {extension.restrained_isa() or ''}"
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 

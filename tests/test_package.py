@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import ard_kernels
+from ard_kernels.common import extension
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,6 +71,14 @@ def test_doctor():
     assert status == 0, output
     for word in ("torch ", "extension: ard_kernels._C", "gate_residual_adaln", "refused: ", "available"):
         assert word in output
+
+
+@pytest.mark.parametrize("capability, isa", [("avx2", "avx2"), ("default", "baseline")])
+def test_the_variable_that_restrains_pytorchs_kernels_restrains_ours(capability, isa):
+    if extension.module is None or isa not in extension.module.cpu_isas():
+        pytest.skip(f"no {isa} kernels here")
+    status, output = run_python("-m", "ard_kernels.doctor", ATEN_CPU_CAPABILITY=capability)
+    assert status == 0 and f"compiled for and running {isa}" in output, output
 
 
 def run_setup(folder, **environment):

@@ -6,6 +6,7 @@ testing/emulator runs the kernels' source thread by thread; it serves CPU tensor
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
 
@@ -24,6 +25,18 @@ except ImportError as error:
     module, missing = None, f"the compiled extension ard_kernels._C did not load: {error}"
 
 emulated: Any = None
+
+
+def restrained_isa() -> str | None:
+    """Of the C++ kernels, where PyTorch's variable ATEN_CPU_CAPABILITY keeps its own to some instructions."""
+    if not os.environ.get("ATEN_CPU_CAPABILITY") or module is None:
+        return None
+    most = torch.backends.cpu.get_cpu_capability().lower()
+    return next((isa for isa in module.cpu_isas() if most.startswith(isa)), "baseline")
+
+
+if (_isa := restrained_isa()) is not None:
+    module.use_cpu_isa(_isa)
 
 _raw_stream = private("_C._cuda_getCurrentRawStream")  # what Triton asks: no Python object is made
 

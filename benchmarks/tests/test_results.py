@@ -56,6 +56,16 @@ def test_documents_agree_with_the_committed_results(path):
     assert report.refreshed(text, report.load_devices()) == text, "run: python -m benchmarks.report"
 
 
+def test_the_documents_are_of_cpus_with_all_their_instructions():
+    """Of the others there is a page each."""
+
+    def room(day, **facts):
+        return {"rows": [], "environment": {"driver": None, "date": day} | facts}
+
+    devices = {"chip": {"room": room("2026-01-01")}, "chip-avx2": {"room": room("2026-01-02", restrained=True)}}
+    assert report.cpu_results(devices)["room"]["environment"]["date"] == "2026-01-01"
+
+
 def test_a_number_typed_into_a_document_is_found(monkeypatch, tmp_path, capsys):
     edited = tmp_path / "README.md"
     text = report.DOCUMENTS[0].read_text()
