@@ -10,6 +10,8 @@ goes on behind it.
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ard_kernels.common import extension
 from ard_kernels.tune.search import describe
 from benchmarks.files import ROOT, write_json
 from benchmarks.gpu.journal import ENDED, Journal
@@ -121,6 +124,10 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_configure(config):
     keep_freed_memory()
+    if extension.restrained_isa() is not None:  # Inductor's cache has code for all instructions: with it Flex is wrong
+        folder = tempfile.TemporaryDirectory(prefix="inductor-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
     config.stash[ROOMS] = {}
     config.option.benchmark_columns = ["median", "iqr", "rounds"]
     if TINY and DEVICE.type == "cpu":
