@@ -78,6 +78,23 @@ def test_none_is_kept_of_a_backward_pass_and_what_was_kept_serves_there(ask):
     assert in_a_backward_pass() == [3]
 
 
+def test_another_threads_request_does_not_get_into_a_plan(monkeypatch):
+    """It comes between the key and the choice here; the plan was kept for all calls without a request."""
+    monkeypatch.setattr(kinds, "_plans", {})
+    room, q = import_module("ard_kernels.block_causal_attention"), torch.randn(1, 1, 8, 8)
+    measured_slower = room.measured_slower
+
+    def meanwhile(*call):
+        monkeypatch.setattr(backends, "_override", "torch")
+        return measured_slower(*call)
+
+    monkeypatch.setattr(room, "measured_slower", meanwhile)
+    block_causal_attention(q, q, q, segment_length=4)
+    monkeypatch.setattr(backends, "_override", None)
+    (plan,) = kinds._plans.values()
+    assert plan.backend == "cpu"
+
+
 def test_lists_and_subclasses_have_no_key(ask):
     class Other(torch.Tensor):
         pass
@@ -90,7 +107,7 @@ def test_lists_and_subclasses_have_no_key(ask):
 def test_what_raises_is_not_kept(monkeypatch, first):
     monkeypatch.setattr(kinds, "_plans", {})
 
-    def refuse(x):
+    def refuse(x, request):
         raise ValueError("no")
 
     for _ in range(2):
@@ -104,7 +121,7 @@ def test_a_verdict_reaches_calls_that_were_planned_before(unknown_machine, monke
     q = torch.randn(1, 1, 8, 8)
     ran = []
     room = import_module("ard_kernels.block_causal_attention")
-    monkeypatch.setattr(room, "resolve", lambda *call: ran.append(backends.resolve(*call)) or ran[-1])
+    monkeypatch.setattr(room, "choose", lambda *call: ran.append(backends.choose(*call)) or ran[-1])
     monkeypatch.setattr(kinds, "_plans", {})
     for _ in range(2):
         block_causal_attention(q, q, q, segment_length=4)

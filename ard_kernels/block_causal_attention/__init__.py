@@ -16,7 +16,7 @@ from ard_kernels.block_causal_attention.spec import rows_apart
 from ard_kernels.block_causal_attention.trials import UNIT
 from ard_kernels.common.arguments import check_scale, described
 from ard_kernels.common.autocast import cast_to_autocast, dtype_in_autocast
-from ard_kernels.common.backends import resolve
+from ard_kernels.common.backends import choose
 from ard_kernels.common.kinds import once_per_kind
 from ard_kernels.common.segments import check_segment_length
 from ard_kernels.common.self_check import register_trials
@@ -46,13 +46,13 @@ class _Plan(NamedTuple):
 
 def _planned(
     op: str, tensors: Sequence[torch.Tensor], token_dim: int, code: str, q_lengths: list[int], k_lengths: list[int],
-    scale: float | None, backend: str | None,
+    scale: float | None, backend: str | None, request: str | None,
 ) -> _Plan:  # fmt: skip
     x = tensors[0]
     D, dtype = x.shape[-1], dtype_in_autocast(x)
     scale = check_scale(op, scale, D)
     slow = measured_slower(tensors, dtype, q_lengths)
-    chosen = resolve(op.removesuffix("_packed"), backend, x.device, dtype, D, slow)
+    chosen = choose(op.removesuffix("_packed"), backend, request, x.device, dtype, D, slow)
     return _Plan(code, q_lengths, k_lengths, scale, chosen, all([rows_apart(x, token_dim) for x in tensors]))
 
 
@@ -117,6 +117,7 @@ def segment_attention(
 def _plan_segment_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, code: str, segment_length: int | Sequence[int],
     key_segment_length: int | Sequence[int] | None, scale: float | None, layout: str, backend: str | None,
+    request: str | None,
 ) -> _Plan:  # fmt: skip
     op = "segment_attention"
     spec.check_qkv(op, q, k, v, layout, own_tokens=True)
@@ -127,7 +128,7 @@ def _plan_segment_attention(
     key_segment_length = segment_length if key_segment_length is None else key_segment_length
     k_lengths = check_segment_length(op, key_segment_length, "k", k_tokens, (token_dim, k.shape, layout), name)
     spec.check_code(op, code, q_lengths, k_lengths, (tokens, k_tokens))
-    return _planned(op, (q, k, v), token_dim, code, q_lengths, k_lengths, scale, backend)
+    return _planned(op, (q, k, v), token_dim, code, q_lengths, k_lengths, scale, backend, request)
 
 
 @overload
@@ -174,20 +175,21 @@ def block_causal_attention(
     Source: ARD, arXiv 2504.11295, Sec. 3 and Fig. 4 (masks M1 window=1, M2 window=2, M3 window=1 sink=1, M4 None).
     """
     plan = once_per_kind(_plan_block_causal, (q, k, v), segment_length, window, sink, scale, layout, backend)
+    if window is not None:
+        spec.warn_of_tokens("block_causal_attention", window, plan.q_lengths, q.shape[layout.index("t")])
     return _attend(q, k, v, plan, layout, return_lse)
 
 
 def _plan_block_causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment_length: int | Sequence[int], window: int | None,
-    sink: int, scale: float | None, layout: str, backend: str | None,
+    sink: int, scale: float | None, layout: str, backend: str | None, request: str | None,
 ) -> _Plan:  # fmt: skip
     op = "block_causal_attention"
     spec.check_qkv(op, q, k, v, layout)
     token_dim = layout.index("t")
     lengths = check_segment_length(op, segment_length, "q", q.shape[token_dim], (token_dim, q.shape, layout))
     code = causal_code(*spec.check_window(op, window, sink))
-    spec.warn_of_tokens(op, window, lengths, q.shape[token_dim])
-    return _planned(op, (q, k, v), token_dim, code, lengths, lengths, scale, backend)
+    return _planned(op, (q, k, v), token_dim, code, lengths, lengths, scale, backend, request)
 
 
 def _attend(
@@ -244,13 +246,14 @@ def segment_attention_packed(
 
 
 def _plan_segment_packed(
-    qkv: torch.Tensor, code: str, segment_length: int | Sequence[int], scale: float | None, backend: str | None
-) -> _Plan:
+    qkv: torch.Tensor, code: str, segment_length: int | Sequence[int], scale: float | None, backend: str | None,
+    request: str | None,
+) -> _Plan:  # fmt: skip
     op = "segment_attention_packed"
     spec.check_packed(op, qkv)
     lengths = check_segment_length(op, segment_length, "qkv", qkv.shape[1], (1, qkv.shape))
     spec.check_code(op, code, lengths, lengths, (qkv.shape[1], qkv.shape[1]))
-    return _planned(op, (qkv,), 1, code, lengths, lengths, scale, backend)
+    return _planned(op, (qkv,), 1, code, lengths, lengths, scale, backend, request)
 
 
 @overload
@@ -286,19 +289,20 @@ def block_causal_attention_packed(
         ValueError: as `block_causal_attention`.
     """
     plan = once_per_kind(_plan_block_causal_packed, (qkv,), segment_length, window, sink, scale, backend)
+    if window is not None:
+        spec.warn_of_tokens("block_causal_attention_packed", window, plan.q_lengths, qkv.shape[1])
     return _attend_packed(qkv, plan, return_lse)
 
 
 def _plan_block_causal_packed(
     qkv: torch.Tensor, segment_length: int | Sequence[int], window: int | None, sink: int, scale: float | None,
-    backend: str | None,
+    backend: str | None, request: str | None,
 ) -> _Plan:  # fmt: skip
     op = "block_causal_attention_packed"
     spec.check_packed(op, qkv)
     lengths = check_segment_length(op, segment_length, "qkv", qkv.shape[1], (1, qkv.shape))
     code = causal_code(*spec.check_window(op, window, sink))
-    spec.warn_of_tokens(op, window, lengths, qkv.shape[1])
-    return _planned(op, (qkv,), 1, code, lengths, lengths, scale, backend)
+    return _planned(op, (qkv,), 1, code, lengths, lengths, scale, backend, request)
 
 
 def _attend_packed(

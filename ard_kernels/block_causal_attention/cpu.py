@@ -17,7 +17,7 @@ refuses = extension.refuses_cpu
 
 
 def measured_slower(tensors: Sequence[Tensor], dtype: torch.dtype, lengths: Sequence[int]) -> str | None:
-    """The backend cpu where PyTorch's kernel is the faster one, of tensors that autocast makes `dtype`; for `resolve`.
+    """The backend cpu where PyTorch's kernel is the faster one, of tensors that autocast makes `dtype`; for `choose`.
 
     With bf16 and segments of 256 tokens its forward takes 0.6 of our time on a chip with AMX, at 64 tokens 1.1, its
     forward and backward 1.2 to 7 times ours. In fp32 and fp16 it is nowhere faster: docs/performance.md.

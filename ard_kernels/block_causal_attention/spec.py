@@ -98,16 +98,16 @@ def check_window(op: str, window: int | None, sink: int) -> tuple[int | None, in
     return None if window is None else min(int(window), MOST_SEGMENTS), min(sink, MOST_SEGMENTS)
 
 
-def warn_of_tokens(op: str, window: int | None, lengths: Sequence[int], tokens: int) -> None:
+def warn_of_tokens(op: str, window: int, lengths: Sequence[int], tokens: int) -> None:
     """Tell who passes a window in tokens: it is larger than the number of segments, and so no window at all."""
-    if window is None or is_compiling() or window < lengths[0] or lengths[0] < 8:
+    if is_compiling() or window < lengths[0] or lengths[0] < 8:
         return
     segments = segment_count(lengths, tokens)
     if window > segments and window % lengths[0] == 0:
         warnings.warn(
             f"{op}: window={window} of {segments} segments sees all of them. A window counts segments, the own one "
             f"included; {window} tokens are window={window // lengths[0]}",
-            stacklevel=5,  # whoever called the public function, of which this is called by the plan
+            stacklevel=3,
         )
 
 

@@ -85,14 +85,21 @@ def requested() -> str | None:
     return _override or _environment
 
 
-def resolve(
-    op: str, argument: str | None, device: torch.device, dtype: torch.dtype, width: int | None, slow: str | None = None
-) -> str:
+def resolve(op: str, argument: str | None, device: torch.device, dtype: torch.dtype, width: int | None) -> str:
+    """`choose` by what is asked for now."""
+    return choose(op, argument, requested(), device, dtype, width)
+
+
+def choose(
+    op: str, argument: str | None, request: str | None, device: torch.device, dtype: torch.dtype, width: int | None,
+    slow: str | None = None,
+) -> str:  # fmt: skip
     """Name of the backend to run. An explicit choice that cannot serve raises; nothing falls back silently.
 
-    slow: a backend that is chosen where no other serves, as it has been measured slower for this call.
+    request: what `requested` gave. slow: a backend that is chosen where no other serves, as it has been measured slower
+    for this call.
     """
-    explicit = argument or requested()
+    explicit = argument or request
     if explicit is None:
         if forward_mode() and has_backend(op, "torch"):  # the one with derivatives in forward mode: see library.py
             return "torch"

@@ -27,13 +27,15 @@ _plans: dict[tuple, Any] = {}
 
 
 def once_per_kind(make: Callable[..., Any], tensors: Sequence[Any], *settings: Any) -> Any:
-    """make(*tensors, *settings), which is not None. The first tensor tells the device; others may be None."""
-    kind = _kind_of(make, tensors, settings)
+    """make(*tensors, *settings, request), which is not None; request: what backend is asked for, read once, as another
+    thread may change it. The first tensor tells the device; others may be None."""
+    request = backends.requested()
+    kind = _kind_of(make, tensors, settings, request)
     if kind is None:
-        return make(*tensors, *settings)
+        return make(*tensors, *settings, request)
     plan = _plans.get(kind)
     if plan is None:
-        plan = make(*tensors, *settings)
+        plan = make(*tensors, *settings, request)
         if self_check.lasting(tensors[0].device):
             if len(_plans) >= _MOST_KEPT:
                 _plans.clear()
@@ -41,7 +43,9 @@ def once_per_kind(make: Callable[..., Any], tensors: Sequence[Any], *settings: A
     return plan
 
 
-def _kind_of(make: Callable[..., Any], tensors: Sequence[Any], settings: Sequence[Any]) -> tuple | None:
+def _kind_of(
+    make: Callable[..., Any], tensors: Sequence[Any], settings: Sequence[Any], request: str | None
+) -> tuple | None:
     """None for what no key describes: lengths in a list, subclasses of Tensor, tangents, what a compiler traces."""
     types = tuple(map(type, settings))
     if is_compiling() or _jit_trace is None or _jit_trace() is not None or forward_mode():
@@ -49,7 +53,7 @@ def _kind_of(make: Callable[..., Any], tensors: Sequence[Any], settings: Sequenc
     if not _VALUES.issuperset(types) or tensors[0] is None:
         return None
     fields = [make, types, settings]  # 1, 1.0 and True are one key without their types
-    fields += (backends.requested(), self_check.epoch, torch.is_grad_enabled())
+    fields += (request, self_check.epoch, torch.is_grad_enabled())
     for x in tensors:
         if x is None:
             fields.append(None)

@@ -224,9 +224,9 @@ def lasting(device: torch.device) -> bool:
 def forget() -> None:
     """Read the record again: for who has changed it."""
     global epoch
-    epoch += 1
     _settled.clear()
     known.cache_clear()
+    epoch += 1  # last: what another thread has settled meanwhile is kept for the epoch before
 
 
 @cache

@@ -13,7 +13,7 @@ from ard_kernels.block_causal_attention.cpu import measured_slower
 from ard_kernels.block_causal_attention.spec import check_packed, check_qkv, check_window, rows_apart
 from ard_kernels.common.arguments import check_int, check_scale, described, is_int
 from ard_kernels.common.autocast import cast_to_autocast, dtype_in_autocast
-from ard_kernels.common.backends import resolve
+from ard_kernels.common.backends import choose
 from ard_kernels.common.kinds import once_per_kind
 from ard_kernels.common.library import transformed
 from ard_kernels.common.segments import check_segment_length
@@ -128,7 +128,7 @@ def _plan(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_sink: torch.Tensor | None, keys: torch.Tensor,
     values: torch.Tensor, workspace: torch.Tensor, positions: torch.Tensor, layer: int, commit: bool,
     segment_length: int | Sequence[int] | None, window: int | None, sink: int, scale: float | None, layout: str,
-    backend: str | None,
+    backend: str | None, request: str | None,
 ) -> _Plan:  # fmt: skip
     op = "history_attention"
     check_qkv(op, q, k, v, layout)
@@ -151,7 +151,7 @@ def _plan(
     copied = len(lengths) > 1 or (torch.is_grad_enabled() and any([x.requires_grad for x in inputs]))
     kernels = "segment_attention" if copied or q_sink is not None else op  # that run: theirs is the self-check
     slow = measured_slower(inputs, keys.dtype, lengths)
-    chosen = resolve(kernels, backend, q.device, keys.dtype, q.shape[-1], slow)
+    chosen = choose(kernels, backend, request, q.device, keys.dtype, q.shape[-1], slow)
     apart = all([rows_apart(x, token_dim) for x in inputs])
     return _Plan(window, sink, lengths, scale, chosen, apart, copied)
 

@@ -66,7 +66,7 @@ class Place(NamedTuple):
 def read(positions: np.ndarray, layers: int) -> list[int]:
     """What of `positions` says something: up to the start that follows the last segment taken."""
     counts = positions[HEADER : HEADER + layers].tolist()
-    taken = 0 if positions[SEGMENT_LENGTH] else max([0, *counts])
+    taken = 0 if positions[SEGMENT_LENGTH] > 0 else max([0, *counts])
     return positions[: HEADER + layers + 1 + taken].tolist()
 
 
