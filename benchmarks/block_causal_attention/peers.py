@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -173,7 +173,8 @@ def magi(case: Case, device: torch.device) -> Attend:
 def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = Path("/proc/meminfo").read_text().splitlines()  # (SC_AVPHYS_PAGES leaves out what the page cache would give)
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
 def dense(case: Case, device: torch.device, *, additive: bool) -> Attend:
