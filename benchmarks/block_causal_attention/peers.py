@@ -173,7 +173,7 @@ def magi(case: Case, device: torch.device) -> Attend:
 def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()  # (SC_AVPHYS_PAGES leaves out what the page cache would give)
+    lines = Path("/proc/meminfo").read_text().splitlines()  # sysconf leaves out what the page cache would give
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
