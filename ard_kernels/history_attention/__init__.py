@@ -197,11 +197,17 @@ class HistoryRouting:
         Raises:
             ValueError: as the ops; a rolling cache of another window or sink.
         """
-        shared: dict[str, Any] = {"layout": layout, "scale": scale, "backend": backend}
-        if cache is not None and self.reads_history(layer):
-            shared |= {"segment_length": segment_length, **self._mask_over(cache)}
-            return history_attention(q, k, v, cache, layer=layer, commit=commit, **shared)
-        return block_causal_attention(q, k, v, segment_length=segment_length, **self.mask(layer), **shared)
+        if cache is None or not self.reads_history(layer):
+            window, sink = self._mask(layer)
+            return block_causal_attention(
+                q, k, v, segment_length=segment_length, window=window, sink=sink, scale=scale, layout=layout,
+                backend=backend,
+            )  # fmt: skip
+        self._check_rolling(cache)
+        return history_attention(
+            q, k, v, cache, layer=layer, commit=commit, segment_length=segment_length, window=self.window,
+            sink=self.sink, scale=scale, layout=layout, backend=backend,
+        )  # fmt: skip
 
     def attention_packed(
         self,
@@ -215,22 +221,24 @@ class HistoryRouting:
         backend: str | None = None,
     ) -> torch.Tensor:
         """`attention` of qkv (B, T, 3, H, D); returns (B, T, H, D). See `block_causal_attention_packed`."""
-        shared: dict[str, Any] = {"scale": scale, "backend": backend}
-        if cache is not None and self.reads_history(layer):
-            check_packed("HistoryRouting", qkv)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-            shared |= {"segment_length": segment_length, **self._mask_over(cache)}
-            return history_attention(q, k, v, cache, layer=layer, commit=commit, **shared).transpose(1, 2)
-        return block_causal_attention_packed(qkv, segment_length=segment_length, **self.mask(layer), **shared)
+        if cache is None or not self.reads_history(layer):
+            window, sink = self._mask(layer)
+            return block_causal_attention_packed(
+                qkv, segment_length=segment_length, window=window, sink=sink, scale=scale, backend=backend
+            )
+        check_packed("HistoryRouting", qkv)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        return self.attention(
+            layer, q, k, v, segment_length=segment_length, cache=cache, commit=commit, scale=scale, backend=backend
+        ).transpose(1, 2)
 
-    def _mask_over(self, cache: HistoryCache) -> dict[str, Any]:
-        """The mask; where the cache rolls, its own: a window of None would mean that to `history_attention`."""
+    def _check_rolling(self, cache: HistoryCache) -> None:
+        """A rolling cache has a mask of its own; a window of None would mean that to `history_attention`."""
         own = self.window, self.sink
         if cache.window is not None and own != (cache.window, cache.sink):
             raise ValueError(
                 f"HistoryRouting: window and sink are {own}; expected the rolling cache's {(cache.window, cache.sink)}"
             )
-        return {"window": self.window, "sink": self.sink}
 
     def reads_history(self, layer: int) -> bool:
         """Whether `layer` attends to earlier segments. ValueError for a layer the model does not have."""
@@ -239,7 +247,11 @@ class HistoryRouting:
 
     def mask(self, layer: int) -> dict[str, Any]:
         """`window` and `sink` of `layer`; block-diagonal above the history layers."""
-        return {"window": self.window, "sink": self.sink} if self.reads_history(layer) else {"window": 1, "sink": 0}
+        window, sink = self._mask(layer)
+        return {"window": window, "sink": sink}
+
+    def _mask(self, layer: int) -> tuple[int | None, int]:
+        return (self.window, self.sink) if self.reads_history(layer) else (1, 0)
 
     def __repr__(self) -> str:
         return f"HistoryRouting({self.depth}, {self.history_layers}, window={self.window}, sink={self.sink})"

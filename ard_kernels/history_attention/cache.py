@@ -174,8 +174,9 @@ class HistoryCache:
         roll = self.positions[: places.WRITTEN]
         if positions.shape != self.positions.shape or positions.dtype != torch.int64 or positions[:3].ne(roll).any():
             raise ValueError(f"{op}: positions are of another cache; expected those of one like {self!r}")
-        places.check_undamaged(op, positions.numpy(), self.layers, self.capacity)
-        held = places.held(positions.numpy(), self.layers)[1]
+        counts = positions.numpy()
+        places.check_undamaged(op, places.read(counts, self.layers), counts.size, self.layers, self.capacity)
+        held = places.held(counts, self.layers)[1]
         expected = (self.layers, self.batch, self.heads, held, self.head_dim)
         for name in ("keys", "values"):
             if state[name].shape != expected:

@@ -23,7 +23,8 @@ All layers take the same steps, so they share what follows; within a step some h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -65,9 +66,10 @@ class Place(NamedTuple):
 
 def read(positions: np.ndarray, layers: int) -> list[int]:
     """What of `positions` says something: up to the start that follows the last segment taken."""
-    counts = positions[HEADER : HEADER + layers].tolist()
-    taken = 0 if positions[SEGMENT_LENGTH] > 0 else max([0, *counts])
-    return positions[: HEADER + layers + 1 + taken].tolist()
+    first = HEADER + layers
+    head = positions[: first + 1].tolist()
+    taken = 0 if head[SEGMENT_LENGTH] > 0 else max([0, *head[HEADER:first]])
+    return head + positions[first + 1 : first + 1 + taken].tolist() if taken > 0 else head
 
 
 class Stand:
@@ -77,19 +79,18 @@ class Stand:
         taken: segments that the layer has taken, the index of the next.
     """
 
-    def __init__(self, positions: list[int], layers: int, taken: int):
+    def __init__(self, positions: Sequence[int], layers: int, taken: int):
         self.segment_length, self.window, self.sink = positions[:WRITTEN]
         self.rolls, self.taken = self.segment_length > 0, taken
         first = HEADER + layers
-        self.starts = positions[first : first + 1 + (0 if self.rolls else taken)]
+        self.starts = tuple(positions[first : first + 1 + (0 if self.rolls else taken)])
 
     def add(self, lengths: Sequence[int]) -> None:
         """The tokens of segments taken, taken + 1, ..."""
         if not self.rolls:
-            for length in lengths:
-                self.starts.append(self.starts[-1] + length)
+            self.starts += tuple(accumulate(lengths, initial=self.starts[-1]))[1:]
         elif self.taken == 0:
-            self.starts = [self.segment_length - lengths[0]]
+            self.starts = (self.segment_length - lengths[0],)
 
     def slot(self, segment: int) -> int:
         """Of a rolling cache."""
@@ -128,7 +129,16 @@ def stand(
         ValueError: no room; an earlier step that left layers behind; another length than the step has in other layers,
             or than the cache's; another window and sink than the cache's; positions that this file has not written.
     """
-    held = check_undamaged(op, positions, layers, capacity)
+    held = tuple(read(positions, layers))
+    return _stand(op, held, positions.size, layers, capacity, layer, tuple(lengths), window, sink)
+
+
+@lru_cache(maxsize=1024)  # every layer of every stream asks the same, and this took as long as a small kernel
+def _stand(
+    op: str, held: tuple[int, ...], size: int, layers: int, capacity: int, layer: int, lengths: tuple[int, ...],
+    window: int | None, sink: int,
+) -> Stand:  # fmt: skip
+    check_undamaged(op, held, size, layers, capacity)
     counts = held[HEADER : HEADER + layers]
     taken, most = counts[layer], max(counts)
     if min(counts) < taken:
@@ -158,23 +168,21 @@ def stand(
     return found
 
 
-def check_undamaged(op: str, positions: np.ndarray, layers: int, capacity: int) -> list[int]:
-    """`read`; ValueError unless this file may have written the positions."""
-    held = read(positions, layers)
+def check_undamaged(op: str, held: Sequence[int], size: int, layers: int, capacity: int) -> None:
+    """ValueError unless this file may have written `size` positions, of which `read` gives these."""
     segment_length, window, sink, written = held[:HEADER]
     counts, starts = [0, *held[HEADER : HEADER + layers]], held[HEADER + layers :]
     most = max(counts)
     if segment_length == 0:
-        good = window == sink == written == 0 and most <= capacity and positions.size == HEADER + layers + capacity + 1
+        good = window == sink == written == 0 and most <= capacity and size == HEADER + layers + capacity + 1
         good = good and starts[0] == 0 and starts[-1] <= capacity and all([a < b for a, b in pairwise(starts)])
     else:
         good = segment_length > 0 and window > 0 and sink >= 0 and (sink + window) * segment_length == capacity
-        good = good and positions.size == HEADER + layers + 1 and 0 <= starts[0] < segment_length and written >= most
+        good = good and size == HEADER + layers + 1 and 0 <= starts[0] < segment_length and written >= most
     if not good or min(counts) < 0:
         raise ValueError(
             f"{op}: cache.positions is damaged; expected what the op has written (reset() empties the cache)"
         )
-    return held
 
 
 def _check_rolling(op: str, at: Stand, window: int | None, sink: int, lengths: Sequence[int]) -> None:
@@ -213,7 +221,8 @@ def of_one_layer(op: str, positions: torch.Tensor, layers: int, capacity: int, l
     Raises:
         ValueError: positions that this file has not written.
     """
-    held = check_undamaged(op, positions.numpy(), layers, capacity)
+    held = read(positions.numpy(), layers)
+    check_undamaged(op, held, len(positions), layers, capacity)
     at = Stand(held, layers, held[HEADER + layer])
     taken, slots = at.taken, at.sink + at.window
     if at.rolls and taken > slots:
