@@ -16,6 +16,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from ard.common.allocator import keep_freed_memory
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -113,6 +115,7 @@ def _begin(reported: Any) -> None:
     global _reported
     _reported = reported
     torch.set_num_threads(1)
+    keep_freed_memory()
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
