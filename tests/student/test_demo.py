@@ -73,6 +73,7 @@ def test_demo_reports_every_run_and_the_ratios(finished):
     assert teacher["flops"] > plain["flops"] and with_history["flops"] > plain["flops"]
     # S(S-1)/2 = 1 pair of 16x16 tokens in one layer: 4 * L * L * C.
     assert with_history["flops"] - plain["flops"] == 4 * 16 * 16 * 16
+    assert plain["times_baseline"] == 1 and with_history["times_baseline"] > 0 and teacher["seconds"] > 0
 
 
 @pytest.mark.slow

@@ -111,3 +111,13 @@ def test_workers_end_with_their_parent(tmp_path):
     while worker.is_dir() and "Z (zombie)" not in (worker / "status").read_text() and time.monotonic() < until:
         time.sleep(0.1)
     assert not worker.is_dir() or "Z (zombie)" in (worker / "status").read_text()
+
+
+def drawn(job: int) -> float:
+    return torch.rand(job)[0].item()
+
+
+def test_generator_does_not_depend_on_earlier_jobs():
+    with Workers(1) as workers:
+        first, second = workers.run(drawn, [5, 4])
+    assert first == second

@@ -86,7 +86,7 @@ def run(arguments: list[str], cwd: Path, report: Callable) -> None:
     vae.LatentCodec = Vae
     latents.encode_folder.__kwdefaults__["shard_size"] = 4
     tiny = demo.load_config(changes=DEMO)
-    demo.load_config = lambda quick: tiny
+    demo.load_config = lambda *_, **__: tiny
     app(arguments)
 
 

@@ -23,6 +23,7 @@ from ard_kernels import flops
 
 DISTANCES = ("frechet_to_teacher", "endpoint_mse", "frechet_to_real")  # the smaller the better; other scores are shares
 FACTS = ("sampler", "history_layers", "seed")  # of a row, besides its scores
+TEACHERS_TURN = 5  # a sampling of the teacher takes as long as ten of a student
 
 
 class Subject(Protocol):
@@ -146,7 +147,11 @@ def summarize(rows: Sequence[dict]) -> dict:
 def measure_costs(
     made: Made, subject: Subject, samplers: Sequence[Sampler], config: DemoConfig, watch: Stopwatch
 ) -> list[dict]:
-    """FLOPs (analytic) and seconds per image of each sampler: median over repeats, the samplers taking turns."""
+    """FLOPs (analytic) and seconds per image of each sampler, medians over turns, the teacher in every fifth.
+
+    "times_baseline": of the time of the first student, without history, in the same turn: the median, too. A shared
+    machine is twice as slow in one minute as in the next.
+    """
     settings, trajectories, model = config.demo.evaluation, made.recipe.trajectories, made.recipe.model
     noise = noise_at(settings.seed, range(settings.timing_batch_size), model.image_shape)
     inputs = (noise, *subject.conditions(settings.timing_batch_size))
@@ -159,20 +164,24 @@ def measure_costs(
         cost = flops.student_sampling(model, made.recipe.steps, n)
         student, cache = sampler.student, sampler.student.new_cache(settings.timing_batch_size)
         runs.append((f"student N={n}", n, partial(student.sample, cache=cache), cost))
-    times: dict[str, list[float]] = {name: [] for name, *_ in runs}
+    times: dict[str, dict[int, float]] = {name: {} for name, *_ in runs}  # by turn
     with watch.stage("timing", settings.timing_repeats) as advance:
-        for _ in range(settings.timing_repeats):
-            for name, _, run, _ in runs:
+        for turn in range(settings.timing_repeats):
+            for name, layers, run, _ in runs:
+                if layers is None and turn % TEACHERS_TURN:
+                    continue
                 start = time.perf_counter()
                 run(*inputs)
-                times[name].append(time.perf_counter() - start)
+                times[name][turn] = time.perf_counter() - start
             advance()
+    baseline = times[runs[1][0]]
     return [
         {
             "sampler": name,
             "history_layers": n,
             "flops": cost,
-            "seconds": statistics.median(times[name]) / settings.timing_batch_size,
+            "seconds": statistics.median(times[name].values()) / settings.timing_batch_size,
+            "times_baseline": statistics.median(spent / baseline[turn] for turn, spent in times[name].items()),
         }
         for name, n, _, cost in runs
     ]

@@ -72,7 +72,7 @@ class Workers:
         before = self._reported.value
         futures: dict[int, Future[Result]] = {}
         for number in sorted(range(len(jobs)), key=lambda number: -size(jobs[number])):
-            futures[number] = self._pool.submit(function, jobs[number])
+            futures[number] = self._pool.submit(_do, function, jobs[number])
         return Started([futures[number] for number in range(len(jobs))], before)
 
     def finish(self, started: Started[Result], advance: Callable[[int], None] = lambda count: None) -> list[Result]:
@@ -101,6 +101,12 @@ def report(count: int) -> None:
     """In a worker: so much more is done."""
     with _reported.get_lock():
         _reported.value += count
+
+
+def _do(function: Callable[[Job], Result], job: Job) -> Result:
+    """Checkpoints hold the state of torch's generator: the same one, whatever this worker has done before."""
+    torch.manual_seed(0)
+    return function(job)
 
 
 def _nothing() -> None:
