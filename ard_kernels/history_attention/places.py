@@ -133,7 +133,7 @@ def stand(
     return _stand(op, held, positions.size, layers, capacity, layer, tuple(lengths), window, sink)
 
 
-@lru_cache(maxsize=1024)  # every layer of every stream asks the same, and this took as long as a small kernel
+@lru_cache(maxsize=256)  # of a cache that is reset every step asks again: it took as long as a small kernel
 def _stand(
     op: str, held: tuple[int, ...], size: int, layers: int, capacity: int, layer: int, lengths: tuple[int, ...],
     window: int | None, sink: int,
