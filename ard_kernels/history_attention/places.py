@@ -130,10 +130,10 @@ def stand(
             or than the cache's; another window and sink than the cache's; positions that this file has not written.
     """
     held = tuple(read(positions, layers))
-    return _stand(op, held, positions.size, layers, capacity, layer, tuple(lengths), window, sink)
+    find = _stand if held[SEGMENT_LENGTH] > 0 else _stand_again  # a cache that rolls never stands there again
+    return find(op, held, positions.size, layers, capacity, layer, tuple(lengths), window, sink)
 
 
-@lru_cache(maxsize=256)  # of a cache that is reset every step asks again: it took as long as a small kernel
 def _stand(
     op: str, held: tuple[int, ...], size: int, layers: int, capacity: int, layer: int, lengths: tuple[int, ...],
     window: int | None, sink: int,
@@ -166,6 +166,10 @@ def _stand(
         )
     found.add(lengths)
     return found
+
+
+# Of a cache that is reset the same is asked again and again, and it took as long as a small kernel.
+_stand_again = lru_cache(maxsize=256)(_stand)
 
 
 def check_undamaged(op: str, held: Sequence[int], size: int, layers: int, capacity: int) -> None:
