@@ -198,11 +198,9 @@ class HistoryRouting:
             ValueError: as the ops; a rolling cache of another window or sink.
         """
         if cache is None or not self.reads_history(layer):
-            window, sink = self._mask(layer)
             return block_causal_attention(
-                q, k, v, segment_length=segment_length, window=window, sink=sink, scale=scale, layout=layout,
-                backend=backend,
-            )  # fmt: skip
+                q, k, v, segment_length=segment_length, **self.mask(layer), scale=scale, layout=layout, backend=backend
+            )
         self._check_rolling(cache)
         return history_attention(
             q, k, v, cache, layer=layer, commit=commit, segment_length=segment_length, window=self.window,
@@ -222,9 +220,8 @@ class HistoryRouting:
     ) -> torch.Tensor:
         """`attention` of qkv (B, T, 3, H, D); returns (B, T, H, D). See `block_causal_attention_packed`."""
         if cache is None or not self.reads_history(layer):
-            window, sink = self._mask(layer)
             return block_causal_attention_packed(
-                qkv, segment_length=segment_length, window=window, sink=sink, scale=scale, backend=backend
+                qkv, segment_length=segment_length, **self.mask(layer), scale=scale, backend=backend
             )
         check_packed("HistoryRouting", qkv)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
@@ -247,11 +244,7 @@ class HistoryRouting:
 
     def mask(self, layer: int) -> dict[str, Any]:
         """`window` and `sink` of `layer`; block-diagonal above the history layers."""
-        window, sink = self._mask(layer)
-        return {"window": window, "sink": sink}
-
-    def _mask(self, layer: int) -> tuple[int | None, int]:
-        return (self.window, self.sink) if self.reads_history(layer) else (1, 0)
+        return {"window": self.window, "sink": self.sink} if self.reads_history(layer) else {"window": 1, "sink": 0}
 
     def __repr__(self) -> str:
         return f"HistoryRouting({self.depth}, {self.history_layers}, window={self.window}, sink={self.sink})"
