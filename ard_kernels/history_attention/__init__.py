@@ -201,10 +201,9 @@ class HistoryRouting:
             return block_causal_attention(
                 q, k, v, segment_length=segment_length, **self.mask(layer), scale=scale, layout=layout, backend=backend
             )
-        self._check_rolling(cache)
-        return history_attention(
-            q, k, v, cache, layer=layer, commit=commit, segment_length=segment_length, window=self.window,
-            sink=self.sink, scale=scale, layout=layout, backend=backend,
+        return self._attend_to_past(
+            q, k, v, cache, layer=layer, commit=commit, segment_length=segment_length, scale=scale, layout=layout,
+            backend=backend,
         )  # fmt: skip
 
     def attention_packed(
@@ -225,17 +224,20 @@ class HistoryRouting:
             )
         check_packed("HistoryRouting", qkv)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        return self.attention(
-            layer, q, k, v, segment_length=segment_length, cache=cache, commit=commit, scale=scale, backend=backend
+        return self._attend_to_past(
+            q, k, v, cache, layer=layer, commit=commit, segment_length=segment_length, scale=scale, backend=backend
         ).transpose(1, 2)
 
-    def _check_rolling(self, cache: HistoryCache) -> None:
+    def _attend_to_past(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: HistoryCache, **settings: Any
+    ) -> torch.Tensor:
         """A rolling cache has a mask of its own; a window of None would mean that to `history_attention`."""
         own = self.window, self.sink
         if cache.window is not None and own != (cache.window, cache.sink):
             raise ValueError(
                 f"HistoryRouting: window and sink are {own}; expected the rolling cache's {(cache.window, cache.sink)}"
             )
+        return history_attention(q, k, v, cache, window=self.window, sink=self.sink, **settings)
 
     def reads_history(self, layer: int) -> bool:
         """Whether `layer` attends to earlier segments. ValueError for a layer the model does not have."""

@@ -9,9 +9,17 @@ import sys
 
 import pytest
 from ard.__main__ import main
+from ard.common import allocator
 from ard.demo.workers import Workers
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc than glibc's")
+
+
+@pytest.fixture(autouse=True)
+def without_settings_of_a_user(monkeypatch):
+    for name in allocator.USERS:
+        monkeypatch.delenv(name, raising=False)
+
 
 COUNT_FAULTS = """
 import resource, torch

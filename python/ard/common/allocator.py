@@ -7,8 +7,8 @@ import os
 
 KEPT = 256 << 20  # bytes
 
+USERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
-_USERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> bool:
@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
     fresh memory costs a page fault every 4 KiB: a quarter of a small model's time to sample, a twentieth to train. Left
     alone where the environment says how malloc works, and where it is not glibc's.
     """
-    if any(name in os.environ for name in _USERS):
+    if any(name in os.environ for name in USERS):
         return False
     try:
         set_option = ctypes.CDLL(None).mallopt
