@@ -7,9 +7,6 @@
 
 namespace ard {
 
-// An output this large is gone from the caches before anyone reads it, so it is written past them, which saves reading
-// the lines first. Measured on Zen 5 with 32 MB of L3, 2 cores: see docs/performance.md.
-constexpr int64_t kStreamBytes = 8 << 20;
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kParallelElements = 1 << 15;
 

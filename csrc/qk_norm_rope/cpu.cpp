@@ -1,6 +1,7 @@
 // qk_norm_rope on the CPU: cuts the tokens into chunks, picks the ISA, runs chunks in parallel. In the backward a chunk
 // leaves its sums for weight and bias, and they are added in order: results are bit-equal for any number of threads.
 #include "../common/isa.h"
+#include "../common/output.h"
 #include "../common/scratch.h"
 #include "row_kernels.h"
 
@@ -18,7 +19,19 @@ const NormRopeKernels& kernels_in_use() {
 
 int64_t elements(const NormRope& p) { return p.batch * p.tokens * p.channels(); }
 
-bool streams(const NormRope& p) { return elements(p) * size_of(p.dtype) >= kStreamBytes; }
+// Tokens of an output, batch * tokens of them, follow each other in memory; in a packed one other sections lie between.
+int64_t bytes_of(const NormRope& p, const HeadsView& out, int64_t tokens) {
+  return tokens == 0 ? 0 : ((tokens - 1) * out.stride_token + p.channels()) * size_of(p.dtype);
+}
+
+Output output_of(const NormRope& p, const HeadsView& out) {
+  return Output(out.data, bytes_of(p, out, p.batch * p.tokens));
+}
+
+void claim(const Output& output, const NormRope& p, const HeadsView& out, int64_t begin, int64_t end) {
+  const char* const first = static_cast<const char*>(out.data) + begin * out.stride_token * size_of(p.dtype);
+  output.claim(first, bytes_of(p, out, end - begin));
+}
 
 int used_threads(const NormRope& p, int threads) { return elements(p) < kParallelElements ? 1 : threads; }
 
@@ -47,17 +60,19 @@ int64_t norm_rope_chunks_cpu(int64_t tokens) { return (tokens + kChunkTokens - 1
 
 void norm_rope_forward_cpu(const NormRopeForward& p, int threads) {
   const NormRopeKernels& kernels = kernels_in_use();
-  const bool stream = streams(p);
+  const Output y = output_of(p, p.y);
   for_chunks(p, threads, [&](int64_t, int64_t begin, int64_t end, float* scratch) {
-    kernels.forward(p, begin, end, stream, scratch);
+    claim(y, p, p.y, begin, end);
+    kernels.forward(p, begin, end, y.streams(), scratch);
   });
 }
 
 void norm_rope_backward_cpu(const NormRopeBackward& p, int threads) {
   const NormRopeKernels& kernels = kernels_in_use();
-  const bool stream = streams(p);
+  const Output dx = output_of(p, p.dx);
   for_chunks(p, threads, [&](int64_t chunk, int64_t begin, int64_t end, float* scratch) {
-    kernels.backward(p, begin, end, stream, p.workspace + chunk * p.sums() * p.parameter_width(), scratch);
+    claim(dx, p, p.dx, begin, end);
+    kernels.backward(p, begin, end, dx.streams(), p.workspace + chunk * p.sums() * p.parameter_width(), scratch);
   });
   if (p.sums() == 0) return;
   const auto scratch = make_scratch(scratch_floats(p));

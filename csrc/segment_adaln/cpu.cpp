@@ -3,6 +3,7 @@
 // units partial sums of dweight and dbias, that a second stage adds in order. The cuts depend on shapes only, so
 // results are bit-equal for any number of threads.
 #include "../common/isa.h"
+#include "../common/output.h"
 #include "../common/scratch.h"
 #include "row_kernels.h"
 
@@ -46,8 +47,15 @@ std::vector<Unit> cut(const Segments& segments) {
   return units;
 }
 
-bool streams(const View& out, const Segments& s) {
-  return out && s.batch * s.tokens * s.channels * size_of(out.dtype) >= kStreamBytes;
+// Tokens of an output follow each other in memory.
+int64_t bytes_of(const View& out, int64_t tokens, int64_t channels) { return tokens * channels * size_of(out.dtype); }
+
+Output output_of(const View& out, const Segments& s) {
+  return out ? Output(out.data, bytes_of(out, s.batch * s.tokens, s.channels)) : Output();
+}
+
+void claim(const Output& output, const View& out, const Unit& u, int64_t channels) {
+  output.claim(out.row(u.batch, u.begin), bytes_of(out, u.end - u.begin, channels));
 }
 
 int threads(const Segments& s) { return s.batch * s.tokens * s.channels < kParallelElements ? 1 : s.threads; }
@@ -57,8 +65,9 @@ int threads(const Segments& s) { return s.batch * s.tokens * s.channels < kParal
 void forward_cpu(CpuForwardParams params, const Segments& segments) {
   params.tokens = segments.tokens;
   params.channels = segments.channels;
-  params.stream_h = streams(params.h, segments);
-  params.stream_y = streams(params.y, segments);
+  const Output h = output_of(params.h, segments), y = output_of(params.y, segments);
+  params.stream_h = h.streams();
+  params.stream_y = y.streams();
   const RowKernels& kernels = row_kernels();
   const std::vector<Unit> units = cut(segments);
   const int64_t count = static_cast<int64_t>(units.size());
@@ -66,15 +75,20 @@ void forward_cpu(CpuForwardParams params, const Segments& segments) {
   {
     const auto scratch = make_scratch(kForwardBuffers * buffer_stride(params.channels));
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; ++i) kernels.forward(params, segments, units[i], scratch.get());
+    for (int64_t i = 0; i < count; ++i) {
+      claim(h, params.h, units[i], params.channels);
+      claim(y, params.y, units[i], params.channels);
+      kernels.forward(params, segments, units[i], scratch.get());
+    }
   }
 }
 
 void backward_cpu(CpuBackwardParams params, const Segments& segments) {
   params.tokens = segments.tokens;
   params.channels = segments.channels;
-  params.stream_dx = streams(params.dx, segments);
-  params.stream_dbranch = streams(params.dbranch, segments);
+  const Output dx = output_of(params.dx, segments), dbranch = output_of(params.dbranch, segments);
+  params.stream_dx = dx.streams();
+  params.stream_dbranch = dbranch.streams();
   const RowKernels& kernels = row_kernels();
   const std::vector<Unit> units = cut(segments);
   const int64_t count = static_cast<int64_t>(units.size());
@@ -95,7 +109,11 @@ void backward_cpu(CpuBackwardParams params, const Segments& segments) {
   {
     const auto scratch = make_scratch(kBackwardBuffers * buffer_stride(params.channels));
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; ++i) kernels.backward(params, segments, units[i], scratch.get());
+    for (int64_t i = 0; i < count; ++i) {
+      claim(dx, params.dx, units[i], params.channels);
+      claim(dbranch, params.dbranch, units[i], params.channels);
+      kernels.backward(params, segments, units[i], scratch.get());
+    }
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < reductions; ++i) {
       const auto& [first, parts] = sums[i / row_sums];
