@@ -23,7 +23,7 @@ if TINY:
 elif ON_GPU:
     GROUPS = [sampling("DiT-XL/2", batch, XL_GOALS | PUBLISHED, 30, 10.0) for batch in (1, 32)]
 else:
-    GROUPS = [sampling("DiT-XL/2", 1, XL_GOALS, 7, 90.0), sampling("DiT-S/2", 1, PUBLISHED, 15, 10.0)]
+    GROUPS = [sampling("DiT-XL/2", 1, XL_GOALS, 16, 280.0), sampling("DiT-S/2", 1, PUBLISHED, 15, 10.0)]
 
 
 def test_sampling(group, candidate, report):
