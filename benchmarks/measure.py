@@ -18,7 +18,7 @@ from ard_kernels.tune.timing import Timing, interleaved, make_timer
 from benchmarks.exact import allowed
 from benchmarks.ops import Job, jobs, our_backends
 from benchmarks.results import Row, compared, goal
-from benchmarks.timing import DEVICE, TINY, ceilings, rotating, sets_needed
+from benchmarks.timing import DEVICE, TINY, ceilings, fresh_wall_clock, rotating, sets_needed
 from testing import cases
 from testing.cases import ADALN, NORM_ROPE, Case
 
@@ -156,7 +156,8 @@ def measure(job: Job, device: torch.device, how: How) -> Measurement:
     if not mine:
         return Measurement([], {}, refused, wrong)
     runs |= references(case, device)
-    timings = interleaved(runs, how.rounds, how.warmup, timer=make_timer(device), seconds=how.seconds)
+    timer = fresh_wall_clock if job.fresh_memory else make_timer(device)
+    timings = interleaved(runs, how.rounds, how.warmup, timer=timer, seconds=how.seconds)
     ceiling = gpu_ceilings(device).get(job.op.unit) or reference_rate(case, timings)
     alive = [name for name in peers if name in runs]
     facts = {"refused": refused | wrong, "ceiling": ceiling, "input_sets": len(sets), "errors": errors}
@@ -181,7 +182,7 @@ def row_of(job: Job, backend: str, mine: list[str], peers: list[str], timings, *
     if job.fraction_target and fraction:
         targets.append(goal("of copy bandwidth", fraction, job.fraction_target))
     return compared(
-        timings, backend, peers, job.target, op=case.op, shape=case.label, direction=job.direction,
+        timings, backend, peers, job.target, op=case.op, shape=job.shape, direction=job.direction,
         dtype=cases.name(case.dtype), backend=backend, width=case.width, registered_op=case.registered_op,
         rate=rate, unit=unit, intensity=job.intensity, ceiling=ceiling, fraction_of_measured_ceiling=fraction,
         targets=targets, **facts, **others,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from benchmarks.timing import give_back_freed_memory
 
 PROCESS = Path("/proc/self")
 
@@ -24,7 +25,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - held
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed blocks that glibc keeps would be used again, and not seen
+        give_back_freed_memory()  # blocks that glibc keeps would be used again, and not seen
         (PROCESS / "clear_refs").write_text("5")  # sets the peak to the present size
     except (OSError, AttributeError):
         return None

@@ -6,7 +6,7 @@ Targets: docs/performance.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -126,7 +126,8 @@ OPS = {
 class Job:
     """One comparison: a row for each of our backends. `target`: the least ratio of the fastest peer's time to ours.
 
-    rate_target: TFLOP/s of useful work. fraction_target: of the measured copy bandwidth.
+    rate_target: TFLOP/s of useful work. fraction_target: of the measured copy bandwidth. fresh_memory: what a call
+    allocates has no pages yet, as with a malloc that keeps nothing, and in glibc's any block of 32 MB and more.
     """
 
     case: Case
@@ -134,14 +135,19 @@ class Job:
     target: float
     rate_target: float | None = None
     fraction_target: float | None = None
+    fresh_memory: bool = False
 
     @property
     def op(self) -> Op:
         return OPS[self.case.op]
 
     @property
+    def shape(self) -> str:
+        return self.case.label + (", fresh memory" if self.fresh_memory else "")
+
+    @property
     def label(self) -> str:
-        return f"{self.case.label} {self.direction}"
+        return f"{self.shape} {self.direction}"
 
     @property
     def intensity(self) -> float:
@@ -308,8 +314,8 @@ def cpu_jobs() -> list[Job]:
     found += stream_jobs({way: (1.0, None) for way in both}, True, torch.float32)
     goals = {"forward": 1.5, "forward+backward": 2.0}
     found += [adaln_job(op, 4, 256, 1152, torch.float32, way, goals[way], **fp32) for op in ADALN for way in both]
-    # Outputs of 75 MB, which glibc maps anew in every call: their pages take longer than the work.
-    found += [adaln_job(op, 16, 256, 1152, torch.float32, way, 1.0, **fp32) for op in ADALN[:2] for way in both]
+    fresh = (adaln_job(op, 4, 256, 1152, torch.float32, way, 1.0, **fp32) for op in ADALN[:2] for way in both)
+    found += [replace(job, fresh_memory=True) for job in fresh]
     found += [seam_job(seam, 1560, 1536, "forward+backward", 1.4, **fp32) for seam in SEAMS]
     goals = {"forward": 1.3, "forward+backward": 1.5}  # of the compiled chain; the eager one takes 5 times as long
     found += [norm_rope_job(*shape, way, goals[way], **fp32) for shape in NORM_ROPE_SHAPES for way in both]
