@@ -73,7 +73,8 @@ def is_headline(row: Row) -> bool:
             and "L4 " not in row.shape
             and not on_cpu_in_half
         )
-    return row.op in ("adaln_modulate", "gate_residual_adaln", "student_training_step", "student_sampling")
+    others = ("adaln_modulate", "gate_residual_adaln", "student_training_step", "student_sampling")
+    return row.op in others and "fresh memory" not in row.shape
 
 
 def measured(devices: dict[str, Results]) -> str:
