@@ -10,80 +10,10 @@
 #include <cstring>
 
 #include "../common/rows.h"
+#include "cpu_vectors.h"
 
 namespace ard {
 namespace {
-
-#define ARD_INLINE inline __attribute__((always_inline))
-
-// As wide as the ISA's registers: GCC takes a shuffle of a wider vector apart, element by element.
-typedef float Vec4 __attribute__((vector_size(4 * sizeof(float))));
-typedef float Vec8 __attribute__((vector_size(8 * sizeof(float))));
-typedef float Vec16 __attribute__((vector_size(16 * sizeof(float))));
-#if defined(__AVX512F__)
-typedef Vec16 Wide;
-#elif defined(__AVX__)
-typedef Vec8 Wide;
-#else
-typedef Vec4 Wide;
-#endif
-constexpr int64_t kWide = sizeof(Wide) / sizeof(float);
-
-template <class V>
-ARD_INLINE V load(const float* from) {
-  V v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
-template <class V>
-ARD_INLINE void save(float* to, const V& v) {
-  std::memcpy(to, &v, sizeof v);
-}
-
-// body(i, V{}) over a row whose length is a multiple of 8: V is Wide, and 8 floats for what 16 leave.
-template <class Body>
-ARD_INLINE void each_vector(int64_t n, Body body) {
-  int64_t i = 0;
-  for (; i + kWide <= n; i += kWide) body(i, Wide{});
-  if (kWide > 8 && i < n) body(i, Vec8{});
-}
-
-template <class V>
-ARD_INLINE float sum_of_lanes(const V& v) {
-  constexpr int kLanes = sizeof(V) / sizeof(float);
-  float sum = 0;
-  for (int i = 0; i < kLanes / 2; ++i) sum += v[i] + v[i + kLanes / 2];
-  return sum;
-}
-
-// Sum of term(i, V{}) over the row, in four chains that hide the latency of an addition.
-template <class Term>
-ARD_INLINE float sum_over(int64_t n, Term term) {
-  Wide chains[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kWide <= n; i += 4 * kWide)
-    for (int c = 0; c < 4; ++c) chains[c] += term(i + c * kWide, Wide{});
-  for (; i + kWide <= n; i += kWide) chains[0] += term(i, Wide{});
-  const float sum = sum_of_lanes((chains[0] + chains[1]) + (chains[2] + chains[3]));
-  return kWide > 8 && i < n ? sum + sum_of_lanes(term(i, Vec8{})) : sum;
-}
-
-// The two of each pair exchanged.
-#if defined(__clang__)
-#define ARD_EXCHANGE(V, ...) \
-  ARD_INLINE V exchange(const V& v) { return __builtin_shufflevector(v, v, __VA_ARGS__); }
-#else
-#define ARD_EXCHANGE(V, ...)                                        \
-  ARD_INLINE V exchange(const V& v) {                               \
-    typedef int32_t Places __attribute__((vector_size(sizeof(V)))); \
-    return __builtin_shuffle(v, Places{__VA_ARGS__});               \
-  }
-#endif
-ARD_EXCHANGE(Vec4, 1, 0, 3, 2)
-ARD_EXCHANGE(Vec8, 1, 0, 3, 2, 5, 4, 7, 6)
-ARD_EXCHANGE(Vec16, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
-#undef ARD_EXCHANGE
 
 // cos and sin of one head of one token. Interleaved: for each element, sin with the sign that its partner has in the
 // formula; half: for each pair.
@@ -196,6 +126,23 @@ struct TokenRows {
   const float* head(int64_t h) const { return data + h * stride; }
 };
 
+// The rows of the token after n, in a chunk that ends at `end`. A token is worked on in several passes, and only the
+// first would touch memory; in a packed projection each token is in pages of its own, which no hardware foresees.
+struct NextRows {
+  const char* row;
+  int64_t head_bytes, row_bytes;
+
+  NextRows(const NormRope& p, const HeadsView& x, int64_t n, int64_t end)
+      : head_bytes(x.stride_head * size_of(p.dtype)), row_bytes(p.head_dim * size_of(p.dtype)) {
+    const int64_t next = n + 1 < end ? n + 1 : n;
+    row = address(x, p.dtype, next / p.tokens, next % p.tokens, 0);
+  }
+
+  ARD_INLINE void prefetch(int64_t head) const {
+    for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(row + head * head_bytes + byte);
+  }
+};
+
 // Where to compute a token's output, whose heads follow each other in memory: there, unless it needs a conversion or
 // goes past the caches.
 inline float* target(const NormRope& p, const HeadsView& y, int64_t batch, int64_t token, bool stream, float* buffer) {
@@ -246,6 +193,7 @@ void forward(const NormRopeForward& p, int64_t begin, int64_t end, bool stream, 
   for (int64_t n = begin; n < end; ++n) {
     const int64_t batch = n / p.tokens, token = n % p.tokens;
     const TokenRows x(p, p.x, batch, token, b.first);
+    const NextRows next_x(p, p.x, n, end);
     float* const y = target(p, p.y, batch, token, stream, b.out);
     float mean = 0, rstd = 0;
     if (p.norm != RowNorm::kNone && p.over_all) {
@@ -254,6 +202,7 @@ void forward(const NormRopeForward& p, int64_t begin, int64_t end, bool stream, 
       if (p.mean) p.mean[n] = mean;
     }
     for (int64_t h = 0; h < p.heads; ++h) {
+      next_x.prefetch(h);
       const float* row = x.head(h);
       float* const out = y + h * D;
       if (p.norm != RowNorm::kNone) {
@@ -327,12 +276,15 @@ void backward(const NormRopeBackward& p, int64_t begin, int64_t end, bool stream
     const TokenRows dy(p, p.grad_y, batch, token, b.first);
     float* const dx = target(p, p.dx, batch, token, stream, b.out);
     const TokenRows x(p, p.x, batch, token, b.second);
+    const NextRows next_dy(p, p.grad_y, n, end), next_x(p, p.x, n, end);
     RowSums sums;
     const auto finish_head = [&](int64_t h, const float* dz, float mean, float rstd, float count) {
       const float* weight = b.weight ? b.weight + (p.over_all ? h * D : 0) : nullptr;
       finish(dz, x.head(h), weight, mean, rstd, sums.g / count, sums.gn / count, D, dx + h * D);
     };
     for (int64_t h = 0; h < p.heads; ++h) {
+      next_dy.prefetch(h);
+      next_x.prefetch(h);
       const float* dz = dy.head(h);
       if (p.tables.pairs) {
         if (h == 0 || p.tables.cos.stride_head || p.tables.sin.stride_head) b.turn.read(p, batch, token, h, true);
