@@ -17,6 +17,8 @@ namespace ard {
 constexpr int64_t kStreamBytes = 8 << 20;
 // Smaller outputs are not worth the question whether they have pages, half a microsecond.
 constexpr int64_t kAskedBytes = 1 << 20;
+// Of less than a page at a time each would be asked for several times.
+constexpr int64_t kClaimedBytes = 4096;
 
 // Memory fresh from the system, as all that glibc hands out in blocks of 32 MB and more, has no pages yet. The system
 // gives each at its first touch, cleared, and so in the caches: stores past them cost more there than they save. And
@@ -34,7 +36,7 @@ class Output {
   // What is there stays. Best called for some dozen pages that this core is about to write, which are in its caches
   // then.
   void claim(const void* data, int64_t bytes) const {
-    if (fresh_ && bytes > 0) populate(data, bytes);
+    if (fresh_ && bytes >= kClaimedBytes) populate(data, bytes);
   }
 
  private:

@@ -19,18 +19,29 @@ const NormRopeKernels& kernels_in_use() {
 
 int64_t elements(const NormRope& p) { return p.batch * p.tokens * p.channels(); }
 
-// Tokens of an output, batch * tokens of them, follow each other in memory; in a packed one other sections lie between.
-int64_t bytes_of(const NormRope& p, const HeadsView& out, int64_t tokens) {
-  return tokens == 0 ? 0 : ((tokens - 1) * out.stride_token + p.channels()) * size_of(p.dtype);
+struct Span {
+  const char* data = nullptr;
+  int64_t bytes = 0;
+};
+
+// Tokens [begin, end) of the batch * tokens follow each other in memory; in a packed output other sections lie between.
+Span tokens_of(const NormRope& p, const HeadsView& out, int64_t begin, int64_t end) {
+  if (begin == end) return {};
+  const auto place = [&](int64_t n) {
+    return (n / p.tokens * out.stride_batch + n % p.tokens * out.stride_token) * size_of(p.dtype);
+  };
+  const int64_t first = place(begin), last = place(end - 1);
+  return {static_cast<const char*>(out.data) + first, last - first + p.channels() * size_of(p.dtype)};
 }
 
 Output output_of(const NormRope& p, const HeadsView& out) {
-  return Output(out.data, bytes_of(p, out, p.batch * p.tokens));
+  const Span all = tokens_of(p, out, 0, p.batch * p.tokens);
+  return Output(all.data, all.bytes);
 }
 
 void claim(const Output& output, const NormRope& p, const HeadsView& out, int64_t begin, int64_t end) {
-  const char* const first = static_cast<const char*>(out.data) + begin * out.stride_token * size_of(p.dtype);
-  output.claim(first, bytes_of(p, out, end - begin));
+  const Span chunk = tokens_of(p, out, begin, end);
+  output.claim(chunk.data, chunk.bytes);
 }
 
 int used_threads(const NormRope& p, int threads) { return elements(p) < kParallelElements ? 1 : threads; }
