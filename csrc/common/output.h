@@ -26,8 +26,10 @@ constexpr int64_t kClaimedBytes = 4096;
 class Output {
  public:
   Output() = default;
-  Output(const void* data, int64_t bytes)
-      : fresh_(bytes >= kAskedBytes && lacks_page(data, bytes / 2)), streams_(bytes >= kStreamBytes && !fresh_) {}
+  Output(const void* data, int64_t bytes) : Output(data, bytes, bytes) {}
+  // `own` of the bytes are written, with others between them.
+  Output(const void* data, int64_t bytes, int64_t own)
+      : fresh_(bytes >= kAskedBytes && lacks_page(data, bytes / 2)), streams_(own >= kStreamBytes && !fresh_) {}
 
   // Whether to write it past the caches.
   bool streams() const { return streams_; }

@@ -36,7 +36,7 @@ Span tokens_of(const NormRope& p, const HeadsView& out, int64_t begin, int64_t e
 
 Output output_of(const NormRope& p, const HeadsView& out) {
   const Span all = tokens_of(p, out, 0, p.batch * p.tokens);
-  return Output(all.data, all.bytes);
+  return Output(all.data, all.bytes, elements(p) * size_of(p.dtype));
 }
 
 void claim(const Output& output, const NormRope& p, const HeadsView& out, int64_t begin, int64_t end) {

@@ -126,16 +126,17 @@ struct TokenRows {
   const float* head(int64_t h) const { return data + h * stride; }
 };
 
-// The rows of the token after n, in a chunk that ends at `end`. A token is worked on in several passes, and only the
-// first would touch memory; in a packed projection each token is in pages of its own, which no hardware foresees.
+// The rows of the next token, which is in the next sample where this one is a sample's last; of this one where it is
+// the `last` of all. A token is worked on in several passes, and only the first would touch memory; in a packed
+// projection each token is in pages of its own, which no hardware foresees.
 struct NextRows {
   const char* row;
   int64_t head_bytes, row_bytes;
 
-  NextRows(const NormRope& p, const HeadsView& x, int64_t n, int64_t end)
+  NextRows(const NormRope& p, const HeadsView& x, int64_t batch, int64_t token, bool last)
       : head_bytes(x.stride_head * size_of(p.dtype)), row_bytes(p.head_dim * size_of(p.dtype)) {
-    const int64_t next = n + 1 < end ? n + 1 : n;
-    row = address(x, p.dtype, next / p.tokens, next % p.tokens, 0);
+    const bool ends = token + 1 == p.tokens;
+    row = last ? address(x, p.dtype, batch, token, 0) : address(x, p.dtype, batch + ends, ends ? 0 : token + 1, 0);
   }
 
   ARD_INLINE void prefetch(int64_t head) const {
@@ -193,7 +194,7 @@ void forward(const NormRopeForward& p, int64_t begin, int64_t end, bool stream, 
   for (int64_t n = begin; n < end; ++n) {
     const int64_t batch = n / p.tokens, token = n % p.tokens;
     const TokenRows x(p, p.x, batch, token, b.first);
-    const NextRows next_x(p, p.x, n, end);
+    const NextRows next_x(p, p.x, batch, token, n + 1 == end);
     float* const y = target(p, p.y, batch, token, stream, b.out);
     float mean = 0, rstd = 0;
     if (p.norm != RowNorm::kNone && p.over_all) {
@@ -276,7 +277,8 @@ void backward(const NormRopeBackward& p, int64_t begin, int64_t end, bool stream
     const TokenRows dy(p, p.grad_y, batch, token, b.first);
     float* const dx = target(p, p.dx, batch, token, stream, b.out);
     const TokenRows x(p, p.x, batch, token, b.second);
-    const NextRows next_dy(p, p.grad_y, n, end), next_x(p, p.x, n, end);
+    const bool last = n + 1 == end;
+    const NextRows next_dy(p, p.grad_y, batch, token, last), next_x(p, p.x, batch, token, last);
     RowSums sums;
     const auto finish_head = [&](int64_t h, const float* dz, float mean, float rstd, float count) {
       const float* weight = b.weight ? b.weight + (p.over_all ? h * D : 0) : nullptr;
