@@ -138,7 +138,7 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
-# On a CPU in 10 to 17 minutes on 2 cores: every room, result files, tables and plots.
+# On a CPU in some 14 to 21 minutes on 2 cores: every room, result files, tables and plots.
 bench: install
 	$(BIN)/pytest benchmarks -q
 	$(BIN)/python -m benchmarks.report

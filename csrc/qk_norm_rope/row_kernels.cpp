@@ -127,7 +127,7 @@ struct TokenRows {
 };
 
 // The rows of the next token, which is in the next sample where this one is a sample's last; of this one where it is
-// the `last` of all. A token is worked on in several passes, and only the first would touch memory; in a packed
+// its chunk's `last`. A token is worked on in several passes, and only the first would touch memory; in a packed
 // projection each token is in pages of its own, which no hardware foresees.
 struct NextRows {
   const char* row;
