@@ -3,7 +3,7 @@
 //     c[i][lane] (+)= sum over p < depth of a(i, p) * b[p][lane]
 //
 // Numbers of a are broadcast from wherever they lie, rows of b and c are whole registers. A block of c stays in
-// registers while p runs: 16 sums or more, as two multiply-adds a cycle of latency 4 need 8, and each loaded number
+// registers while p runs: 12 sums or more, as two multiply-adds a cycle of latency 4 need 8, and each loaded number
 // serves 4. Sums run over p in order, so results do not depend on how blocks are cut; what is there already is added at
 // the end, so that a long sum is one of partial sums and rounds less.
 #pragma once
@@ -54,7 +54,8 @@ __attribute__((noinline)) void product_block(const Broadcast& a, const float* b,
 template <int kVecs>
 ARD_INLINE void product_columns(int64_t rows, int64_t depth, Broadcast a, const float* b, int64_t b_step, float* c,
                                 int64_t c_step, bool add) {
-  constexpr int kMost = kVecs <= 2 ? 8 : 4;
+  // Of 16 registers 8 rows of two would have GCC keep sums in memory: 0.6 of the rate.
+  constexpr int kMost = kVecs > 2 ? 4 : kVecs == 2 && kLanes < 16 ? 6 : 8;
   int64_t i = 0;
   const auto block = [&](auto run, int64_t n) {
     run(Broadcast{a.data + i * a.step, a.step, a.depth_step}, b, b_step, depth, c + i * c_step, c_step, add);

@@ -11,7 +11,7 @@ import torch
 from ard_kernels import SegmentMask, segment_attention
 from ard_kernels.block_causal_attention import cpu
 from ard_kernels.block_causal_attention.spec import Segments, empty_output
-from ard_kernels.common import extension
+from ard_kernels.common import extension, kinds
 from testing.attention_checks import MEMORY, check, hold, leaves
 from testing.devices import DEVICES
 
@@ -185,6 +185,21 @@ def test_offsets_beyond_int32():
             grads = [far if i == other else torch.empty_like(near) for other in range(3)]
             cpu.backward(*shared, *grads, segments, 0.3)
             assert same(grads, expected)
+
+
+@pytest.mark.parametrize("amx", [True, False], ids=["AMX", "no AMX"])
+@pytest.mark.parametrize(("dtype", "L", "gradients"), [(BF16, 128, 0), (BF16, 127, 0), (BF16, 128, 1), (FP16, 128, 0)])
+def test_bf16_goes_to_pytorch_where_it_has_been_measured_faster(monkeypatch, amx, dtype, L, gradients):
+    monkeypatch.setattr(kinds, "_plans", {})
+    monkeypatch.setattr(cpu, "_torch_has_bf16_products", lambda: amx)
+    q, k, v = leaves("cpu", dtype, 1, 2, 2, 2 * L, 2 * L, 64)
+    outs = {}
+    with torch.set_grad_enabled(bool(gradients)):
+        for backend in (None, "cpu", "torch"):
+            outs[backend] = segment_attention(q, k, v, SegmentMask.block_causal(2), segment_length=L, backend=backend)
+    assert not torch.equal(outs["cpu"], outs["torch"])
+    theirs = amx and dtype == BF16 and L >= 128 and not gradients
+    assert torch.equal(outs[None], outs["torch" if theirs else "cpu"])
 
 
 NO_MEMORY = """
