@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import tables
@@ -39,13 +39,20 @@ def on_cpu(rooms: Results) -> bool:
     return all(content["environment"].get("driver") is None for content in rooms.values())
 
 
+def cpus(devices: dict[str, Results]) -> dict[str, Results]:
+    """CPUs with all their instructions: what ran on a CPU that was kept to some of them has a page of its own."""
+    return {
+        name: {room: content for room, content in rooms.items() if not content["environment"].get("restrained")}
+        for name, rooms in devices.items()
+        if on_cpu(rooms)
+    }
+
+
 def cpu_results(devices: dict[str, Results]) -> Results:
-    """The newest result file of each room that is of a CPU with all its instructions."""
+    """The newest result file of each room that is of a CPU."""
     found: Results = {}
-    for rooms in devices.values():
-        for name, content in rooms.items() if on_cpu(rooms) else ():
-            if content["environment"].get("restrained"):
-                continue
+    for rooms in cpus(devices).values():
+        for name, content in rooms.items():
             if name not in found or content["environment"]["date"] > found[name]["environment"]["date"]:
                 found[name] = content
     if not found:
@@ -54,12 +61,13 @@ def cpu_results(devices: dict[str, Results]) -> Results:
 
 
 def provenance(*contents: dict) -> str:
-    """Where, when and from which commit: each that differs."""
-    said = []
+    """Where, when and from which commits."""
+    said: dict[str, list[str]] = {}
     for env in (content["environment"] for content in contents):
         where = f"{env['device']}, torch {env['torch']}" + (f", driver {env['driver']}" if env.get("driver") else "")
-        said.append(f"{where}, {env['date']}, commit {env['commit'][:7]}{' with changes' if env['dirty'] else ''}")
-    return "; ".join(dict.fromkeys(said))
+        when = f"{env['date']}, commit {env['commit'][:7]}{' with changes' if env['dirty'] else ''}"
+        said.setdefault(where, []).append(when)
+    return "; ".join(f"{where}, {' and '.join(dict.fromkeys(when))}" for where, when in said.items())
 
 
 def is_headline(row: Row) -> bool:
@@ -77,17 +85,32 @@ def is_headline(row: Row) -> bool:
     return row.op in others and "fresh memory" not in row.shape
 
 
+def headlines(rooms: Results) -> list[dict]:
+    """The result files that have headline rows, with those alone."""
+    chosen = [content | {"rows": list(filter(is_headline, content["rows"]))} for content in rooms.values()]
+    return [content for content in chosen if content["rows"]]
+
+
+def rows_of(contents: Sequence[dict]) -> list[Row]:
+    return [row for content in contents for row in content["rows"]]
+
+
 def measured(devices: dict[str, Results]) -> str:
     """A table for each GPU, and one for the CPUs."""
-    groups = [([name], rooms) for name, rooms in devices.items() if not on_cpu(rooms)]
-    groups.append(([name for name, rooms in devices.items() if on_cpu(rooms)], cpu_results(devices)))
-    parts = []
-    for names, rooms in groups:
-        used = [content for content in rooms.values() if any(map(is_headline, content["rows"]))]
-        if rows := [row for content in used for row in content["rows"] if is_headline(row)]:
-            pages = ", ".join(f"[all rows, plots](docs/results/{name}.md)" for name in names)
-            parts.append(f"{provenance(*used)} ({pages}):\n\n{tables.speed_table(rows)}")
+
+    def said(name: str, contents: list[dict]) -> str:
+        return f"{provenance(*contents)} ([all rows, plots](docs/results/{name}.md))"
+
+    gpus = {name: headlines(rooms) for name, rooms in devices.items() if not on_cpu(rooms)}
+    parts = [f"{said(*gpu)}:\n\n{tables.speed_table(rows_of(gpu[1]))}" for gpu in gpus.items() if gpu[1]]
+    machines = {name: used for name, rooms in cpus(devices).items() if (used := headlines(rooms))}
+    if machines:
+        parts.append("; ".join(said(*machine) for machine in machines.items()) + f":\n\n{beside(machines)}")
     return "\n\n".join(parts)
+
+
+def beside(machines: dict[str, list[dict]], table: Callable[..., str] = tables.machines_table) -> str:
+    return table({used[0]["environment"]["device"]: rows_of(used) for used in machines.values()})
 
 
 def demo(devices: dict[str, Results]) -> str:
@@ -106,17 +129,16 @@ def counted(devices: dict[str, Results]) -> str:
     return f"{said}block. FLOPs that N = 6 adds:\n\n{tables.added_flops_table(content['counts'])}"
 
 
-def rows_of(devices: dict[str, Results], *rooms: str) -> list[Row]:
-    """Rows of those of the rooms that the CPU's results have."""
-    found = cpu_results(devices)
-    return [row for room in rooms if room in found for row in found[room]["rows"]]
+def of_rooms(devices: dict[str, Results], *rooms: str) -> dict[str, list[dict]]:
+    """Result files of those rooms by CPU, where it has any."""
+    found = {name: [mine[room] for room in rooms if room in mine] for name, mine in cpus(devices).items()}
+    return {name: used for name, used in found.items() if used}
 
 
 def speed_of(*rooms: str) -> Callable[[dict[str, Results]], str]:
     def table(devices: dict[str, Results]) -> str:
-        found = cpu_results(devices)
-        where = provenance(*(found[room] for room in rooms if room in found))
-        return f"{where}:\n\n{tables.speed_table(rows_of(devices, *rooms))}"
+        machines = of_rooms(devices, *rooms)
+        return "; ".join(provenance(*used) for used in machines.values()) + f":\n\n{beside(machines)}"
 
     return table
 
@@ -127,10 +149,9 @@ def right(devices: dict[str, Results]) -> str:
     said += "roundings of 16-bit numbers, 64 of fp32; so many times that. Backward: the gradients of q, k and v."
     rooms = ("block_causal_attention", "segment_attention")
     gpus = [results for results in devices.values() if not on_cpu(results) and any(room in results for room in rooms)]
-    for results in gpus or [cpu_results(devices)]:
-        used = [results[room] for room in rooms if room in results]
-        rows = [row for content in used for row in content["rows"]]
-        said += f"\n\n{provenance(*used)}:\n\n{tables.right_table(rows)}"
+    for results in gpus or cpus(devices).values():
+        if used := [results[room] for room in rooms if room in results]:
+            said += f"\n\n{provenance(*used)}:\n\n{tables.right_table(rows_of(used))}"
     return said
 
 
@@ -144,11 +165,11 @@ BLOCKS: dict[str, Callable[[dict[str, Results]], str]] = {
     **{room: speed_of(room) for room in (*KERNELS, "rolling_cache", "data_path")},
     "student": speed_of("student_training", "student_compiled", "student_sampling"),
     "overhead": speed_of("flop_overhead", "history_overhead"),
-    "floors": lambda devices: tables.floor_table(rows_of(devices, *KERNELS)),
+    "floors": lambda devices: beside(of_rooms(devices, *KERNELS), tables.floor_table),
     "attention_memory": lambda devices: tables.attention_memory_table(
         cpu_results(devices)["attention_memory"]["peaks"]
     ),
-    "growth": lambda devices: tables.growth_table(rows_of(devices, "growth")),
+    "growth": lambda devices: tables.growth_table(cpu_results(devices)["growth"]["rows"]),
     "numerics": lambda devices: tables.errors_table(cpu_results(devices)["numerics"]["errors"]),
 }
 

@@ -157,11 +157,8 @@ def device_name(device: torch.device) -> str:
 
 
 def results_folder() -> Path:
-    """benchmarks/results/<device>: the GPU, or the CPU with its number of threads, and what it is restrained to."""
-    on_gpu = DEVICE.type == "cuda"
-    words = device_name(DEVICE) if on_gpu else f"{machine.processor()} {torch.get_num_threads()} threads"
-    words += "" if on_gpu else f" {extension.restrained_isa() or ''}"
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+    """benchmarks/results/<device>: the GPU, or the CPU with its number of threads and its instructions."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name(DEVICE).lower()).strip("-")
 
 
 def load_rooms(path: Path) -> dict[str, dict]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -63,8 +63,15 @@ def work(row: Row) -> str:
     return f"`{row.op}` {shape}, {row.direction}{on}"
 
 
+def word_of(row: Row) -> str:
+    """Whether the ratio meets its target; "within noise": missed by less than the noise."""
+    if row.met:
+        return "met"
+    return "within noise" if row.ratio and row.ratio * (1 + row.noise) >= row.target else "missed"
+
+
 def verdict(row: Row) -> str:
-    """The target of the ratio and whether it is met ("within noise": missed by less than the noise), then other goals.
+    """The target of the ratio and whether it is met, then other goals.
 
     A row whose goals have no ratio among them shows those alone.
     """
@@ -73,10 +80,7 @@ def verdict(row: Row) -> str:
     said = [f"{goal['target']:g} {goal['what']}, {'met' if goal['met'] else 'missed'}" for goal in others]
     if others and len(others) == len(goals):
         return "; ".join(said)
-    word = "met" if row.met else "missed"
-    if not row.met and row.ratio and row.ratio * (1 + row.noise) >= row.target:
-        word = "within noise"
-    return "; ".join([f"{row.target:.2f}x, {word}", *said])
+    return "; ".join([f"{row.target:.2f}x, {word_of(row)}", *said])
 
 
 def speed_table(rows: Sequence[Row]) -> str:
@@ -87,6 +91,33 @@ def speed_table(rows: Sequence[Row]) -> str:
         against = [words(peer), milliseconds(row.time(peer)), f"{row.ratio:.2f}x"] if peer else ["none", "", ""]
         cells.append([work(row), milliseconds(row.time(row.ours)), *against, verdict(row)])
     return markdown(["work", "ours, ms", "fastest alternative", "its ms", "ratio", "target"], cells)
+
+
+def machines_table(machines: Mapping[str, Sequence[Row]]) -> str:
+    """Ours against the fastest alternative on each machine; bold where the target is missed."""
+
+    def said(row: Row) -> str:
+        ratio = f"{row.ratio:.2f}x" if row.ratio else "no alternative"
+        marks = {"met": ratio, "missed": f"**{ratio}**", "within noise": f"**{ratio}** (within noise)"}
+        return f"{milliseconds(row.time(row.ours))} ms, {marks[word_of(row)]} {words(row.best_peer or '')}".strip()
+
+    return side_by_side(machines, lambda row: ("target", f"{row.target:.2f}x"), said)
+
+
+def side_by_side(
+    machines: Mapping[str, Sequence[Row]], fact: Callable[[Row], tuple[str, str]], said: Callable[[Row], str]
+) -> str:
+    """A line for each work, with a fact of it (heading, text) and what each machine's row of it says."""
+    lines: dict[tuple[str, int], dict[str, Row]] = {}
+    for machine, rows in machines.items():
+        for place, row in enumerate(rows):
+            again = [work(other) for other in rows[:place]].count(work(row))  # the same against another alternative
+            lines.setdefault((work(row), again), {})[machine] = row
+    heading, cells = "", []
+    for (name, _), by_machine in lines.items():
+        heading, text = fact(next(iter(by_machine.values())))
+        cells.append([name, text, *(said(by_machine[each]) if each in by_machine else "" for each in machines)])
+    return markdown(["work", heading, *machines], cells)
 
 
 def candidate_errors_table(rows: Sequence[Row]) -> str:
@@ -133,17 +164,19 @@ def attention_memory_table(entries: Sequence[dict]) -> str:
     return markdown(["tokens", "ours, MB", "bytes per token", "SDPA, dense mask, MB"], cells)
 
 
-def floor_table(rows: Sequence[Row]) -> str:
+def floor_table(machines: Mapping[str, Sequence[Row]]) -> str:
     """The time that useful work takes at the ceiling measured beside it, and the ratio a kernel at it would have."""
-    cells = []
-    for row in rows:
-        fraction = row.facts.get("fraction_of_measured_ceiling")
-        if fraction and row.best_peer:
-            ours = row.time(row.ours)
-            kind, floor = "copy" if row.facts["unit"] == "GB/s" else "matmul", ours * fraction
-            reached = [f"{100 * fraction:.0f} %", f"{row.time(row.best_peer) / floor:.2f}x"]
-            cells.append([work(row), kind, milliseconds(floor), milliseconds(ours), *reached])
-    return markdown(["work", "ceiling", "floor, ms", "ours, ms", "ours of it", "ratio at the floor"], cells)
+
+    def said(row: Row) -> str:
+        fraction = row.facts["fraction_of_measured_ceiling"]
+        floor = row.time(row.ours) * fraction
+        return f"{milliseconds(floor)} ms, {100 * fraction:.0f} %, {row.time(row.best_peer) / floor:.2f}x"
+
+    kept = {
+        machine: [row for row in rows if row.facts.get("fraction_of_measured_ceiling") and row.best_peer]
+        for machine, rows in machines.items()
+    }
+    return side_by_side(kept, lambda row: ("ceiling", "copy" if row.facts["unit"] == "GB/s" else "matmul"), said)
 
 
 def flop_table(entries: Sequence[dict]) -> str:

@@ -22,7 +22,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.ops import adaln_job, attention_job, cpu_jobs, gpu_jobs, history_job, our_backends
 from benchmarks.results import Row, compared, environment, goal
 from benchmarks.student import work
-from benchmarks.tables import growth_table, speed_table
+from benchmarks.tables import growth_table, machines_table, speed_table
 
 CPU = torch.device("cpu")
 FP32 = {"S": 2, "dtype": torch.float32}
@@ -300,7 +300,7 @@ def test_a_report_without_a_peer_or_with_a_missed_goal(tmp_path):
     grown = compared(alone, "ours", [], 1.0, op="growth", shape="C72 S4 L64", direction="training", **facts)
     goals = [goal("times the fastest peer", 1.5, 1.3), goal("useful TFLOP/s", 400.0, 450.0)]
     slow = row_with(op="block_causal_attention", shape="B1 D72 M4 ", target=1.3, targets=goals)
-    rooms = {"kernels": {"environment": environment(CPU), "rows": [grown, slow]}}
+    rooms = {"kernels": {"environment": environment(CPU) | {"driver": "580"}, "rows": [grown, slow]}}
     assert "1.30x, met; 450 useful TFLOP/s, missed" in report.measured({"gpu": rooms})
     page = report.page("gpu", rooms, plots.draw("gpu", rooms, tmp_path))
     assert "published design, eager: memory" in page and "| **ours**" in page
@@ -310,6 +310,30 @@ def test_a_report_without_a_peer_or_with_a_missed_goal(tmp_path):
 def test_within_noise_is_less_than_the_noise():
     for spread, word in ((0.4, "within noise"), (0.001, "missed")):
         assert word in speed_table([row_with(0.99, spread)])
+
+
+def test_machines_stand_side_by_side():
+    """Work that one of them did not do leaves a hole, the same work against two alternatives is two lines."""
+    only, twice = {"op": "another"}, {"op": "again", "shape": "kept"}
+    left = [row_with(1.5), row_with(0.8, **only), row_with(1.1, **twice), row_with(1.2, **twice)]
+    right = [row_with(1.3, **twice), row_with(0.99, 0.4), row_with(1.4, **twice)]
+    lines = [line.replace(" ", "") for line in machines_table({"A": left, "B": right}).splitlines()]
+    assert lines[0] == "|work|target|A|B|" and lines[2:] == [
+        "|`op`shape,forward|1.00x|2.00ms,1.50xpeer|2.00ms,**0.99x**(withinnoise)peer|",
+        "|`another`shape,forward|1.00x|2.00ms,**0.80x**peer||",
+        "|`again`kept,forward|1.00x|2.00ms,1.10xpeer|2.00ms,1.30xpeer|",
+        "|`again`kept,forward|1.00x|2.00ms,1.20xpeer|2.00ms,1.40xpeer|",
+    ]
+
+
+def test_results_of_another_instruction_set_go_to_another_folder(monkeypatch):
+    """One name may stand for several chips: of virtual machines "AMD EPYC" is all that is said."""
+    monkeypatch.setattr(results, "DEVICE", CPU)
+    folders = set()
+    for isa in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda isa=isa: isa)
+        folders.add(results.results_folder().name)
+    assert len(folders) == 2 and all("-threads-avx" in name for name in folders)
 
 
 @pytest.mark.parametrize("way", ["sampling", "training"])
