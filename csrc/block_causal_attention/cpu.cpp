@@ -73,10 +73,11 @@ class Scratch {
 // Calls run(unit, number, scratch) for `cuts` units of each key head, and returns whether all returned true.
 template <class Run>
 bool for_units(const AttentionCall& p, const AttentionTiles& tiles, int64_t cuts, int64_t scratch_floats, Run run) {
-  const int64_t count = static_cast<int64_t>(tiles.tiles.size()), units = p.batch * p.kv_heads * cuts;
+  const int64_t count = static_cast<int64_t>(tiles.tiles.size()), heads = p.batch * p.kv_heads, units = heads * cuts;
   const int64_t work = work_of(p, tiles);
   const int threads = work < kParallelWork ? 1 : p.threads;
-  const int64_t turns = threads * (work < threads * kLittleWork ? 1 : kTurns), chunk = (units + turns - 1) / turns;
+  const bool little = work < threads * kLittleWork;
+  const int64_t turns = threads * (little ? 1 : kTurns), chunk = (units + turns - 1) / turns;
   bool good = true, room = true;
 #pragma omp parallel num_threads(threads) reduction(&& : good, room)
   {
@@ -87,9 +88,10 @@ bool for_units(const AttentionCall& p, const AttentionTiles& tiles, int64_t cuts
     for (int64_t i = 0; i < units; ++i) {
       room = room && scratch.get();
       if (!room) continue;
-      const int64_t head = i / cuts, cut = i % cuts;
+      // Last cuts first: of a causal mask they are the most work, and one at the end would run alone.
+      const int64_t head = little ? i / cuts : i % heads, cut = little ? i % cuts : cuts - 1 - i / heads;
       const AttentionUnit unit{head / p.kv_heads, head % p.kv_heads, count * cut / cuts, count * (cut + 1) / cuts};
-      good = run(unit, i, scratch.get()) && good;
+      good = run(unit, head * cuts + cut, scratch.get()) && good;
     }
   }
   if (!room) throw std::bad_alloc();
