@@ -157,8 +157,11 @@ def device_name(device: torch.device) -> str:
 
 
 def results_folder() -> Path:
-    """benchmarks/results/<device>: the GPU, or the CPU with its number of threads and its instructions."""
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name(DEVICE).lower()).strip("-")
+    """benchmarks/results/<device>: the GPU, or the CPU with its threads, and the instructions it has or was kept to."""
+    words = device_name(DEVICE)
+    if DEVICE.type == "cpu" and extension.restrained_isa() is not None:
+        words += " restrained"
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def load_rooms(path: Path) -> dict[str, dict]:

@@ -70,17 +70,18 @@ def word_of(row: Row) -> str:
     return "within noise" if row.ratio and row.ratio * (1 + row.noise) >= row.target else "missed"
 
 
-def verdict(row: Row) -> str:
-    """The target of the ratio and whether it is met, then other goals.
-
-    A row whose goals have no ratio among them shows those alone.
-    """
+def goals_of(row: Row) -> tuple[bool, list[dict]]:
+    """Whether the ratio is a goal, as it is but where all goals are others; the others."""
     goals = row.facts.get("targets", [])
     others = [goal for goal in goals if not goal["what"].startswith("times")]
+    return not others or len(others) < len(goals), others
+
+
+def verdict(row: Row) -> str:
+    """The target of the ratio and whether it is met, then other goals."""
+    of_ratio, others = goals_of(row)
     said = [f"{goal['target']:g} {goal['what']}, {'met' if goal['met'] else 'missed'}" for goal in others]
-    if others and len(others) == len(goals):
-        return "; ".join(said)
-    return "; ".join([f"{row.target:.2f}x, {word_of(row)}", *said])
+    return "; ".join([*([f"{row.target:.2f}x, {word_of(row)}"] if of_ratio else []), *said])
 
 
 def speed_table(rows: Sequence[Row]) -> str:
@@ -94,29 +95,36 @@ def speed_table(rows: Sequence[Row]) -> str:
 
 
 def machines_table(machines: Mapping[str, Sequence[Row]]) -> str:
-    """Ours against the fastest alternative on each machine; bold where the target is missed."""
+    """Ours against the fastest alternative on each machine; bold where a goal is missed."""
+
+    def target(row: Row) -> str:
+        of_ratio, others = goals_of(row)
+        said = [f"{goal['target']:g} {goal['what']}" for goal in others]
+        return "; ".join([*([f"{row.target:.2f}x"] if of_ratio else []), *said])
 
     def said(row: Row) -> str:
+        of_ratio, others = goals_of(row)
+        word = word_of(row) if of_ratio else "met"
+        word = word if all(goal["met"] for goal in others) else "missed"
         ratio = f"{row.ratio:.2f}x" if row.ratio else "no alternative"
         marks = {"met": ratio, "missed": f"**{ratio}**", "within noise": f"**{ratio}** (within noise)"}
-        return f"{milliseconds(row.time(row.ours))} ms, {marks[word_of(row)]} {words(row.best_peer or '')}".strip()
+        return f"{milliseconds(row.time(row.ours))} ms, {marks[word]} {words(row.best_peer or '')}".strip()
 
-    return side_by_side(machines, lambda row: ("target", f"{row.target:.2f}x"), said)
+    return side_by_side(machines, "target", target, said)
 
 
 def side_by_side(
-    machines: Mapping[str, Sequence[Row]], fact: Callable[[Row], tuple[str, str]], said: Callable[[Row], str]
+    machines: Mapping[str, Sequence[Row]], heading: str, fact: Callable[[Row], str], said: Callable[[Row], str]
 ) -> str:
-    """A line for each work, with a fact of it (heading, text) and what each machine's row of it says."""
-    lines: dict[tuple[str, int], dict[str, Row]] = {}
+    """A line for each work with a fact of it, and what each machine's row of both says."""
+    lines: dict[tuple[str, str, int], dict[str, str]] = {}
     for machine, rows in machines.items():
-        for place, row in enumerate(rows):
-            again = [work(other) for other in rows[:place]].count(work(row))  # the same against another alternative
-            lines.setdefault((work(row), again), {})[machine] = row
-    heading, cells = "", []
-    for (name, _), by_machine in lines.items():
-        heading, text = fact(next(iter(by_machine.values())))
-        cells.append([name, text, *(said(by_machine[each]) if each in by_machine else "" for each in machines)])
+        for row in rows:
+            again = 0  # the same against another alternative
+            while machine in lines.setdefault((work(row), fact(row), again), {}):
+                again += 1
+            lines[work(row), fact(row), again][machine] = said(row)
+    cells = [[name, text, *(line.get(each, "") for each in machines)] for (name, text, _), line in lines.items()]
     return markdown(["work", heading, *machines], cells)
 
 
@@ -165,7 +173,10 @@ def attention_memory_table(entries: Sequence[dict]) -> str:
 
 
 def floor_table(machines: Mapping[str, Sequence[Row]]) -> str:
-    """The time that useful work takes at the ceiling measured beside it, and the ratio a kernel at it would have."""
+    """The time that useful work takes at the ceiling measured beside it, and the ratio a kernel at it would have.
+
+    Not of rows that are far above it: of bf16, PyTorch's matmul is no ceiling on chips that have no products of it.
+    """
 
     def said(row: Row) -> str:
         fraction = row.facts["fraction_of_measured_ceiling"]
@@ -173,10 +184,10 @@ def floor_table(machines: Mapping[str, Sequence[Row]]) -> str:
         return f"{milliseconds(floor)} ms, {100 * fraction:.0f} %, {row.time(row.best_peer) / floor:.2f}x"
 
     kept = {
-        machine: [row for row in rows if row.facts.get("fraction_of_measured_ceiling") and row.best_peer]
+        machine: [row for row in rows if 0 < row.facts.get("fraction_of_measured_ceiling", 0) < 1.5 and row.best_peer]
         for machine, rows in machines.items()
     }
-    return side_by_side(kept, lambda row: ("ceiling", "copy" if row.facts["unit"] == "GB/s" else "matmul"), said)
+    return side_by_side(kept, "ceiling", lambda row: "copy" if row.facts["unit"] == "GB/s" else "matmul", said)
 
 
 def flop_table(entries: Sequence[dict]) -> str:

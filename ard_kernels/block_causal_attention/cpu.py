@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,23 +12,24 @@ from torch import Tensor
 from ard_kernels.block_causal_attention.cpu_tiles import make_tiles
 from ard_kernels.block_causal_attention.spec import Segments
 from ard_kernels.common import extension
-from ard_kernels.common.library import private
+from ard_kernels.common.library import constant_in_graphs, private
 
 refuses = extension.refuses_cpu
 
 
-@cache
+@constant_in_graphs
 def _torch_has_bf16_products() -> bool:
     """Whether PyTorch's kernels multiply bf16 by AMX here."""
     has_amx = private("cpu._is_amx_tile_supported")
-    return has_amx is not None and has_amx() and extension.restrained_isa() is None
+    return has_amx is not None and has_amx() and extension.restrained_isa() in (None, "avx512")
 
 
 def measured_slower(tensors: Sequence[Tensor], dtype: torch.dtype, lengths: Sequence[int]) -> str | None:
     """The backend cpu where PyTorch's kernel is the faster one, of tensors that autocast makes `dtype`; for `choose`.
 
-    With bf16 and segments of 256 tokens its forward takes 0.6 of our time on a chip with AMX, at 64 tokens 1.1, its
-    forward and backward 1.2 to 7 times ours. Without AMX, in fp32 and fp16 it is nowhere faster: docs/performance.md.
+    With bf16 and segments of 256 tokens its forward takes 0.7 of our time on a chip with AMX, at 64 tokens 1.2, its
+    forward and backward 1.3 to 7 times ours. With AVX2 alone, in fp32 and fp16 it is nowhere faster, and chips with
+    AVX512-BF16 but no AMX were not measured: docs/performance.md.
     """
     if dtype != torch.bfloat16 or max(lengths) < 128 or not _torch_has_bf16_products():
         return None

@@ -302,6 +302,8 @@ def test_a_report_without_a_peer_or_with_a_missed_goal(tmp_path):
     slow = row_with(op="block_causal_attention", shape="B1 D72 M4 ", target=1.3, targets=goals)
     rooms = {"kernels": {"environment": environment(CPU) | {"driver": "580"}, "rows": [grown, slow]}}
     assert "1.30x, met; 450 useful TFLOP/s, missed" in report.measured({"gpu": rooms})
+    rooms["kernels"]["environment"]["driver"] = None
+    assert "| 1.30x; 450 useful TFLOP/s |   2.00 ms, **1.50x** peer |" in report.measured({"cpu": rooms})
     page = report.page("gpu", rooms, plots.draw("gpu", rooms, tmp_path))
     assert "published design, eager: memory" in page and "| **ours**" in page
     assert "growth" not in growth_table([grown]).splitlines()[-1]
@@ -313,27 +315,34 @@ def test_within_noise_is_less_than_the_noise():
 
 
 def test_machines_stand_side_by_side():
-    """Work that one of them did not do leaves a hole, the same work against two alternatives is two lines."""
+    """Work that one of them did not do leaves a hole; two alternatives, or two targets, are two lines."""
     only, twice = {"op": "another"}, {"op": "again", "shape": "kept"}
     left = [row_with(1.5), row_with(0.8, **only), row_with(1.1, **twice), row_with(1.2, **twice)]
-    right = [row_with(1.3, **twice), row_with(0.99, 0.4), row_with(1.4, **twice)]
+    rate = goal("samples/s", 2100.0, 2000.0)
+    right = [
+        row_with(1.3, **twice), row_with(0.99, 0.4), row_with(1.4, **twice), row_with(1.2, target=1.3, **only),
+        row_with(0.5, targets=[rate]),
+    ]  # fmt: skip
     lines = [line.replace(" ", "") for line in machines_table({"A": left, "B": right}).splitlines()]
     assert lines[0] == "|work|target|A|B|" and lines[2:] == [
         "|`op`shape,forward|1.00x|2.00ms,1.50xpeer|2.00ms,**0.99x**(withinnoise)peer|",
         "|`another`shape,forward|1.00x|2.00ms,**0.80x**peer||",
         "|`again`kept,forward|1.00x|2.00ms,1.10xpeer|2.00ms,1.30xpeer|",
         "|`again`kept,forward|1.00x|2.00ms,1.20xpeer|2.00ms,1.40xpeer|",
+        "|`another`shape,forward|1.30x||2.00ms,**1.20x**peer|",
+        "|`op`shape,forward|2000samples/s||2.00ms,0.50xpeer|",
     ]
 
 
-def test_results_of_another_instruction_set_go_to_another_folder(monkeypatch):
+def test_results_of_other_instructions_go_to_other_folders(monkeypatch):
     """One name may stand for several chips: of virtual machines "AMD EPYC" is all that is said."""
     monkeypatch.setattr(results, "DEVICE", CPU)
     folders = set()
-    for isa in ("AVX2", "AVX512"):
+    for isa, restrained in (("AVX2", None), ("AVX512", None), ("AVX2", "avx2")):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda isa=isa: isa)
+        monkeypatch.setattr(results.extension, "restrained_isa", lambda restrained=restrained: restrained)
         folders.add(results.results_folder().name)
-    assert len(folders) == 2 and all("-threads-avx" in name for name in folders)
+    assert len(folders) == 3 and all("-threads-avx" in name for name in folders)
 
 
 @pytest.mark.parametrize("way", ["sampling", "training"])

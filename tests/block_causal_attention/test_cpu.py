@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+import ard_kernels as ak
 from ard_kernels import SegmentMask, segment_attention
 from ard_kernels.block_causal_attention import cpu
 from ard_kernels.block_causal_attention.spec import Segments, empty_output
@@ -200,6 +201,24 @@ def test_bf16_goes_to_pytorch_where_it_has_been_measured_faster(monkeypatch, amx
     assert not torch.equal(outs["cpu"], outs["torch"])
     theirs = amx and dtype == BF16 and L >= 128 and not gradients
     assert torch.equal(outs[None], outs["torch" if theirs else "cpu"])
+
+
+@pytest.mark.parametrize("backend", [None, "cpu", "torch"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "backward"])
+def test_long_segments_in_bf16_compile_to_one_graph(gradients, backend):
+    """Asking PyTorch for AMX, which happens for them alone, is nothing that Dynamo traces."""
+    qkv = torch.randn(1, 256, 3, 2, 16, dtype=BF16, requires_grad=gradients)
+    how = {"segment_length": 128, "backend": backend}
+
+    def call(qkv, cache):
+        step = ak.history_attention(*qkv[:, :128].detach().unbind(2), cache, layer=0, layout="bthd", backend=backend)
+        out = ak.block_causal_attention(*qkv.unbind(2), layout="bthd", **how)
+        return out, ak.block_causal_attention_packed(qkv, **how), step
+
+    torch._dynamo.reset()
+    caches = [ak.HistoryCache(1, 1, 2, 16, 256, BF16, "cpu") for _ in range(2)]
+    with torch.set_grad_enabled(gradients):
+        assert same(torch.compile(call, fullgraph=True, backend="eager")(qkv, caches[0]), call(qkv, caches[1]))
 
 
 NO_MEMORY = """
