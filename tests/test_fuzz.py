@@ -151,7 +151,8 @@ def compare(got, *plains_and_exact, factor, label, masks=None):
         assert tensors[0].dtype == tensors[1].dtype, f"{label}[{i}]: {tensors[0].dtype}, expected {tensors[1].dtype}"
         ours, *plains, exact = tensors if masks is None else (x[~masks[i]] for x in tensors)
         worse = max(plains, key=lambda plain: error_norm(plain, exact))
-        assert_close(ours, worse, exact, factor=factor, label=f"{label}[{i}]")
+        once_more = ours.dtype == FP64  # what is called exact errs as much as the plain ones do
+        assert_close(ours, worse, exact, factor=factor + once_more, label=f"{label}[{i}]")
 
 
 def check_op(case: Case, problem: Problem) -> None:

@@ -128,7 +128,7 @@ def _check_backward(
     lengths: Sequence[int], row_dtype: torch.dtype | None, wanted: Sequence[bool], backend: str,
 ) -> None:  # fmt: skip
     norm = None if h is None else "rms" if mean is None else "layer"
-    tokens = {"h": h, "branch": branch, "grad_h": _dense(grad_h), "grad_y": _dense(grad_y)}
+    tokens = {"h": h, "grad_h": _dense(grad_h), "branch": branch, "grad_y": _dense(grad_y)}  # the first: of x's dtype
     like = spec.check_raw(OP, tokens, {"gate": gate, "scale": scale}, norm, weight, bias, lengths)
     if norm is None:
         _check_groups({"grad_h": grad_h}, {"branch": branch})

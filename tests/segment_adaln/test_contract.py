@@ -125,6 +125,21 @@ def test_autocast_gives_the_next_matmul_its_dtype(backend, device):
     assert x.grad.dtype == torch.float32 and rows[0].grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_float64_residual_takes_a_branch_of_any_dtype(device, dtype):
+    """Also under torch.func, where the backward checks what it is given."""
+    x, branch, gate, *_ = inputs(device, dtype=torch.float64)
+    leaves = x, branch.detach().to(dtype).requires_grad_(), gate
+
+    def total(x, branch, gate):
+        return gate_residual(x, branch, gate, segment_length=32).square().sum()
+
+    expected = torch.autograd.grad(total(*leaves), leaves)
+    gradients = torch.func.grad(total, (0, 1, 2))(*(leaf.detach() for leaf in leaves))
+    for gradient, own in zip(gradients, expected, strict=True):
+        assert gradient.dtype == own.dtype and torch.equal(gradient, own)
+
+
 def test_counted_as_no_flops(device):
     """conv, linear and attention are counted; the adaLN ops add nothing to that."""
     with FlopCounterMode(display=False) as counter:
