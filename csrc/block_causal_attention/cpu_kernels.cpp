@@ -77,7 +77,7 @@ struct Softmax {
   static constexpr float kSlack = 5.5f;
   float base[kRows], sum[kRows], fade[kRows];  // fade: what earlier weights are to be multiplied by
 
-  // Returns whether any fade is not 1.
+  // Returns whether any fade is not 1; of the first scores, which have no earlier weights, false.
   bool take(float* scores, int64_t count, int64_t lanes, bool first) {
     Ints fades{};
     for (int64_t c = 0; c < lanes; c += kLanes) {
@@ -92,14 +92,16 @@ struct Softmax {
         store_lanes(own, weight);
         total += weight;
       }
-      const Lanes faded = exp_lanes(before - from);
-      store_lanes(base + c, after), store_lanes(fade + c, faded);
-      store_lanes(sum + c, first ? total : load_lanes(sum + c) * faded + total);
-      fades |= faded != 1.0f;
+      store_lanes(base + c, after);
+      if (!first) {
+        const Lanes faded = exp_lanes(before - from);
+        store_lanes(fade + c, faded);
+        total += load_lanes(sum + c) * faded;
+        fades |= faded != 1.0f;
+      }
+      store_lanes(sum + c, total);
     }
-    for (int64_t lane = 0; lane < kLanes; ++lane)
-      if (fades[lane]) return true;
-    return false;
+    return any(fades);
   }
 
   // The largest of each lane, in four chains that hide the latency of a comparison.
@@ -191,19 +193,23 @@ struct ForwardTile {
 
 // What the sums of a softmax end in: a row's lse, and in `fade` what its output is to be multiplied by.
 void finish(Softmax& softmax, const AttentionTiles& tiles, const Tile& tile, float* lse) {
+  const int64_t rows = tile.stop - tile.start;
   float logs[kRows];
+  Ints blank{};
   for (int64_t c = 0; c < lanes_of(tile); c += kLanes) {
     const Lanes sum = load_lanes(softmax.sum + c);
     store_lanes(logs + c, load_lanes(softmax.base + c) + log2_lanes(sum) * kLn2);
     store_lanes(softmax.fade + c, 1 / sum);
+    blank |= sum == 0.0f;
   }
-  for (int64_t r = 0; r < tile.stop - tile.start; ++r) {
-    if (softmax.sum[r] == 0) {  // a row that sees nothing; of one whose scores are all -inf a softmax makes NaN
+  if (any(blank)) {  // rows that see nothing; of one whose scores are all -inf a softmax makes NaN
+    for (int64_t r = 0; r < rows; ++r) {
+      if (softmax.sum[r] != 0) continue;
       logs[r] = -kInfinity;
       softmax.fade[r] = sees_a_key(tiles, tile, r) ? kInfinity - kInfinity : 0;
     }
-    if (lse) lse[r] = logs[r];
   }
+  if (lse) std::memcpy(lse, logs, rows * sizeof(float));
 }
 
 // The weights and what they take of the values, of one block of keys.
@@ -262,6 +268,12 @@ struct BackwardTile {
   float base[kRows], delta[kRows], dlse[kRows];
 };
 
+// A number of each row, in its lane; 0 in other lanes and where there are none.
+void copy_lanes(const float* from, int64_t rows, int64_t lanes, float* to) {
+  std::memset(to, 0, lanes * sizeof(float));
+  if (from) std::memcpy(to, from, rows * sizeof(float));
+}
+
 // Of each row: lse, its gradient, and delta = sum over D of grad_out * out. Summed as the scores' gradients are, so
 // that the difference to them is exactly 0 where a row sees one key.
 void row_statistics(const AttentionCall& p, const AttentionGradients& g, int64_t batch, int64_t head,
@@ -280,10 +292,8 @@ void row_statistics(const AttentionCall& p, const AttentionGradients& g, int64_t
     }
     store_lanes(at.delta + c, delta);
   }
-  for (int64_t r = 0; r < at.lanes; ++r) {
-    at.base[r] = r < at.rows ? p.lse[first + r] : 0;
-    at.dlse[r] = g.grad_lse && r < at.rows ? g.grad_lse[first + r] : 0;
-  }
+  copy_lanes(p.lse + first, at.rows, at.lanes, at.base);
+  copy_lanes(g.grad_lse ? g.grad_lse + first : nullptr, at.rows, at.lanes, at.dlse);
 }
 
 // All that one block of keys gives and gets.
@@ -352,23 +362,24 @@ bool backward(const AttentionCall& p, const AttentionGradients& g, const Attenti
 bool reduce(const AttentionCall& p, const AttentionGradients& g, int64_t batch, int64_t kv_head, const float* sums,
             int64_t count, float* row) {
   const int64_t D = p.head_dim, step = padded_dim(D);
+  const bool direct = p.dtype == DType::kFloat32;
   Lanes zeros{};  // NaN once a gradient is not finite
   for (int which = 0; which < 2; ++which) {
     const Head to(p, which == 0 ? g.dk : g.dv, batch, kv_head);
+    const float factor = which == 0 ? p.scale : 1;
     for (int64_t t = 0; t < p.keys; ++t) {
       if (t + kRowsAhead < p.keys) prefetch_rows(to, t + kRowsAhead, t + kRowsAhead + 1, D);
-      for (int64_t d = 0; d < rounded_up(D, kLanes); d += kLanes) {
-        Lanes sum{};
-        for (int64_t i = 0; i < count; ++i) sum += load_lanes(sums + ((2 * i + which) * p.keys + t) * step + d);
-        sum *= which == 0 ? p.scale : 1;
+      float* const out = static_cast<float*>(static_cast<void*>(to.row(t)));
+      for (int64_t d = 0; d < D; d += kLanes) {
+        const float* part = sums + (which * p.keys + t) * step + d;
+        Lanes sum = load_lanes(part);
+        for (int64_t i = 1; i < count; ++i) sum += load_lanes(part += 2 * p.keys * step);
+        sum *= factor;
         zeros += sum * 0.0f;
-        store_lanes(row + d, sum);
+        store_lanes(direct && d + kLanes <= D ? out + d : row + d, sum);
       }
-      if (p.dtype == DType::kFloat32) {  // memcpy of a row, a call, was a tenth of a backward at 16 tokens
-        for (int64_t d = 0; d < D; d += 8) std::memcpy(to.row(t) + d * sizeof(float), row + d, 8 * sizeof(float));
-      } else {
-        store_row(to.row(t), p.dtype, D, false, row, nullptr);
-      }
+      if (!direct) store_row(out, p.dtype, D, false, row, nullptr);
+      if (direct && D % kLanes != 0) std::memcpy(out + D - 8, row + D - 8, 8 * sizeof(float));
     }
   }
   return all_zero(zeros);

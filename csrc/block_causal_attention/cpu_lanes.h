@@ -14,6 +14,13 @@ ARD_INLINE Ints load_ints(const int32_t* from) {
   return ints;
 }
 
+// Whether a lane is not 0.
+ARD_INLINE bool any(const Ints& x) {
+  int32_t bits = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) bits |= x[lane];
+  return bits;
+}
+
 // log2 of x >= 1 within 2 units in the last place or 1e-7; NaN of NaN, infinity of infinity. x is m 2^n with m from
 // sqrt(1/2) on, and log2 m the series of the inverse hyperbolic tangent of (m - 1) / (m + 1).
 ARD_INLINE Lanes log2_lanes(const Lanes& x) {

@@ -87,17 +87,16 @@ void write_lanes(const Head& to, int64_t first, int64_t count, int64_t D, int64_
   for (int64_t r = 0; r < count; ++r) store_row(to.row(first + r), to.dtype, D, false, rows.row(r), nullptr);
 }
 
-bool all_zero(const Lanes& x) {
-  for (int64_t lane = 0; lane < kLanes; ++lane)
-    if (x[lane] != 0) return false;
-  return true;
-}
+bool all_zero(const Lanes& x) { return !any(x != 0.0f); }
 
-// n: a multiple of the lanes of a register.
+// n: a multiple of 4 kLanes.
 bool are_finite(const float* x, int64_t n) {
-  Lanes chains[4] = {};
-  for (int64_t i = 0; i < n; i += kLanes) chains[i / kLanes % 4] += load_lanes(x + i) * 0.0f;
-  return all_zero((chains[0] + chains[1]) + (chains[2] + chains[3]));
+  Lanes a{}, b{}, c{}, d{};  // an array of them, indexed, would be in memory
+  for (int64_t i = 0; i < n; i += 4 * kLanes) {
+    a += load_lanes(x + i) * 0.0f, b += load_lanes(x + i + kLanes) * 0.0f;
+    c += load_lanes(x + i + 2 * kLanes) * 0.0f, d += load_lanes(x + i + 3 * kLanes) * 0.0f;
+  }
+  return all_zero((a + b) + (c + d));
 }
 
 }  // namespace
