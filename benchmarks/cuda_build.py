@@ -72,8 +72,10 @@ class Row:
 
 def sources() -> str:
     """Digest of all that decides what the CUDA objects are, and how they are judged."""
-    csrc = ROOT / "csrc"
-    files = [path for path in csrc.rglob("*") if path.suffix in (".cu", ".h") or path.name.endswith("bindings.cpp")]
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.suffix == ".cu" or path.name.endswith("bindings.cpp")]
+    for path in files:  # and of what they include, not of headers that only kernels of the CPU do
+        included = [(path.parent / name).resolve() for name in re.findall(r'^#include "(.+)"', path.read_text(), re.M)]
+        files += [header for header in included if header.is_file() and header not in files]
     judges = [ROOT / "benchmarks" / name for name in ("cuda_build.py", "cuda_objects.py", "observed_nvcc.py")]
     return build_tables.digest(ROOT, [*files, *judges, ROOT / "CMakeLists.txt", ROOT / "setup.py"])
 

@@ -157,6 +157,22 @@ def test_a_digest_is_of_names_and_contents(tmp_path):
     assert build_tables.digest(tmp_path, [a, b.rename(tmp_path / "c.h")]) != before
 
 
+def test_the_digest_is_of_what_cuda_sources_include(tmp_path, monkeypatch):
+    """Directly or not; headers of the CPU's kernels alone are none of it."""
+    monkeypatch.setattr(cuda_build, "ROOT", tmp_path)
+    judges = [f"benchmarks/{name}.py" for name in ("cuda_build", "cuda_objects", "observed_nvcc")]
+    texts = dict.fromkeys([*judges, "CMakeLists.txt", "setup.py", "csrc/room/cpu.h", "csrc/common/last.h"], "")
+    texts |= {"csrc/room/a.cu": '#include "near.h"\n', "csrc/room/near.h": '#include "../common/last.h"\n'}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = cuda_build.sources()
+    (tmp_path / "csrc/room/cpu.h").write_text("// other")
+    assert cuda_build.sources() == before
+    (tmp_path / "csrc/common/last.h").write_text("// other")
+    assert cuda_build.sources() != before
+
+
 @pytest.mark.parametrize(
     ("compiler", "sources", "arguments", "built"),
     [
