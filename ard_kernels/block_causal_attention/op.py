@@ -68,7 +68,7 @@ def _check_backward(
     spec.check_rows_apart(OP, {"out": out})
     spec.check_lse(OP, lse, q)
     if grad_lse is not None:
-        spec.check_lse(OP, grad_lse, q, "grad_lse")
+        spec.check_like_lse(OP, "grad_lse", grad_lse, q)
 
 
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -221,9 +221,16 @@ def check_rows_apart(op: str, tensors: dict[str, torch.Tensor], token_dim: int =
             )
 
 
-def check_lse(op: str, lse: torch.Tensor, q: torch.Tensor, name: str = "lse") -> None:
+def check_lse(op: str, lse: torch.Tensor, q: torch.Tensor) -> None:
     """ValueError unless lse is what the forward returns for q (B, H, T, D)."""
-    check_tensor(op, name, lse)
+    check_like_lse(op, "lse", lse, q)
+    if not lse.is_contiguous():
+        raise ValueError(f"{op}: lse has strides {lse.stride()}; expected contiguous memory")
+
+
+def check_like_lse(op: str, name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+    """ValueError unless x has a number for each row of q (B, H, T, D), in any memory order, as lse's gradient."""
+    check_tensor(op, name, x)
     dtype = accumulation_dtype(q.dtype)
-    if lse.shape != q.shape[:3] or lse.dtype != dtype or lse.device != q.device or not lse.is_contiguous():
-        raise ValueError(f"{op}: {name} is {described(lse)}; expected contiguous {dtype} of shape {tuple(q.shape[:3])}")
+    if x.shape != q.shape[:3] or x.dtype != dtype or x.device != q.device:
+        raise ValueError(f"{op}: {name} is {described(x)}; expected {dtype} of shape {tuple(q.shape[:3])}")

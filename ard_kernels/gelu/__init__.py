@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ard_kernels.common.arguments import check_tensor, described
 from ard_kernels.common.backends import resolve
-from ard_kernels.common.dtypes import DTYPES, EXPECTED
 from ard_kernels.common.self_check import register_trials
-from ard_kernels.gelu.op import OP, composite, gelu_op
+from ard_kernels.gelu.op import OP, check_input, composite, gelu_op
 from ard_kernels.gelu.trials import UNIT
 
 register_trials(UNIT, UNIT.op)
@@ -31,9 +29,7 @@ def gelu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
 
     Source: Gaussian error linear units, arXiv 1606.08415, section 2.
     """
-    check_tensor(OP, "x", x)
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{OP}: x has dtype {described(x.dtype)}; expected {EXPECTED}")
+    check_input(x)
     chosen = resolve(OP, backend, x.device, x.dtype, None)
     if chosen == "torch":  # as it is, so that a compiler fuses it into what is beside it
         return composite(x)

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, empty_like
 
+from ard_kernels.common.arguments import check_tensor, described
 from ard_kernels.common.backends import check_backend, register_backend, serves_everything
+from ard_kernels.common.dtypes import DTYPES, EXPECTED
 from ard_kernels.common.library import define_op
 from ard_kernels.gelu import cpu
 
@@ -47,7 +49,15 @@ def _alike(x: Tensor, like: Tensor) -> Tensor:
     return x if x.stride() == like.stride() else empty_like(like).copy_(x)
 
 
+def check_input(x: Tensor) -> None:
+    """ValueError unless x is a dense tensor of a dtype that the op takes."""
+    check_tensor(OP, "x", x)
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{OP}: x has dtype {described(x.dtype)}; expected {EXPECTED}")
+
+
 def _check(x: Tensor, backend: str) -> None:
+    check_input(x)
     check_backend(OP, backend, x.device, x.dtype, 0)
 
 

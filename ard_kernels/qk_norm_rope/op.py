@@ -127,9 +127,15 @@ def _check_backward(
         raise ValueError(f"{OP}: grad_y is {described(grad_y)}; expected x's {tuple(x.shape)}, {x.dtype}")
     expected = spec.empty_statistics(x.to("meta"), Rule(norm, over_all, half, eps))
     for name, given, like in zip(("mean", "rstd"), (mean, rstd), expected, strict=True):
-        if given.shape != like.shape or given.dtype != like.dtype or not given.is_contiguous():
+        if (
+            given.shape != like.shape
+            or given.dtype != like.dtype
+            or given.device != x.device
+            or not given.is_contiguous()
+        ):
             raise ValueError(
-                f"{OP}: {name} is {described(given)}; expected contiguous {like.dtype} {tuple(like.shape)}"
+                f"{OP}: {name} is {described(given)} on {given.device}; expected contiguous {like.dtype} "
+                f"{tuple(like.shape)} on {x.device}"
             )
 
 

@@ -84,6 +84,10 @@ def _check(
         raise ValueError(f"{OP}: y_dtype is {y_dtype}; expected float32, bfloat16, float16, or float64 as x")
     _check_groups({"branch": branch}, {"gate": gate})
     _check_groups({"norm": norm}, {"shift": shift, "scale": scale, "weight": weight, "bias": bias})
+    if norm is not None:
+        spec.check_eps(OP, eps)
+    elif branch is None:
+        raise ValueError(f"{OP}: branch and norm are None; expected one")
     check_backend(public_name(branch, norm), backend, x.device, x.dtype, x.shape[-1])
 
 
@@ -141,6 +145,9 @@ def _check_backward(
     present = gate, row_dtype if h is not None else None, scale, weight, bias
     if len(wanted) != 5 or any(want and x is None for want, x in zip(wanted, present, strict=True)):
         raise ValueError(f"{OP}: wanted is {list(wanted)}; expected true for what is there: gate, shift, ..., bias")
+    fits = row_dtype in DTYPES and (scale is None or row_dtype == scale.dtype)
+    if row_dtype is not None and (not fits or row_dtype == torch.float64 != like.dtype):
+        raise ValueError(f"{OP}: row_dtype is {row_dtype}; expected a float dtype equal to scale's, float64 as x only")
     check_backend(public_name(branch, norm), backend, like.device, like.dtype, like.shape[-1])
 
 

@@ -120,7 +120,7 @@ def check_raw(
             continue
         if tensor.dim() > 3:
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected 3 dims")
-        if tensor.stride(-1) != 1 and tensor.numel():
+        if tensor.stride(-1) != 1 and tensor.shape[-1] != 1 and tensor.numel():
             raise ValueError(f"{op}: {name} has strides {tensor.stride()}; expected a contiguous last dim")
     return first
 

@@ -37,6 +37,11 @@ def _rows(rows_BSC: Tensor, lengths: Sequence[int], tokens: int, acc: torch.dtyp
     return rows_BSC.to(acc).unsqueeze(2)
 
 
+def _output(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> Tensor:
+    """x as an output: contiguous, whatever the memory order of the inputs."""
+    return (x if shape is None else x.reshape(shape)).to(dtype).contiguous()
+
+
 def _row_sum(terms_BSLC: Tensor, lengths: Sequence[int]) -> Tensor:
     """(B, S, C): sum over the tokens of each segment."""
     if len(lengths) == 1:
@@ -85,7 +90,7 @@ def forward(
     if branch is not None:
         wide, branch = _tile(x, lengths, acc), _tile(branch, lengths, acc)
         h = wide + branch if gate is None else torch.addcmul(wide, _rows(gate, lengths, T, acc), branch)
-        x = h = h.to(x.dtype).reshape(B, T, C)
+        x = h = _output(h, x.dtype, (B, T, C))
     if norm is not None:
         y, mean, rstd = normalise(_tile(x, lengths, acc), norm, eps)
         y = _affine(y, weight, bias)
@@ -96,8 +101,8 @@ def forward(
             y = y * factor
         elif shift is not None:
             y = y + shift
-        y, rstd = y.to(y_dtype).reshape(B, T, C), rstd.reshape(B, T)
-        mean = None if mean is None else mean.reshape(B, T)
+        y, rstd = _output(y, y_dtype, (B, T, C)), _output(rstd, acc, (B, T))
+        mean = None if mean is None else _output(mean, acc, (B, T))
     return h, y, mean, rstd
 
 
@@ -138,10 +143,10 @@ def backward(
         dx = dn if dx is None else dx + dn
         dshift, dscale, dweight, dbias = _row_gradients(dy, n, scale, weight, bias, lengths, row_dtype, wanted[1:])
     if branch is not None:
-        dbranch = (dx * _rows(gate, lengths, T, acc)).to(branch.dtype).reshape(B, T, C)
+        dbranch = _output(dx * _rows(gate, lengths, T, acc), branch.dtype, (B, T, C))
         if wanted[0]:
-            dgate = _row_sum(dx * _tile(branch, lengths, acc), lengths).to(gate.dtype)
-    dx = None if h is None else dx.to(h.dtype).reshape(B, T, C)
+            dgate = _output(_row_sum(dx * _tile(branch, lengths, acc), lengths), gate.dtype)
+    dx = None if h is None else _output(dx, h.dtype, (B, T, C))
     return dx, dbranch, dgate, dshift, dscale, dweight, dbias
 
 
@@ -158,10 +163,10 @@ def _row_gradients(
         scales = _row_sum(dy * n, lengths)
     factor = 1.0 if scale is None else 1 + scale.to(dy.dtype)
     if shift_wanted:
-        dshift = shifts.to(row_dtype)
+        dshift = _output(shifts, row_dtype)
     if scale_wanted:
         dscale = _affine(scales, weight, None)
-        dscale = (dscale if bias is None else dscale + bias.to(dy.dtype) * shifts).to(row_dtype)
+        dscale = _output(dscale if bias is None else dscale + bias.to(dy.dtype) * shifts, scale.dtype)
     if weight_wanted:
         dweight = (scales * factor).sum((0, 1)).to(weight.dtype)
     if bias_wanted:

@@ -144,6 +144,12 @@ def test_a_gradient_of_lse_alone(backend, device, D, dtype):
         torch.testing.assert_close(ours.double(), exact, rtol=2e-2, atol=1e-5 if dtype == FP32 else 2e-2)
     assert not got[2].any()
 
+    def total(q):
+        out = segment_attention(q, k.detach(), v.detach(), mask, segment_length=20, return_lse=True, backend=backend)
+        return out[1].sum()
+
+    assert torch.equal(torch.func.grad(total)(q.detach()), got[0])  # sum's gradient is an expanded number
+
 
 @pytest.mark.parametrize(
     ("backend", "device", "D", "dtype"),

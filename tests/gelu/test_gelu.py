@@ -147,6 +147,7 @@ BAD = {
     "sparse": (lambda: gelu(torch.eye(3).to_sparse()), "expected a dense one"),
     "fp64": (lambda: gelu(torch.zeros(4).double(), backend="cpu"), "backend 'cpu' .* cannot run"),
     "backend": (lambda: gelu(torch.zeros(4), backend="triton"), "gelu has no triton implementation"),
+    "raw integers": (lambda: torch.ops.ard.gelu(torch.arange(4), "cpu"), "gelu: x has dtype torch.int64; expected"),
     "raw dtype": (lambda: torch.ops.ard.gelu(torch.zeros(4).double(), "cpu"), "cannot run"),
     "raw grad": (
         lambda: torch.ops.ard.gelu_backward(torch.zeros(3), torch.zeros(4), "cpu"),

@@ -66,11 +66,11 @@ def test_bad_input(call, message):
         call()
 
 
-def raw(x=X, weight=None, cos=None, norm="rms", backend="cpu", k_weight=None, name="qk_norm_rope"):
+def raw(x=X, weight=None, cos=None, norm="rms", backend="cpu", k_weight=None, name="qk_norm_rope", rstd_on="cpu"):
     arguments = (x, weight, k_weight, None, None, cos, cos)
     if name.endswith("backward"):
         _, mean, rstd = torch.ops.ard.qk_norm_rope(X, *arguments[1:], norm, False, False, 1e-6, "torch")
-        arguments = (x, X, *arguments[1:], mean, rstd)
+        arguments = (x, X, *arguments[1:], mean, rstd.to(rstd_on))
     return getattr(torch.ops.ard, name)(*arguments, norm, False, False, 1e-6, backend)
 
 
@@ -83,6 +83,10 @@ BAD_RAW = {
     "table dims": (lambda: raw(cos=COS), r"cos has shape \(8, 8\); expected \(B or 1, L, H or 1, P\)"),
     "table rows": (lambda: raw(cos=COS[None, :3, None]), "q has 8 tokens; expected a multiple"),
     "backward, grad": (lambda: raw(X[:1], name="qk_norm_rope_backward"), r"grad_y is .*\(1, 3, 8, 16\); expected x's"),
+    "backward, rstd": (
+        lambda: raw(name="qk_norm_rope_backward", rstd_on="meta"),
+        "rstd is .* on meta; expected .* on cpu",
+    ),
     "backend": (lambda: raw(backend="fast"), "backend 'fast' cannot run"),
 }
 

@@ -140,6 +140,29 @@ def test_a_float64_residual_takes_a_branch_of_any_dtype(device, dtype):
         assert gradient.dtype == own.dtype and torch.equal(gradient, own)
 
 
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
+@on_every_backend
+def test_outputs_are_what_compilers_expect_of_them(backend, device, norm):
+    """In any memory order of the inputs, and of rows of another dtype than x without a shift to tell it."""
+    x, branch, gate, _, scale = inputs(device, B=2, T=12, C=24, grad=False)
+    x, branch = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, branch))
+    gate, scale = gate.bfloat16(), None if norm is None else scale.bfloat16()
+    forward, backward = torch.ops.ard.segment_adaln, torch.ops.ard.segment_adaln_backward
+    call = (x, branch, gate, None, scale, None, None, [4], norm, 1e-6, torch.float32, backend)
+    grads, h = (x, None if norm is None else x), None if norm is None else x
+    wanted = [True, False, norm is not None, False, False]
+    gradients = (*grads, h, branch, gate, scale, None, None, *forward(*call)[2:], [4], None, wanted, backend)
+    for op, arguments in ((forward, call), (backward, gradients)):
+        torch.library.opcheck(op, arguments, test_utils="test_faketensor")
+
+
+def test_one_channel_of_any_stride(device):
+    """contiguous() leaves it."""
+    x, gate = torch.randn(2, 1, 24, device=device).mT, torch.randn(2, 3, 1, device=device)
+    gradient = torch.func.grad(lambda x: gate_residual(x, x, gate, segment_length=8).sum())(x)
+    torch.testing.assert_close(gradient, 1 + gate.repeat_interleave(8, 1))
+
+
 def test_counted_as_no_flops(device):
     """conv, linear and attention are counted; the adaLN ops add nothing to that."""
     with FlopCounterMode(display=False) as counter:

@@ -313,15 +313,19 @@ def test_bad_input(arguments, message):
         gate_residual_adaln(X, X, **{"segment_length": 4, **arguments})
 
 
-def raw(x=X, branch=None, gate=None, shift=None, scale=None, weight=None, bias=None, lengths=(4,), norm="layer"):
-    settings = list(lengths), norm, 1e-6, FP32, "cpu"
+def raw(
+    x=X, branch=None, gate=None, shift=None, scale=None, weight=None, bias=None, lengths=(4,), norm="layer", eps=1e-6
+):  # fmt: skip
+    settings = list(lengths), norm, eps, FP32, "cpu"
     return torch.ops.ard.segment_adaln(x, branch, gate, shift, scale, weight, bias, *settings)
 
 
-def raw_backward(wanted=(False,) * 5, h=X, grad_h=None, grad_y=X, branch=None, gate=None, mean=True):
+def raw_backward(
+    wanted=(False,) * 5, h=X, grad_h=None, grad_y=X, branch=None, gate=None, mean=True, scale=None, row_dtype=None
+):  # fmt: skip
     mean, rstd = (torch.zeros(2, 12) if mean else None), torch.zeros(2, 12)
-    tensors = grad_h, grad_y, h, branch, gate, None, None, None, mean, rstd
-    return torch.ops.ard.segment_adaln_backward(*tensors, [4], None, list(wanted), "cpu")
+    tensors = grad_h, grad_y, h, branch, gate, scale, None, None, mean, rstd
+    return torch.ops.ard.segment_adaln_backward(*tensors, [4], row_dtype, list(wanted), "cpu")
 
 
 RAW = {
@@ -331,8 +335,16 @@ RAW = {
     "weight strides": (lambda: raw(weight=torch.randn(32)[::2]), r"weight has strides \(2,\)"),
     "weight": (lambda: raw(weight=torch.randn(8)), r"weight has shape \(8,\); expected \(16,\)"),
     "wanted": (lambda: raw_backward(wanted=(False, True, False, False, False)), "wanted is .*; expected true for what"),
+    "nothing": (lambda: raw(norm=None), "branch and norm are None"),
+    "eps": (lambda: raw(eps=-1.0), "eps is -1.0; expected a positive number"),
+    "integer rows": (lambda: raw_backward(row_dtype=torch.int64), "row_dtype is torch.int64; expected a float"),
+    "wide rows": (lambda: raw_backward(row_dtype=torch.float64), "row_dtype is torch.float64; expected a float"),
+    "rows of two dtypes": (
+        lambda: raw_backward(row_dtype=torch.bfloat16, scale=ROW),
+        "row_dtype is torch.bfloat16; expected a float dtype equal to scale's",
+    ),
     "few wanted": (lambda: raw_backward(wanted=()), r"wanted is \[\]"),
-    "no tokens": (lambda: raw_backward(h=None, grad_y=None), "h and branch and grad_h and grad_y are None"),
+    "no tokens": (lambda: raw_backward(h=None, grad_y=None), "h and grad_h and branch and grad_y are None"),
     "branch without gate": (lambda: raw_backward(branch=X), "gate is None; expected one beside branch"),
     "mean without norm": (
         lambda: raw_backward(h=None, grad_y=None, grad_h=X, branch=X, gate=ROW),
