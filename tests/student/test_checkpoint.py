@@ -7,8 +7,9 @@ import pytest
 import torch
 from ard import ARDStudent, DiT, DiTConfig
 from ard.storage.files import write_tensors
+from ard.weights.opened import open_source
 from ard.weights.public import load_student, load_teacher, read_state
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 CONFIGS = {
     "sigma": DiTConfig(input_size=8, patch_size=2, hidden_size=32, depth=3, num_heads=4, num_classes=7),
@@ -87,9 +88,15 @@ def test_pt_files_with_and_without_nesting(tmp_path, nesting, suffix):
     assert_same_weights(load_teacher(tmp_path / f"teacher{suffix}", num_heads=4), teacher)
 
 
-def test_ema_is_preferred(tmp_path):
+def test_ema_is_preferred_unless_the_model_is_asked_for(tmp_path):
     ema, model = teacher_of(), DiT(CONFIGS["sigma"])
     torch.save({"model": model.state_dict(), "ema": ema.state_dict()}, tmp_path / "both.pt")
+    save_file(model.state_dict(), tmp_path / "flat.safetensors")
+    for weights, expected in (("ema", ema), ("model", model)):
+        state = open_source(tmp_path / "both.pt", weights).state
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+    with pytest.raises(ValueError, match=r"flat\.safetensors has no 'model' beside other weights"):
+        open_source(tmp_path / "flat.safetensors", "model")
     assert_same_weights(load_teacher(str(tmp_path / "both.pt"), num_heads=4), ema)
 
 

@@ -185,6 +185,8 @@ def statistics_file(path, mu, sigma):
         (None, np.eye(16), r"bad.npz: has no mu"),
         (np.full(16, np.nan), np.eye(16), r"bad.npz: mu or sigma hold NaN or infinity"),
         (np.array([None]), np.eye(1), r"mu is object \(1,\), a pickle"),
+        (np.zeros(16), -np.eye(16), r"bad.npz: sigma .* has the eigenvalue -1; expected a covariance"),
+        (np.zeros(16), np.tri(16), r"bad.npz: sigma differs from its transpose by 1 "),
     ],
 )
 def test_bad_statistics_are_refused(tmp_path, mu, sigma, message):
@@ -281,6 +283,21 @@ def test_sample_json_names_a_file_of_its_folder_or_is_refused(tmp_path, text):
     result = ard("evaluate", str(tmp_path / "samples"), "--reference", "digits")
     assert result.exit_code == 1 and sum(line.startswith("ard: ") for line in result.output.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples", "victim.npz"]
+
+
+def test_samples_that_are_being_made_anew_are_refused(tmp_path):
+    save(tmp_path / "samples.npz", torch.rand(8, 1, 8, 8))
+    said = {"file": "samples.npz", "sha256": file_sha256(tmp_path / "samples.npz")}
+    (tmp_path / "sample.json").write_text(json.dumps(said))
+    (tmp_path / ".ard-parts").mkdir()
+    with pytest.raises(ValueError, match=r"is unfinished: `ard sample` has begun in it anew"):
+        samples_file(tmp_path)
+    (tmp_path / ".ard-parts").rmdir()
+    samples = samples_file(tmp_path)
+    assert evaluate(samples, samples, features=POOLED)["samples"]["sha256"] == said["sha256"]
+    save(samples, torch.rand(8, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"sample\.json: sha256 is .*; expected samples\.npz's"):
+        evaluate(samples, samples, features=NeverCalled())
 
 
 def test_nothing_is_left_beside_the_samples_but_the_scores(tmp_path):

@@ -13,7 +13,15 @@ import torch
 from ard.common.process import Process
 from ard.common.streams import noise_at
 from ard.conditions.sources import Classes
-from ard.data.latents import SKIPPED_NAME, LatentStore, damaged_images, encode_folder, open_real
+from ard.data.latents import (
+    SKIPPED_NAME,
+    LatentSpec,
+    LatentStore,
+    damaged_images,
+    encode_folder,
+    open_real,
+    write_latents,
+)
 from ard.data.real_images import image_files, load_image
 from ard.models.dit import DiTConfig
 from ard.weights.vae import LatentCodec
@@ -69,6 +77,10 @@ def test_encoding_continues_and_other_images_are_refused(images, vae, tmp_path):
     encode(images, vae, tmp_path)
     (tmp_path / "shard-00001.safetensors").unlink()
     encode(images, vae, tmp_path).verify()
+    rewritten = images / "c" / "0.png"
+    rewritten.write_bytes(rewritten.read_bytes())
+    with pytest.raises(ValueError, match=r"holds latents with source="):
+        encode(images, vae, tmp_path)
     with pytest.raises(ValueError, match=r"holds latents with image_shape=\[4, 8, 8\]; expected \[4, 16, 16\]"):
         encode(images, vae, tmp_path, size=32)
     Image.new("RGB", (20, 20)).save(images / "a" / "3.png")
@@ -116,6 +128,16 @@ def with_weights(vae: Path, folder: Path, **changes: torch.Tensor) -> Path:
     path = shutil.copytree(vae, folder) / "diffusion_pytorch_model.safetensors"
     save_file({**load_file(path), **changes}, path, {"format": "pt"})
     return folder
+
+
+def test_stores_of_other_latents_differ_to_a_fine_tune(tmp_path):
+    """Also where all that is written of their making is the same."""
+    spec = LatentSpec(2, 2, (4, 8, 8), LABELS.stored, "images", "none", dtype="float32")
+    labels = torch.zeros(2, dtype=torch.int64)
+    for name, value in (("a", 0.0), ("b", 1.0), ("again", 0.0)):
+        write_latents(tmp_path / name, spec, lambda _, v=value: (torch.full((2, 4, 8, 8), v), labels))
+    a, b, again = (open_real(str(tmp_path / name), CONFIG, LABELS).fingerprint for name in ("a", "b", "again"))
+    assert a == again != b
 
 
 def test_latents_that_are_not_finite_are_refused(images, vae, tmp_path):

@@ -112,6 +112,9 @@ def test_class_consistency():
     assert class_consistency(logits, torch.tensor([0, 1, 1, 1])) == 0.75
     with pytest.raises(ValueError, match=r"labels have shape \(3,\); expected \(4,\)"):
         class_consistency(logits, torch.tensor([0, 1, 1]))
+    for label in (-1, 2):
+        with pytest.raises(ValueError, match=r"labels span .*; expected classes of the features, 0 to 1"):
+            class_consistency(logits, torch.tensor([0, 1, 1, label]))
 
 
 def badly_centred(rows: int = 500, features: int = 6) -> torch.Tensor:

@@ -213,6 +213,7 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
         ("gan.kernel_size=8", "gan.kernel_size is 8; expected an odd number"),
         ("gan.virtual_batch=0", "gan.virtual_batch is 0; expected within [1, "),
         ("execution.precision=fp16", "execution.precision is 'fp16'; expected one of 'fp32', 'bf16'"),
+        ("trajectories={sampling_steps: 1, keep: [0]}", "sampling_steps: got 1; expected 2 to 1000"),
         ("trajectories.dtype=bf16", "trajectories.dtype is 'bf16'; expected one of 'float32', 'float16'"),
     ],
 )
@@ -407,6 +408,9 @@ def test_numbers_of_yaml_are_decimal_and_dates_are_text(tmp_path):
         with pytest.raises(ValueError, match=rf"distill.steps is '{text}'; expected int"):
             read_recipe("digits", [f"distill.steps={text}"])
     assert read_recipe("digits", ["distill.steps=1_000"]).distill.steps == 1000
+    for text in ("1:30.5", "0:00.5"):
+        with pytest.raises(ValueError, match=rf"distill.learning_rate is '{text}'; expected float"):
+            read_recipe("digits", [f"distill.learning_rate={text}"])
 
 
 def test_sections_of_an_override_are_merged_and_its_depth_is_bounded():

@@ -77,7 +77,8 @@ def published_sampler(teacher, noise, labels, sampling_steps, cfg_scale, cfg_cha
 def test_respaced_timesteps():
     kept = respaced_timesteps(25)
     assert kept[:4] == (0, 42, 83, 125) and kept[-2:] == (957, 999) and len(kept) == 25
-    assert respaced_timesteps(1) == (0,)
+    with pytest.raises(ValueError, match="sampling_steps: got 1; expected 2 to 1000"):
+        respaced_timesteps(1)
     assert respaced_timesteps(2) == (0, 999)
     assert respaced_timesteps(TRAIN_STEPS) == tuple(range(1000))
     assert all(len(set(respaced_timesteps(n))) == n for n in (3, 7, 50, 250, 999))
@@ -171,7 +172,7 @@ def test_bfloat16_teacher_keeps_float32_states(device):
         ({"keep": ()}, r"keep: got \(\)"),
         ({"keep": (25, 0)}, r"keep: got \(25, 0\)"),
         ({"keep": (3, -1)}, r"keep: got \(3, -1\)"),
-        ({"sampling_steps": 1001}, r"sampling_steps: got 1001; expected 1 to 1000"),
+        ({"sampling_steps": 1001}, r"sampling_steps: got 1001; expected 2 to 1000"),
         ({"cfg_channels": -1}, r"cfg_channels: got -1"),
     ],
 )

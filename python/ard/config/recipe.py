@@ -58,9 +58,9 @@ class Recipe:
             raise ValueError(
                 f"trajectories.shift is {trajectories.shift}; expected 0 for model.family={model.family!r}"
             )
+        times = convention.grid(trajectories.sampling_steps, trajectories.shift)[:-1]
         if trajectories.cfg_interval is not None:
             first, last = convention.check_interval(trajectories.cfg_interval, "trajectories.cfg_interval")
-            times = convention.grid(trajectories.sampling_steps, trajectories.shift)[:-1]
             if trajectories.cfg_scale != 1.0 and not any(first <= time <= last for time in times):
                 raise ValueError(
                     f"trajectories.cfg_interval is {[first, last]}; expected one with a step in it: none of "

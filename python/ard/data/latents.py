@@ -36,7 +36,7 @@ class LatentSpec(Conditioned, ShardSpec):
     shard_size: int
     image_shape: tuple[int, int, int]  # (channels, height, width) of a latent
     conditions: tuple[Condition, ...]
-    source: str  # what was encoded: sha256 of the list of files and labels, or a name
+    source: str  # what was encoded: sha256 of the list of files, their sizes, times and labels, or a name
     encoder: str  # fingerprint of the VAE, or "none"
     seed: int = 0  # of the posterior's noise
     dtype: str = "float32"
@@ -125,7 +125,9 @@ class StoredLatents:
     """Rows of a store of real latents; source: of their conditions."""
 
     def __init__(self, store: LatentStore, source: ConditionSource | None = None):
-        self.store, self.fingerprint = store, store.spec.fingerprint()
+        shards = sorted((name, entry["content_sha256"]) for name, entry in store.shards.items())
+        self.store = store
+        self.fingerprint = hashlib.sha256(f"{store.spec.fingerprint()} {shards}".encode()).hexdigest()
         self.source = source_for(store.spec.conditions, store.spec.prompts, source)
 
     def __len__(self) -> int:
@@ -184,7 +186,7 @@ def encode_folder(
     else:
         labels = torch.tensor([captions.number(read_caption(path.with_suffix(".txt"))) for path, _ in files])
         files, stored = [(path, n) for (path, _), n in zip(files, labels.tolist(), strict=True)], captions.stored
-    listed = "\n".join(f"{path.relative_to(images)} {path.stat().st_size} {label}" for path, label in files)
+    listed = "\n".join(f"{path.relative_to(images)} {_state(path)} {label}" for path, label in files)
     shape = codec.latent_shape(torch.empty(1, 3, size, size, device="meta"))[1:]
     spec = LatentSpec(
         count=len(files),
@@ -206,6 +208,12 @@ def encode_folder(
     if skip is not None and (process or Process()).is_main:
         write_json(folder / SKIPPED_NAME, {"count": len(skip), "images": dict(skip)})
     return store
+
+
+def _state(path: Path) -> str:
+    """Size and time of change: reading every image anew takes too long, and what is written anew has another time."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def damaged_images(

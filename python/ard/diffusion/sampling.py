@@ -24,7 +24,7 @@ from ard.config.choices import autocast
 from ard.models.config import Condition, Conditioned, condition_tensors
 from ard.models.student import ARDStudent
 from ard.storage.files import file_sha256, remove_folder, remove_temporary, write_json, write_tensors
-from ard.storage.images import latent_preview, to_uint8, write_grid, write_npz, write_png
+from ard.storage.images import SAMPLE_NAME, SAMPLE_PARTS, latent_preview, to_uint8, write_grid, write_npz, write_png
 from ard.storage.shards import ShardedStore, ShardSpec, Tensors, write_shards
 from ard.weights.opened import state_sha256
 from ard_kernels.common.arguments import described
@@ -33,7 +33,6 @@ IMAGE_CHANNELS = (1, 3)  # a student of other channels makes latents
 GRID_SAMPLES = 100
 LARGEST_CLASS = 999_999  # of what a model may have
 
-PARTS = ".ard-parts"  # the folder of shards
 PICTURES = "images"  # the folder of PNGs
 LEAST_SHARD = 64  # samples
 
@@ -150,7 +149,7 @@ def write_samples(
     process.barrier()
     # Twice on disk: in a shard and in the file.
     sizes = {"batch_size": config.batch_size, "row_bytes": 2 * math.prod(image_shape) * (1 if pixels else 4)}
-    write_shards(folder / PARTS, "samples", spec, make_rows, **sizes, process=process, on_progress=on_progress)
+    write_shards(folder / SAMPLE_PARTS, "samples", spec, make_rows, **sizes, process=process, on_progress=on_progress)
     seconds, made = process.gather(torch.tensor([spent])).T
     content = {
         **(facts or {}),
@@ -176,7 +175,7 @@ def _assemble(folder: Path, content: dict[str, Any], batch_size: int, one_by_one
 
     one_by_one: a PNG of each sample, too.
     """
-    parts, path = ShardedStore(folder / PARTS, "samples", SampleSpec), folder / content["file"]
+    parts, path = ShardedStore(folder / SAMPLE_PARTS, "samples", SampleSpec), folder / content["file"]
     parts.verify()
     every = torch.arange(len(parts))
     conditions = {condition.name: parts.read(condition.name, every) for condition in parts.spec.conditions}
@@ -192,8 +191,8 @@ def _assemble(folder: Path, content: dict[str, Any], batch_size: int, one_by_one
     if one_by_one:
         write_pictures(folder / PICTURES, parts, conditions["prompt"], batch_size)
     content["sha256"] = file_sha256(path)
-    write_json(folder / "sample.json", content)
-    remove_folder(folder / PARTS)
+    write_json(folder / SAMPLE_NAME, content)
+    remove_folder(folder / SAMPLE_PARTS)
 
 
 def write_pictures(folder: Path, parts: ShardedStore, prompts: Tensor, batch_size: int) -> None:
@@ -254,7 +253,7 @@ def graphed(run: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor
 def parse_classes(text: str) -> tuple[int, ...]:
     """ "0,5,10-12" -> (0, 5, 10, 11, 12)."""
     classes: list[int] = []
-    for part in filter(None, text.split(",")):
+    for part in text.split(",") if text else ():
         match = re.fullmatch(r"\s*(\d{1,19})\s*(?:-\s*(\d{1,19})\s*)?", part, re.ASCII)
         if not match:
             raise ValueError(f"classes: got {described(text)}; expected numbers and ranges such as 0,5,10-12")

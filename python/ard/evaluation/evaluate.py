@@ -34,10 +34,20 @@ from ard.evaluation.metrics import (
     precision_recall,
 )
 from ard.storage.files import atomic_path, file_sha256, json_text, parse_json, shown, whole_tensors
-from ard.storage.images import LARGEST_BATCH, from_uint8, iterate_npz, npz_names, read_array, read_header, read_labels
+from ard.storage.images import (
+    LARGEST_BATCH,
+    SAMPLE_NAME,
+    SAMPLE_PARTS,
+    from_uint8,
+    iterate_npz,
+    npz_names,
+    read_array,
+    read_header,
+    read_labels,
+)
 
 FID_50K_COUNT = 50_000
-SAMPLE_NAME = "sample.json"
+COVARIANCE_ERROR = 1e-4  # of the largest entry, or of all variance: what rounding to float32 leaves is far below
 NO_IMAGES = "the reference is a file of statistics; precision and recall need its images"
 
 
@@ -95,6 +105,7 @@ def evaluate(
     for file in filter(None, (sample_file, reference_file)):
         _require_fit(file, sample_file.image_shape, neighbours if reference_file else 1)
     width = None if statistics is None else statistics.mean_F.numel()
+    sha256 = _sample_sha256(sample_file.path)
     sample_file, prompts = _with_prompts(sample_file, features, batch_size)
     sample = _measure(sample_file, features, batch_size, kept_count, width, prompts)
     real = None if reference_file is None else _measure(reference_file, features, batch_size, kept_count, width)
@@ -107,7 +118,7 @@ def evaluate(
         "samples": {
             "path": sample_file.path.name,
             "count": sample_file.count,
-            "sha256": file_sha256(sample_file.path),
+            "sha256": sha256,
             "image_shape": list(sample_file.image_shape),
         },
         "reference": {"file": reference.name, "count": statistics.count, "sha256": file_sha256(reference)},
@@ -177,11 +188,23 @@ def write_statistics(path: Path, images: Path, *, features: Features, batch_size
 
 def samples_file(folder: Path) -> Path:
     """The file that sample.json in a folder of `ard sample` names: one in that folder, by a plain name."""
+    if (folder / SAMPLE_PARTS).exists():
+        raise ValueError(f"{folder} is unfinished: `ard sample` has begun in it anew; give its command again")
     path = folder / SAMPLE_NAME
     name = _sample_json(path).get("file")
     if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
         raise ValueError(f"{path}: file is {shown(name)}; expected the name of a file in this folder")
     return folder / name
+
+
+def _sample_sha256(path: Path) -> str:
+    """Of a file of samples. ValueError if a sample.json beside it was written for another one of its name."""
+    sha256, beside = file_sha256(path), path.parent / SAMPLE_NAME
+    content = _sample_json(beside) if beside.is_file() else {}
+    if content.get("file") == path.name and content.get("sha256", sha256) != sha256:
+        said = shown(content["sha256"])
+        raise ValueError(f"{beside}: sha256 is {said}; expected {path.name}'s {sha256}. Give `ard sample` again")
+    return sha256
 
 
 def _sample_json(path: Path) -> Mapping[str, Any]:
@@ -303,6 +326,16 @@ def _open_reference(path: Path, features: Features) -> tuple[FeatureStatistics |
         )
     if not torch.isfinite(mean_F).all() or not torch.isfinite(covariance_FF).all():
         raise ValueError(f"{path.name}: mu or sigma hold NaN or infinity; expected finite values")
+    asymmetry, largest = float((covariance_FF - covariance_FF.T).abs().max()), float(covariance_FF.abs().max())
+    try:
+        least = float(torch.linalg.eigvalsh((covariance_FF + covariance_FF.T) / 2)[0])
+    except torch.linalg.LinAlgError:  # of numbers whose squares are not finite: of these `frechet_distance` speaks
+        least = 0.0
+    if asymmetry > COVARIANCE_ERROR * largest or least < -COVARIANCE_ERROR * float(covariance_FF.trace()):
+        raise ValueError(
+            f"{path.name}: sigma differs from its transpose by {asymmetry:g} and has the eigenvalue {least:g}; "
+            "expected a covariance, symmetric and without negative eigenvalues"
+        )
     if made_by != features.name:
         raise ValueError(f"{path.name}: statistics of features {shown(made_by)}; expected {features.name!r}")
     statistics = FeatureStatistics(mean_F, covariance_FF, count)

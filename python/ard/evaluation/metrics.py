@@ -184,4 +184,9 @@ def class_consistency(logits_NK: torch.Tensor, labels_N: torch.Tensor) -> float:
             f"class_consistency: labels have shape {tuple(labels_N.shape)}; expected ({logits_NK.shape[0]},) "
             f"for logits {tuple(logits_NK.shape)}"
         )
+    if labels_N.numel() and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < logits_NK.shape[1]:
+        raise ValueError(
+            f"class_consistency: labels span [{int(labels_N.min())}, {int(labels_N.max())}]; expected classes of the "
+            f"features, 0 to {logits_NK.shape[1] - 1}"
+        )
     return float((logits_NK.argmax(dim=1) == labels_N).double().mean())

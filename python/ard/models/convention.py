@@ -104,9 +104,9 @@ def respaced_timesteps(sampling_steps: int) -> tuple[int, ...]:
 
     25 steps give (0, 42, 83, 125, 166, ..., 957, 999), as in the improved-diffusion and DiT samplers.
     """
-    if not 1 <= sampling_steps <= TRAIN_STEPS:
-        raise ValueError(f"sampling_steps: got {sampling_steps}; expected 1 to {TRAIN_STEPS}")
-    stride = (TRAIN_STEPS - 1) / (sampling_steps - 1) if sampling_steps > 1 else 1.0
+    if not 2 <= sampling_steps <= TRAIN_STEPS:  # a single one would be timestep 0: noise that is read as data
+        raise ValueError(f"sampling_steps: got {sampling_steps}; expected 2 to {TRAIN_STEPS}")
+    stride = (TRAIN_STEPS - 1) / (sampling_steps - 1)
     position, timesteps = 0.0, []
     for _ in range(sampling_steps):
         timesteps.append(round(position))

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from ard.storage.files import atomic_path, shown
 
+SAMPLE_NAME = "sample.json"  # what says of a folder of samples what they are, written last
+SAMPLE_PARTS = ".ard-parts"  # its folder of shards, while samples are made
 GRID_GAP = 2  # pixels
 LARGEST_BATCH = 1 << 25  # values; 170 images of 256 x 256 in colour
 _LARGEST_INFLATED, _MOST_INFLATION = 1 << 28, 100  # bytes; of an array beyond them, over its bytes in the .npz

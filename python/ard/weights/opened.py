@@ -47,7 +47,7 @@ class Source:
 
 
 def open_source(path: str | Path, weights: str = "ema", *, unfinished: bool = False) -> Source:
-    """Reads and, for a run's checkpoint, verifies. weights: "ema" or "model", of a run.
+    """Reads and, for a run's checkpoint, verifies. weights: "ema" or "model", of a run or of a file that has both.
 
     path: a run's folder (its newest good checkpoint), one checkpoint's folder, a .safetensors, .pt or .pth file, or a
     diffusers folder of a DiT or a PixArt. Raises ValueError or FileNotFoundError saying what was found; and, but with
@@ -59,7 +59,7 @@ def open_source(path: str | Path, weights: str = "ema", *, unfinished: bool = Fa
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected a run, a checkpoint or a file of weights")
     if path.is_file():
-        return _source(path, read_state(path), {})
+        return _source(path, read_state(path, weights), {})
     if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
         found = checkpoints.read_newest(path / "checkpoints", [weights])
         if found is None:

@@ -95,13 +95,16 @@ def student_steps(state: Mapping[str, Tensor]) -> int:
     return max(numbers(r"final_layer(\d*)\.", state, default=1), default=1)
 
 
-def read_state(path_or_state: StateSource) -> dict[str, Tensor]:
-    """Flat state dict of a file or mapping; unwraps {"ema": ...} and its like. No tensor aliases the source."""
+def read_state(path_or_state: StateSource, weights: str = "ema") -> dict[str, Tensor]:
+    """Flat state dict of a file or mapping; unwraps {"ema": ...} and its like. No tensor aliases the source.
+
+    weights: which of several; "ema" takes what there is. ValueError for others that are not there.
+    """
     if isinstance(path_or_state, Mapping):
-        return _flat_copy(path_or_state, "state dict")
+        return _flat_copy(path_or_state, "state dict", weights)
     path = Path(path_or_state)
     if path.suffix == ".safetensors":
-        return _flat_copy(read_tensors(path), path.name)  # aligned memory, independent of the mapped file
+        return _flat_copy(read_tensors(path), path.name, weights)  # aligned memory, independent of the mapped file
     if path.suffix not in (".pt", ".pth"):
         raise ValueError(f"checkpoint: got {path.name!r}; expected a .safetensors, .pt or .pth file")
     size = path.stat().st_size
@@ -120,12 +123,16 @@ def read_state(path_or_state: StateSource) -> dict[str, Tensor]:
         raise DamagedFile(f"checkpoint: {path} is not a whole file of torch.save ({type(error).__name__})") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"checkpoint: {path.name!r} holds a {type(loaded).__name__}; expected a state dict")
-    return _flat_copy(loaded, path.name, largest=size)
+    return _flat_copy(loaded, path.name, weights, largest=size)
 
 
-def _flat_copy(state: Mapping, source: str, largest: int | None = None) -> dict[str, Tensor]:
+def _flat_copy(state: Mapping, source: str, weights: str, largest: int | None = None) -> dict[str, Tensor]:
     """largest: bytes of all tensors, which those of a file that repeats some of its bytes exceed."""
-    for key in _NESTING_KEYS:
+    if weights != "ema" and not isinstance(state.get(weights), Mapping):
+        raise ValueError(
+            f"checkpoint: {source} has no {weights!r} beside other weights; expected weights='ema', or a run"
+        )
+    for key in _NESTING_KEYS if weights == "ema" else (weights,):
         if isinstance(state.get(key), Mapping):
             state = state[key]
             break
