@@ -185,8 +185,9 @@ def statistics_file(path, mu, sigma):
         (None, np.eye(16), r"bad.npz: has no mu"),
         (np.full(16, np.nan), np.eye(16), r"bad.npz: mu or sigma hold NaN or infinity"),
         (np.array([None]), np.eye(1), r"mu is object \(1,\), a pickle"),
-        (np.zeros(16), -np.eye(16), r"bad.npz: sigma .* has the eigenvalue -1; expected a covariance"),
-        (np.zeros(16), np.tri(16), r"bad.npz: sigma differs from its transpose by 1 "),
+        (np.zeros(16), -np.eye(16), r"the covariance of b .* has the eigenvalue -1; expected it symmetric"),
+        (np.zeros(16), np.tri(16), r"the covariance of b differs from its transpose by 1 "),
+        (np.zeros(0), np.zeros((0, 0)), r"reference's mu has 0 features; expected 16"),
     ],
 )
 def test_bad_statistics_are_refused(tmp_path, mu, sigma, message):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ard.conditions.sources import Prompts
     from ard.models.student import ARDStudent
 
-Weights = Annotated[str, typer.Option(help="Of a run: ema (averaged) or model.")]
+Weights = Annotated[str, typer.Option(help="Of a run, or a file that has both: ema (averaged) or model.")]
 Recipe = Annotated[
     str | None, typer.Option("--config", "-c", help="For a bare file of weights: heads, history layers.")
 ]

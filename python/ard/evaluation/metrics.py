@@ -101,6 +101,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         raise ValueError(
             f"frechet_distance: b has {b.mean_F.numel()} features; expected {a.mean_F.numel()}, the number a has"
         )
+    for name, statistics in (("a", a), ("b", b)):
+        _require_covariance(name, statistics.covariance_FF)
     try:
         eigenvalues_F, vectors_FF = torch.linalg.eigh(a.covariance_FF)
         root_a_FF = (vectors_FF * eigenvalues_F.clamp(min=0.0).sqrt()) @ vectors_FF.T
@@ -114,6 +116,20 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     if not math.isfinite(distance):
         raise ValueError(f"frechet_distance: the distance is {distance}; expected statistics whose products are finite")
     return max(distance, 0.0)
+
+
+def _require_covariance(name: str, covariance_FF: torch.Tensor) -> None:
+    """ValueError for what is no covariance: a distance to it can come out as 0. Rounding to float32 is far below."""
+    try:
+        least = float(torch.linalg.eigvalsh((covariance_FF + covariance_FF.T) / 2).min())
+    except torch.linalg.LinAlgError:  # of numbers that are not finite, of which the distance is none either
+        return
+    asymmetry = float((covariance_FF - covariance_FF.T).abs().max())
+    if asymmetry > 1e-4 * float(covariance_FF.abs().max()) or least < -1e-4 * float(covariance_FF.trace().abs()):
+        raise ValueError(
+            f"frechet_distance: the covariance of {name} differs from its transpose by {asymmetry:g} and has the "
+            f"eigenvalue {least:g}; expected it symmetric and without negative eigenvalues"
+        )
 
 
 def precision_recall(
