@@ -43,6 +43,7 @@ OTHERS = {
     "float": {"settings": (1.0,)},
     "bool": {"settings": (True,)},
     "None": {"settings": (None,)},
+    "lengths": {"settings": ([1],)},
     "no_grad": {"within": torch.no_grad},
     "autocast": {"within": lambda: torch.autocast("cpu", torch.bfloat16)},
     "use_backend": {"within": lambda: use_backend("torch")},
@@ -95,12 +96,24 @@ def test_another_threads_request_does_not_get_into_a_plan(monkeypatch):
     assert plan.backend == "cpu"
 
 
-def test_lists_and_subclasses_have_no_key(ask):
+def test_lengths_are_a_kind_by_what_they_say(ask):
+    lengths = [4, 6]
+    assert ask(settings=(lengths,)) == ask(settings=((4, 6),)) == 1
+    lengths[1] = 5
+    assert ask(settings=(lengths,)) == ask(settings=([4, 5],)) == 2
+    assert ask(settings=([4, 6],)) == 2
+
+
+@pytest.mark.parametrize("setting", [X, [1.0], (True,), [X], [[1]]], ids=str)
+def test_other_settings_have_no_key(ask, setting):
+    assert (ask(settings=(setting,)), ask(settings=(setting,))) == (1, 2)
+
+
+def test_subclasses_have_no_key(ask):
     class Other(torch.Tensor):
         pass
 
-    assert (ask(settings=([1],)), ask(settings=([1],))) == (1, 2)
-    assert (ask(X.as_subclass(Other)), ask(X.as_subclass(Other))) == (3, 4)
+    assert (ask(X.as_subclass(Other)), ask(X.as_subclass(Other))) == (1, 2)
 
 
 @pytest.mark.parametrize("first", [X, None, "text"], ids=["tensor", "None", "text"])

@@ -19,7 +19,15 @@ from ard_kernels.common.autocast import autocast_dtype
 from ard_kernels.common.library import forward_mode, private
 
 _PLAIN = (Tensor, Parameter)
-_VALUES = frozenset((int, float, str, bool, type(None)))  # what a key can hold: no tensor, whose value may change
+
+
+class _Lengths(tuple[int, ...]):
+    """Those of segments in a list or tuple of ints."""
+
+    __slots__ = ()
+
+
+_VALUES = frozenset((int, float, str, bool, _Lengths, type(None)))  # what a key can hold: no tensor, it may change
 _MOST_KEPT = 1024
 _jit_trace = private("_C._get_tracing_state")  # sizes are tensors then
 
@@ -46,10 +54,13 @@ def once_per_kind(make: Callable[..., Any], tensors: Sequence[Any], *settings: A
 def _kind_of(
     make: Callable[..., Any], tensors: Sequence[Any], settings: Sequence[Any], request: str | None
 ) -> tuple | None:
-    """None for what no key describes: lengths in a list, subclasses of Tensor, tangents, what a compiler traces."""
-    types = tuple(map(type, settings))
+    """None for what no key describes: lengths in a tensor, subclasses of Tensor, tangents, what a compiler traces."""
     if is_compiling() or _jit_trace is None or _jit_trace() is not None or forward_mode():
         return None
+    types = tuple(map(type, settings))
+    if not _VALUES.issuperset(types):
+        settings = tuple([_Lengths(x) if _are_lengths(x) else x for x in settings])
+        types = tuple(map(type, settings))
     if not _VALUES.issuperset(types) or tensors[0] is None:
         return None
     fields = [make, types, settings]  # 1, 1.0 and True are one key without their types
@@ -66,3 +77,7 @@ def _kind_of(
             return None
     fields.append(autocast_dtype(tensors[0].device))
     return tuple(fields)
+
+
+def _are_lengths(value: Any) -> bool:
+    return type(value) in (list, tuple) and all([type(n) is int for n in value])

@@ -136,6 +136,54 @@ def test_shards_of_other_samples_are_refused(tmp_path):
         write_samples(sit, tmp_path, MANY)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.usefixtures("pillow")
+def test_finished_samples_stay_as_they_are(tmp_path, monkeypatch):
+    folders = [tmp_path / "images", tmp_path / "latents"]
+    made = [write_samples(student_of(c), folder, MANY) for c, folder in zip((1, 4), folders, strict=True)]
+    monkeypatch.setattr(ARDStudent, "sample", None)
+    for channels, folder, content in zip((1, 4), folders, made, strict=True):
+        before, done = contents(folder), []
+        again = write_samples(student_of(channels), folder, replace(MANY, batch_size=5), on_progress=done.append)
+        assert again == content | {"images_per_second": None} and done == [MANY.count]
+        for others in ({"seed": 1}, {"count": 7}, {"classes": (1,)}, {"precision": "bf16"}):
+            with pytest.raises(ValueError, match=r"holds samples of other settings or weights, .*--fresh"):
+                write_samples(student_of(channels), folder, replace(MANY, **others))
+        with pytest.raises(ValueError, match="of other settings or weights"):
+            write_samples(student_of(5 - channels), folder, MANY)
+        assert contents(folder) == before
+
+
+@pytest.mark.usefixtures("pillow")
+def test_fresh_samples_replace_others_finished_or_not(tmp_path):
+    few = SamplingConfig(count=5, seed=2)
+    write_samples(student_of(), tmp_path / "new", few)
+    sample(tmp_path / "finished", bool)
+    Child(dying, sample, 12, False, tmp_path / "killed").kill_after(None)
+    for folder in (tmp_path / "finished", tmp_path / "killed"):
+        write_samples(student_of(), folder, few, fresh=True)
+        assert contents(folder)["samples.npz"] == contents(tmp_path / "new")["samples.npz"]
+        assert sorted(contents(folder)) == FILES
+
+
+@pytest.mark.usefixtures("pillow")
+def test_damaged_samples_are_made_again_and_those_of_others_are_not_touched(tmp_path):
+    few = SamplingConfig(count=5)
+    write_samples(student_of(), tmp_path, few)
+    whole = contents(tmp_path)["samples.npz"]
+    for damage in (lambda path: path.write_bytes(whole[:-1]), Path.unlink):
+        damage(tmp_path / "samples.npz")
+        write_samples(student_of(), tmp_path, few)
+        assert contents(tmp_path)["samples.npz"] == whole
+    (tmp_path / "sample.json").unlink()
+    with pytest.raises(ValueError, match="of other settings or weights"):
+        write_samples(student_of(), tmp_path, few)
+    assert contents(tmp_path)["samples.npz"] == whole
+
+
 def test_bf16_sampling_stays_near(device):
     student = student_of(device=device)
     noise, labels = noise_at(0, range(4), (1, 4, 4)).to(device), torch.arange(4, device=device) % 3

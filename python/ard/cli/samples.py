@@ -109,6 +109,7 @@ def sample(
     config: Recipe = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     cuda_graph: Annotated[bool, typer.Option(help="On a GPU: one graph launch per batch.")] = True,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace other samples in the folder.")] = False,
     device: Device = None,
 ) -> None:
     """Sample a student: images as ADM-format .npz through a VAE or of a pixel model, else latents."""
@@ -138,6 +139,7 @@ def sample(
                 prompts=texts,
                 codec=codec,
                 facts=facts,
+                fresh=fresh,
                 process=process,
                 on_progress=advance,
             )

@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -23,8 +23,17 @@ from ard.conditions.sources import Classes, Prompts, named
 from ard.config.choices import autocast
 from ard.models.config import Condition, Conditioned, condition_tensors
 from ard.models.student import ARDStudent
-from ard.storage.files import file_sha256, remove_folder, remove_temporary, write_json, write_tensors
-from ard.storage.images import SAMPLE_NAME, SAMPLE_PARTS, latent_preview, to_uint8, write_grid, write_npz, write_png
+from ard.storage.files import FolderLock, file_sha256, remove_folder, remove_temporary, write_json, write_tensors
+from ard.storage.images import (
+    SAMPLE_NAME,
+    SAMPLE_PARTS,
+    latent_preview,
+    read_sample_json,
+    to_uint8,
+    write_grid,
+    write_npz,
+    write_png,
+)
 from ard.storage.shards import ShardedStore, ShardSpec, Tensors, write_shards
 from ard.weights.opened import state_sha256
 from ard_kernels.common.arguments import described
@@ -93,15 +102,17 @@ def write_samples(
     prompts: Prompts | None = None,
     codec: Codec | None = None,
     facts: dict[str, Any] | None = None,
+    fresh: bool = False,
     process: Process | None = None,
     on_progress: Callable[[int], Any] | None = None,
 ) -> dict[str, Any]:
     """Samples, every rank its share, into samples.npz (or .safetensors), grid.png and sample.json in ``folder``.
 
-    Goes on where an equal call was killed. prompts: of a student that is steered by text; its images stand in
-    ``folder`` one by one, too, as images/<number of the prompt>-<sample>.png. codec: decodes latents; a student of
-    pixels needs none. facts: for sample.json. Returns its content; "images_per_second" is of all processes, without
-    start and writing, None if nothing was left to sample.
+    Goes on where an equal call was killed, and samples nothing where one has finished. prompts: of a student that is
+    steered by text; its images stand in ``folder`` one by one, too, as images/<number of the prompt>-<sample>.png.
+    codec: decodes latents; a student of pixels needs none. facts: for sample.json. fresh: replaces what is there.
+    Returns sample.json's content; "images_per_second" is of all processes, without start and writing, None if nothing
+    was left to sample. Raises ValueError where ``folder`` holds other samples.
     """
     process = process or Process()
     shape = student.config.image_shape
@@ -143,17 +154,29 @@ def write_samples(
         codec=codec.fingerprint if codec else "none",
         prompts=source.fingerprint,
     )
+    name, parts = "samples.npz" if pixels else "samples.safetensors", folder / SAMPLE_PARTS
+    identity = fingerprint(replace(spec, shard_size=1))  # which no sample depends on
+    finished = None if fresh or parts.exists() else _finished(folder, name, identity)
+    process.barrier()  # all ranks have seen the same; now it may change
     if process.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         remove_temporary(folder)
+        if fresh and parts.exists():
+            with FolderLock(parts):
+                remove_folder(parts)
+    if finished:
+        if on_progress:
+            on_progress(config.count)
+        return finished
     process.barrier()
     # Twice on disk: in a shard and in the file.
     sizes = {"batch_size": config.batch_size, "row_bytes": 2 * math.prod(image_shape) * (1 if pixels else 4)}
-    write_shards(folder / SAMPLE_PARTS, "samples", spec, make_rows, **sizes, process=process, on_progress=on_progress)
+    write_shards(parts, "samples", spec, make_rows, **sizes, process=process, on_progress=on_progress)
     seconds, made = process.gather(torch.tensor([spent])).T
     content = {
         **(facts or {}),
-        "file": "samples.npz" if pixels else "samples.safetensors",
+        "file": name,
+        "spec": identity,
         "count": config.count,
         "seed": config.seed,
         **({"prompts": prompts.texts} if prompts else {}),
@@ -168,6 +191,21 @@ def write_samples(
         _assemble(folder, content, config.batch_size, prompts is not None and pixels)
     process.barrier()
     return content
+
+
+def _finished(folder: Path, name: str, identity: str) -> dict[str, Any] | None:
+    """What sample.json says of the same samples; None if there are none, or damaged ones. ValueError for others."""
+    path, said = folder / name, folder / SAMPLE_NAME
+    if not path.exists() and not said.exists():
+        return None
+    content = read_sample_json(said) if said.exists() else {}
+    if content.get("spec") != identity:
+        raise ValueError(
+            f"{folder} holds samples of other settings or weights, as {SAMPLE_NAME} says; expected another folder, or "
+            "--fresh to replace them"
+        )
+    whole = path.is_file() and content.get("sha256") == file_sha256(path)
+    return {**content, "images_per_second": None} if whole else None
 
 
 def _assemble(folder: Path, content: dict[str, Any], batch_size: int, one_by_one: bool) -> None:

@@ -14,10 +14,9 @@ A file is read batch by batch: memory is one batch, (F, F) sums, and the feature
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from ard.evaluation.metrics import (
     frechet_distance,
     precision_recall,
 )
-from ard.storage.files import atomic_path, file_sha256, json_text, parse_json, shown, whole_tensors
+from ard.storage.files import atomic_path, file_sha256, shown, whole_tensors
 from ard.storage.images import (
     LARGEST_BATCH,
     SAMPLE_NAME,
@@ -44,6 +43,7 @@ from ard.storage.images import (
     read_array,
     read_header,
     read_labels,
+    read_sample_json,
 )
 
 FID_50K_COUNT = 50_000
@@ -190,7 +190,7 @@ def samples_file(folder: Path) -> Path:
     if (folder / SAMPLE_PARTS).exists():
         raise ValueError(f"{folder} is unfinished: `ard sample` has begun in it anew; give its command again")
     path = folder / SAMPLE_NAME
-    name = _sample_json(path).get("file")
+    name = read_sample_json(path).get("file")
     if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
         raise ValueError(f"{path}: file is {shown(name)}; expected the name of a file in this folder")
     return folder / name
@@ -199,19 +199,11 @@ def samples_file(folder: Path) -> Path:
 def _sample_sha256(path: Path) -> str:
     """Of a file of samples. ValueError if a sample.json beside it was written for another one of its name."""
     sha256, beside = file_sha256(path), path.parent / SAMPLE_NAME
-    content = _sample_json(beside) if beside.is_file() else {}
+    content = read_sample_json(beside) if beside.is_file() else {}
     if content.get("file") == path.name and content.get("sha256", sha256) != sha256:
         said = shown(content["sha256"])
         raise ValueError(f"{beside}: sha256 is {said}; expected {path.name}'s {sha256}. Give `ard sample` again")
     return sha256
-
-
-def _sample_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = parse_json(json_text(path))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({str(error)[:200]})") from error
-    return content if isinstance(content, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -228,7 +220,7 @@ def _with_prompts(file: ImageFile, features: Features, batch_size: int) -> tuple
     path = file.path.parent / SAMPLE_NAME
     if (features.embed_texts is None and features.classify is None) or not path.is_file():
         return file, None
-    content = _sample_json(path)
+    content = read_sample_json(path)
     if "prompts" not in content or content.get("file") != file.path.name:
         return file, None
     texts, numbers_N = content["prompts"], file.prompt_N

@@ -13,14 +13,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-from ard.storage.files import atomic_path, shown
+from ard.storage.files import atomic_path, json_text, parse_json, shown
 
 SAMPLE_NAME = "sample.json"  # what says of a folder of samples what they are, written last
 SAMPLE_PARTS = ".ard-parts"  # its folder of shards, while samples are made
@@ -279,3 +279,12 @@ def latent_preview(latents_Nchw: Tensor) -> Tensor:
 def _require_images(caller: str, images_Nhwc: np.ndarray) -> None:
     if images_Nhwc.dtype != np.uint8 or images_Nhwc.ndim != 4 or 0 in images_Nhwc.shape[1:]:
         raise ValueError(f"{caller}: images are {images_Nhwc.dtype} {images_Nhwc.shape}; expected uint8 (n, h, w, c)")
+
+
+def read_sample_json(path: Path) -> dict[str, Any]:
+    """What a sample.json says; nothing, if it is no object. ValueError where it is not JSON."""
+    try:
+        content = parse_json(json_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({str(error)[:200]})") from error
+    return content if isinstance(content, dict) else {}
