@@ -136,7 +136,9 @@ PRIVATE = [
     "autograd._profiler_enabled",
     "autograd.forward_ad._current_level",
     "ops.aten._scaled_dot_product_flash_attention_for_cpu",
+    "_C._autograd._top_saved_tensors_default_hooks",
 ]
+STILL_DIRECT = PRIVATE[-2:]
 TORCH_NEEDS = ["_C._AutoDispatchBelowAutograd", "_is_zerotensor", "_foreach_lerp_"]  # to differentiate and to optimise
 # For each name a process, in which torch loses it before ard_kernels is imported; then it trains and samples a step.
 WITHOUT = """
@@ -176,7 +178,7 @@ for path in sys.argv[1:]:
 
 def test_a_private_name_that_torch_drops_breaks_nothing():
     done = subprocess.run([sys.executable, "-c", WITHOUT, *PRIVATE], capture_output=True, text=True, check=False)
-    expected = [f"{name} {name.startswith('ops.')} True (1, 8, 16)" for name in PRIVATE]
+    expected = [f"{name} {name in STILL_DIRECT} True (1, 8, 16)" for name in PRIVATE]
     assert done.stdout.splitlines() == expected, done.stderr[-2000:]
 
 

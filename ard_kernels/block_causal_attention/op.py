@@ -22,7 +22,7 @@ from ard_kernels.block_causal_attention.spec import Segments
 from ard_kernels.common import triton_support
 from ard_kernels.common.backends import check_backend, register_backend, serves_everything
 from ard_kernels.common.dtypes import accumulation_dtype
-from ard_kernels.common.library import define_op
+from ard_kernels.common.library import define_op, saved_tensors
 from ard_kernels.common.segments import check_lengths
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse = ctx.saved_tensors
+    q, k, v, out, lse = saved_tensors(ctx)
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if grad_out is not None or grad_lse is not None:
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
@@ -240,7 +240,7 @@ def _packed_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _packed_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    qkv, out, lse = ctx.saved_tensors
+    qkv, out, lse = saved_tensors(ctx)
     grad = None
     if grad_out is not None or grad_lse is not None:
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out

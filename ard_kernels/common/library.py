@@ -58,6 +58,7 @@ _transforms = private("_C._functorch.peek_interpreter_stack")
 # What calls an op below its autograd kernel. Without it PyTorch's `register_autograd` is used: slower, no torch.func.
 _below_autograd = private("_C._AutoDispatchBelowAutograd")
 _is_zero = private("_is_zerotensor")
+_hooks_of_saved = private("_C._autograd._top_saved_tensors_default_hooks")
 _KNOWN = all((_jit_trace, _dispatch_modes, _function_modes, _profiler_enabled, _transforms, _below_autograd))
 _KNOWN = _KNOWN and hasattr(forward_ad, "_current_level")
 # Where one of them cannot be asked, every call takes the dispatcher; so it does for who sets ARD_DISPATCH=1.
@@ -91,7 +92,8 @@ def define_op(
 
     `kernel` runs on every device; its last argument is the backend. `check` raises ValueError for inputs that the
     kernel would not survive: `torch.ops.ard.*` asks it, a public function has checked what it passes.
-    `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` are those of an autograd.Function. `flops` gets the
+    `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` are those of an autograd.Function, which reads
+    `saved_tensors(ctx)`. `flops` gets the
     op's inputs, tensors as they are after the call. `reads_host`: what is launched depends on a tensor of the host, so
     that torch.compile must not replay it in a CUDA graph. `normal(*inputs)`: inputs of a call of the same work, which
     `record.py` notes in place of these.
@@ -193,6 +195,31 @@ def _refuse_gradient(name: str) -> tuple[Callable, Callable]:
     return lambda ctx, inputs, output: None, backward
 
 
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """`ctx.saved_tensors`, as they were saved: kernels read them as memory, and hooks may have made others of them.
+
+    Raises ValueError for another dtype, shape or device; other strides are mended.
+    """
+    tensors, as_saved = ctx.saved_tensors, getattr(ctx, "as_saved", None)
+    return tensors if as_saved is None else tuple(map(_as_saved, tensors, as_saved))
+
+
+def _as_saved(x: Tensor | None, kind: tuple | None) -> Tensor | None:
+    if x is None or kind is None:
+        return x
+    *expected, strides = kind
+    got = [x.dtype, x.shape, x.device]
+    if got != expected:
+        raise ValueError(
+            f"ard_kernels: a hook of saved tensors has given back {_told(*got)}; expected {_told(*expected)}"
+        )
+    return x if x.stride() == strides or x.is_contiguous() else x.contiguous()
+
+
+def _told(dtype: torch.dtype, shape: torch.Size, device: torch.device) -> str:
+    return f"{dtype} of shape {tuple(shape)} on {device}"
+
+
 def _gradient_function(run: Callable, run_backward: Callable, setup_context: Callable) -> type[torch.autograd.Function]:
     """The autograd.Function that computes `run`."""
 
@@ -202,6 +229,9 @@ def _gradient_function(run: Callable, run_backward: Callable, setup_context: Cal
             with _below_autograd():
                 output = run(*inputs)
             setup_context(ctx, inputs, output)
+            # Hooks of single tensors (`_raw_saved_tensors`) cannot be seen from here.
+            if _hooks_of_saved is None or _hooks_of_saved(True):  # True: but for those that a compiler traces
+                ctx.as_saved = [None if x is None else (x.dtype, x.shape, x.device, x.stride()) for x in ctx.to_save]
             return output
 
         @staticmethod

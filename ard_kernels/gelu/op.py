@@ -11,7 +11,7 @@ from torch import Tensor, empty_like
 from ard_kernels.common.arguments import check_tensor, described
 from ard_kernels.common.backends import check_backend, register_backend, serves_everything
 from ard_kernels.common.dtypes import DTYPES, EXPECTED
-from ard_kernels.common.library import define_op
+from ard_kernels.common.library import define_op, saved_tensors
 from ard_kernels.gelu import cpu
 
 OP = "gelu"
@@ -74,7 +74,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return backward_op(grad, *ctx.saved_tensors, ctx.backend), None
+    return backward_op(grad, *saved_tensors(ctx), ctx.backend), None
 
 
 backward_op = define_op(

@@ -15,7 +15,7 @@ from torch import Tensor
 from ard_kernels.common import triton_support
 from ard_kernels.common.arguments import described
 from ard_kernels.common.backends import check_backend, register_backend, serves_everything
-from ard_kernels.common.library import define_op
+from ard_kernels.common.library import define_op, saved_tensors
 from ard_kernels.qk_norm_rope import cpu, cuda, spec, torch_impl
 from ard_kernels.qk_norm_rope.backend import Kernels
 from ard_kernels.qk_norm_rope.spec import Rule, sections
@@ -177,7 +177,7 @@ def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
 def _autograd(ctx: Any, grad_y: Tensor | None, _grad_mean: None, _grad_rstd: None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
         return (None,) * 12
-    saved = ctx.saved_tensors
+    saved = saved_tensors(ctx)
     dx, *grads = backward_op(grad_y, *saved, ctx.norm, ctx.over_all, ctx.half, ctx.eps, ctx.backend)
     parameters = (None if p is None else grad for p, grad in zip(saved[1:5], grads, strict=True))
     return dx, *parameters, *(None,) * 7

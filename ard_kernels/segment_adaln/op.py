@@ -17,7 +17,7 @@ from torch import Tensor
 from ard_kernels.common import triton_support
 from ard_kernels.common.backends import check_backend, register_backend, serves_everything
 from ard_kernels.common.dtypes import DTYPES, accumulation_dtype
-from ard_kernels.common.library import define_op
+from ard_kernels.common.library import define_op, saved_tensors
 from ard_kernels.common.segments import segment_count
 from ard_kernels.segment_adaln import cpu, cuda, spec, torch_impl
 from ard_kernels.segment_adaln.backend import Kernels
@@ -199,7 +199,7 @@ def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
 def _autograd(
     ctx: Any, grad_h: Tensor | None, grad_y: Tensor | None, _mean: None, _rstd: None
 ) -> tuple[Tensor | None, ...]:
-    h, branch, gate, *of_norm = ctx.saved_tensors
+    h, branch, gate, *of_norm = saved_tensors(ctx)
     wanted = list(ctx.needs_input_grad[2:7])
     if grad_y is None:  # nothing comes through the norm
         h, of_norm, wanted = None, [None] * 5, [wanted[0], *[False] * 4]

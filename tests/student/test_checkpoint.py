@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from ard import ARDStudent, DiT, DiTConfig
+from ard.models.families import config_class, make_teacher
 from ard.storage.files import write_tensors
 from ard.weights.opened import open_source
 from ard.weights.public import load_student, load_teacher, read_state
@@ -33,7 +34,8 @@ def teacher_of(name="sigma"):
     teacher = DiT(CONFIGS[name])
     with torch.no_grad():
         for parameter in teacher.parameters():
-            parameter.normal_()
+            if parameter.requires_grad:
+                parameter.normal_()
     return teacher
 
 
@@ -65,6 +67,19 @@ def test_teacher_round_trips_bit_exactly(tmp_path, name, dtype):
     assert not loaded.training and not loaded.pos_embed.requires_grad and loaded.blocks[0].mlp.fc1.weight.requires_grad
     write_tensors(tmp_path / "again.safetensors", loaded.state_dict())
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "teacher.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("family", ["dit", "sit", "repa", "lightningdit"])
+def test_positions_must_be_those_of_the_grid(family):
+    sizes = {"hidden_size": 48, "depth": 1, "num_heads": 2, "num_classes": 3, "mlp_ratio": 4.0}
+    state = make_teacher(config_class({"family": family})(input_size=(8, 12), patch_size=2, **sizes)).state_dict()
+    how = {"num_heads": 2, "family": family}
+    load_teacher(state, input_size=(8, 12), **how)
+    with pytest.raises(ValueError, match=r"pos_embed differs by 1\.\d+ from that of \(6, 4\) tokens"):
+        load_teacher(state, input_size=(12, 8), **how)
+    for damaged in (torch.zeros(1, 24, 48), state["pos_embed"] * float("nan")):
+        with pytest.raises(ValueError, match="pos_embed differs by"):
+            load_teacher(state | {"pos_embed": damaged}, input_size=(8, 12), **how)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

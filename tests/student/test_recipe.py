@@ -209,6 +209,7 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
         ("distill.grad_clip=0", "distill.grad_clip is 0.0; expected within (0, inf]"),
         ("distill.warmup_steps=-1", "distill.warmup_steps is -1; expected within [0, "),
         ("preview.every=-1", "preview.every is -1; expected within [0, "),
+        ("preview.count=1", "preview.count is 1; expected within [2, "),
         ("preview.grid=0", "preview.grid is 0; expected within [1, "),
         ("gan.kernel_size=8", "gan.kernel_size is 8; expected an odd number"),
         ("gan.virtual_batch=0", "gan.virtual_batch is 0; expected within [1, "),

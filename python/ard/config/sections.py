@@ -33,8 +33,8 @@ class TrainConfig(Ranged):
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    warmup_steps: int = 0  # learning rate rises linearly from 0
-    cosine_decay: bool = False  # then falls to 0 along a half cosine, or stays
+    warmup_steps: int = 0  # the learning rate is multiplied by (step + 1) / warmup_steps until that is 1
+    cosine_decay: bool = False  # it is multiplied by a half cosine from 1 at the first step to 0 after the last, too
     ema_decay: float = 0.9999
     grad_clip: float = 1.0  # 2-norm over all parameters; .inf for no limit
     seed: int = 0
@@ -201,7 +201,12 @@ class PreviewConfig(Ranged):
     features: str = "pooled"  # see `ard.evaluation.features.load_features`
     vae: str | None = None  # decodes latents for grid and features
 
-    RANGES: ClassVar = {"every": "[0, 1000000000]", "count": COUNT, "batch_size": "[1, 65536]", "grid": "[1, 65536]"}
+    RANGES: ClassVar = {
+        "every": "[0, 1000000000]",
+        "count": "[2, 1000000000]",  # of fewer there is no covariance
+        "batch_size": "[1, 65536]",
+        "grid": "[1, 65536]",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -126,6 +126,14 @@ class PatchTrunk(Trunk):
         """The table (L, C) that `pos_embed` holds, float64."""
         return sincos_position_embedding(self.config.hidden_size, self.config.grid_hw)
 
+    def check_buffers(self) -> None:
+        """The positions must be those of the config, of which tensors show no more than the number of tokens."""
+        error = float((self.pos_embed.detach().cpu().double()[0] - self.positions()).abs().max())
+        if not error <= 1e-5 + torch.finfo(self.pos_embed.dtype).eps:
+            scale = getattr(self.config, "position_scale", None)
+            of = "" if scale is None else f" with position_scale={scale:g}"
+            raise ValueError(f"pos_embed differs by {error:.3g} from that of {self.config.grid_hw} tokens{of}")
+
     def embed(self, states_BSchw: Tensor) -> Tensor:
         B, S = states_BSchw.shape[:2]
         x_MLC = self.x_embedder(states_BSchw.flatten(0, 1)) + self.pos_embed

@@ -160,6 +160,7 @@ class LightningDiTTrunk(DiTTrunk):
 
     def check_buffers(self) -> None:
         """The rotary tables must be those of the grid, to the rounding of their dtype and of float32 angles."""
+        super().check_buffers()
         expected = RotaryTables(self.config)
         expected.fill(self.config)
         for name, table in expected.named_buffers():

@@ -259,15 +259,6 @@ class PixArtTrunk(PatchTrunk):
             )
         return self.y_embedder.y_embedding.to(text_BNE.dtype).expand_as(text_BNE), mask_BN
 
-    def check_buffers(self) -> None:
-        """The positions must be those of the config, which tensors do not show otherwise."""
-        error = float((self.pos_embed.detach().cpu().double()[0] - self.positions()).abs().max())
-        if not error <= 1e-5 + torch.finfo(self.pos_embed.dtype).eps:
-            raise ValueError(
-                f"pos_embed differs by {error:.3g} from that of {self.config.grid_hw} tokens with position_scale="
-                f"{self.config.position_scale:g}"
-            )
-
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """As the reference: Xavier linears, normal(0.02) embedders, zero outputs of cross attention and the end."""

@@ -43,6 +43,8 @@ class Preview:
         self.features = load_features(settings.features, device=process.device)
         self.decode = LatentCodec(settings.vae, device=process.device).decode if settings.vae else None
         count, spec = min(settings.count, len(trajectories)), trajectories.spec
+        if count < 2:
+            raise ValueError(f"preview: there are {count} trajectories; expected at least 2, or preview.every=0")
         self.indices = process.share(torch.arange(count))
         self.noise = noise_at(spec.seed + 1, self.indices.tolist(), spec.image_shape)
         self.conditions = trajectories.conditions
