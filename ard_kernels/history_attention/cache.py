@@ -181,8 +181,9 @@ class HistoryCache:
         for name in ("keys", "values"):
             if state[name].shape != expected:
                 raise ValueError(f"{op}: {name} has shape {tuple(state[name].shape)}; expected {expected}")
-        self.keys[:, :, :, :held] = state["keys"]
-        self.values[:, :, :, :held] = state["values"]
+        with torch.no_grad():  # what a cache holds is a constant
+            self.keys[:, :, :, :held] = state["keys"]
+            self.values[:, :, :, :held] = state["values"]
         self.positions.copy_(positions)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> HistoryCache:

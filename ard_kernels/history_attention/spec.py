@@ -67,6 +67,8 @@ def check_memory(
     for name, x in (("keys", keys), ("values", values), ("workspace", workspace), ("positions", positions)):
         if not x.is_contiguous():
             raise ValueError(f"{op}: cache.{name} has strides {x.stride()}; expected contiguous memory")
+        if x.requires_grad:
+            raise ValueError(f"{op}: cache.{name} requires a gradient; expected constants, written under no_grad()")
     if workspace.dtype != torch.float32 or workspace.device != device or workspace.numel() < elements:
         got = described(workspace)
         raise ValueError(f"{op}: cache.workspace is {got}; expected {elements} float32 elements on {device} or more")

@@ -167,3 +167,22 @@ def test_checkpointing_is_refused(device, reentrant, learns):
     with pytest.raises(RuntimeError, match="history_attention: called in a backward pass"):
         out.sum().backward()
     assert cache.length == 24 and torch.equal(cache.keys[..., :24, :], keys[..., :24, :])
+
+
+@pytest.mark.parametrize(("backend", "device", "dtype"), SERVED)
+def test_a_loaded_state_is_a_constant_and_memory_with_a_gradient_is_refused(backend, device, dtype):
+    D = 64
+    q = torch.randn(1, 1, 4, D, dtype=dtype, device=device, requires_grad=True)
+    cache, again = (HistoryCache(1, 1, 1, D, 16, dtype, device) for _ in range(2))
+    with torch.no_grad():
+        history_attention(q, q, q, cache, layer=0, backend=backend)
+    state = cache.state_dict()
+    again.load_state_dict(state | {"keys": state["keys"].requires_grad_()})
+    for _ in range(2):
+        history_attention(q, q, q, again, layer=0, commit=False, backend=backend).sum().backward()
+    assert state["keys"].grad is None and not again.keys.requires_grad
+    again.values[0, :, :, :4] = q
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match=r"cache\.values requires a gradient"):
+            history_attention(q, q, q, again, layer=0, backend=backend)
+    assert again.segments == [1]
