@@ -221,11 +221,14 @@ def table(checked: Iterable[Checked]) -> str:
         lines.append(f"{op} on {device}")
         for (backend, status, why), alike in groupby(of_op, key=lambda row: (row.backend, row.status, row.why)):
             rows = list(alike)
-            by_dtype = groupby(rows, key=lambda row: row.dtype)
-            kinds = "; ".join(f"{dtype} {', '.join(str(row.width) for row in each)}" for dtype, each in by_dtype)
+            widths = {
+                dtype: [str(row.width) for row in each if row.width]
+                for dtype, each in groupby(rows, lambda row: row.dtype)
+            }
+            kinds = "; ".join(" ".join([dtype, ", ".join(each)]).rstrip() for dtype, each in widths.items())
             if status == PASSED:
                 ratio, runs = max(row.ratio for row in rows), min(row.repeats for row in rows)
-                why = f"at most {ratio:.2f} times plain PyTorch's error, {runs} runs bit-equal"
+                why = f"error at most {ratio:.2f} of what is allowed, {runs} runs bit-equal"
             lines.append(f"  {backend:<7}{status:<8}{why if status == REFUSED else f'{kinds}: {why}'}")
     if not any(row.device == "cuda" for row in checked):
         lines.append("no GPU is visible to torch: no GPU kernel was checked")

@@ -62,7 +62,7 @@ def test_the_table_says_what_was_not_checked(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "check", lambda ops: [row, row._replace(op="other", backend="cuda", status="refused")])
     assert doctor.main(["--check"]) == 1
     text = capsys.readouterr().out
-    assert "cpu    failed  float32 0: y: error" in text
+    assert "cpu    failed  float32: y: error" in text
     assert "no GPU is visible to torch: no GPU kernel was checked" in text
     assert "1 failed, 1 refused" in text
 

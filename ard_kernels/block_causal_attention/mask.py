@@ -255,8 +255,11 @@ def _table(rows: Any) -> Sequence[Sequence[bool]]:
     if hasattr(rows, "tolist"):
         rows = rows.tolist()
     lists = isinstance(rows, Sequence) and not isinstance(rows, str) and all([isinstance(r, Sequence) for r in rows])
-    if not lists or not rows or not rows[0] or any([len(row) != len(rows[0]) for row in rows]):
+    if not lists or not rows or not rows[0]:
         raise ValueError(f"SegmentMask: rows is {described(got)}; expected a table of S_q x S_k booleans, not empty")
+    for i, row in enumerate(rows):
+        if len(row) != len(rows[0]):
+            raise ValueError(f"SegmentMask: rows[{i}] has {len(row)} entries; expected {len(rows[0])}, as rows[0]")
     for row in rows:
         # No floats: a mask that is added to scores has 0 for what is seen.
         wrong = [value for value in row if value is not True and value is not False and not _is_bit(value)]

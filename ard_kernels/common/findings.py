@@ -54,9 +54,9 @@ class Kind(NamedTuple):
 class Finding(NamedTuple):
     """What a check has found.
 
-    status: PASSED, FAILED or RUNNING. why: where it failed. ratio: the largest of the kernel's error to plain
-    PyTorch's in the same dtype, both against float64. repeats: runs that were bit-equal; of one that is running, how
-    often it has been begun without an end. by: process and machine.
+    status: PASSED, FAILED or RUNNING. why: where it failed. ratio: the largest of the kernel's error to what
+    `tolerance.py` allows, which passes up to 1. repeats: runs that were bit-equal; of one that is running, how often
+    it has been begun without an end. by: process and machine.
     """
 
     status: str

@@ -208,7 +208,7 @@ def _as_saved(x: Tensor | None, kind: tuple | None) -> Tensor | None:
     if x is None or kind is None:
         return x
     *expected, strides = kind
-    got = [x.dtype, x.shape, x.device]
+    got: list[Any] = [x.dtype, x.shape, x.device]
     if got != expected:
         raise ValueError(
             f"ard_kernels: a hook of saved tensors has given back {_told(*got)}; expected {_told(*expected)}"

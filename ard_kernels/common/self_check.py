@@ -137,7 +137,7 @@ def _norms(x: Tensor) -> tuple[float, float]:
 
 
 def _judge(trial: Trial, backend: str, device: torch.device, repeats: int) -> tuple[float, str]:
-    """(the largest ratio of errors, what is wrong or "")."""
+    """(the largest error over what is allowed, what is wrong or "")."""
     call = _Call(trial, device, None)
     try:
         exact, plain = _Call(trial, device, torch.float64)("torch"), call("torch")
@@ -154,11 +154,11 @@ def _judge(trial: Trial, backend: str, device: torch.device, repeats: int) -> tu
         errors, allowances = _norms(_difference(value, exact[name])), _norms(_difference(plain[name], exact[name]))
         sizes = _norms(exact[name].nan_to_num(0.0, 0.0, 0.0))
         for error, allowed, size, what in zip(errors, allowances, sizes, ("error", "error of a row"), strict=True):
-            floor = rounding_floor(size, value.dtype)
-            ratio = error / max(allowed, floor, 1e-300)
+            limit = factor * allowed + rounding_floor(size, value.dtype)
+            ratio = error / max(limit, 1e-300)
             largest = max(largest, ratio)
-            if not error <= factor * allowed + floor:
-                wrong.append(f"{name}: {what} {error:.2e}, {ratio:.3g} times plain PyTorch's")
+            if not error <= limit:
+                wrong.append(f"{name}: {what} {error:.2e}, {ratio:.3g} times what is allowed beside plain PyTorch's")
                 break
     if wrong:
         return largest, f"{trial.label}: {'; '.join(wrong)}"
@@ -365,4 +365,4 @@ def said(finding: Finding) -> str:
     """A finding in words."""
     if finding.status != PASSED:
         return f"{finding.status}: {finding.why}"
-    return f"passed in {finding.seconds:.1f} s, {finding.ratio:.2f} times plain PyTorch's error"
+    return f"passed in {finding.seconds:.1f} s, its error at most {finding.ratio:.2f} of what is allowed"

@@ -93,7 +93,7 @@ BAD = {
     "flat": (lambda: SegmentMask([1, 0]), r"rows is \[1, 0\]; expected a table"),
     "empty": (lambda: SegmentMask([]), r"rows is \[\]; expected a table"),
     "no_columns": (lambda: SegmentMask([[], []]), r"rows is \[\[\], \[\]\]; expected a table"),
-    "ragged": (lambda: SegmentMask([[1, 0], [1]]), "expected a table"),
+    "ragged": (lambda: SegmentMask([[1, 0], [1]]), r"rows\[1\] has 1 entries; expected 2, as rows\[0\]"),
     "numbers": (lambda: SegmentMask([[1, 2]]), "rows holds 2; expected booleans, or 0 and 1"),
     "scores": (lambda: SegmentMask(torch.zeros(2, 2)), "rows holds 0.0; expected booleans, or 0 and 1"),
     "cube": (lambda: SegmentMask(torch.ones(2, 2, 2).bool()), "expected booleans"),

@@ -139,7 +139,7 @@ def test_export_changes_names_only(tmp_path):
 
 def test_bare_weights_need_a_recipe(tmp_path):
     save_file(dict(open_source("student").state), tmp_path / "bare.safetensors")
-    assert "expected a recipe beside it" in ard(
+    assert "expected a recipe (--config) beside it" in ard(
         "sample", str(tmp_path / "bare.safetensors"), "--out", str(tmp_path / "out"), fails=True
     )
     student, _ = open_student(tmp_path / "bare.safetensors", read_recipe("digits", TINY))
@@ -167,6 +167,15 @@ def test_bare_weights_need_a_recipe(tmp_path):
         (["finetune-gan", "-c", "digits", "--out", "x", *TINY, "gan.student=teacher"], "is a teacher; expected a stud"),
         (["trajectories", "-c", "digits", *TINY, "trajectories.count=41"], "with count=40; expected 41"),
         (["sample", "nowhere", "--out", "x"], "nowhere does not exist"),
+        (["sample", "gan", "--out", "samples"], "samples holds samples of other settings or weights"),
+        (
+            ["distill", "-c", "digits", "--out", "x", *TINY, "teacher.checkpoint=nowhere"],
+            "teacher.checkpoint is nowhere, which does not exist; expected a run",
+        ),
+        (
+            ["distill", "-c", "digits", "--out", "x", *TINY, "trajectories.folder=nowhere"],
+            "trajectories.folder is nowhere, which does not exist; expected what `ard trajectories` makes, or",
+        ),
         (["sample", "gan", "--out", "x", "--classes", "10"], "expected within [0, 9]"),
         (["sample", "gan", "--out", "x", "--classes", "a"], "expected numbers and ranges"),
         (["sample", "gan", "--out", "x", "--weights", "best"], "expected one of ('ema', 'model')"),
@@ -191,7 +200,7 @@ def test_bare_weights_need_a_recipe(tmp_path):
         (["sample", "gan", "--out", "x", "--precision", "fp16"], "precision is 'fp16'; expected one of 'fp32', 'bf16'"),
         (["sample", "gan", "--out", "x", "--classes", "5-1"], "got the range '5-1'"),
         (["evaluate", "gan", "--reference", "digits"], "sample.json"),
-        (["export", "gan", "x", "--to", "diffusers"], "expected a segment of the student"),
+        (["export", "gan", "x", "--to", "diffusers"], "expected --segment of the student"),
         (["export", "teacher", "y", "--to", "diffusers", "--segment", "1"], "expected none for a teacher"),
         (["export", "teacher", "gan", "--to", "public"], "gan exists; expected a new path"),
         (["evaluate", "samples", "--reference", "digits", "--features", "poled"], "pooled"),

@@ -379,7 +379,7 @@ def test_a_students_segment_to_diffusers(tmp_path):
     student, recipe = randomized(ARDStudent(SIZED, steps=4, history_layers=1)), recipe_of(SIZED)
     tensors, facts = dict(student.state_dict()), {**recipe.student_facts(), "steps": 1}
     checkpoints.save(tmp_path / "run" / "checkpoints", 1, {"model": tensors, "ema": tensors}, facts, keep_last=1)
-    with pytest.raises(ValueError, match=r"expected a segment of the student"):
+    with pytest.raises(ValueError, match=r"expected --segment of the student"):
         export_weights(tmp_path / "run", tmp_path / "out", to="diffusers")
     said = export_weights(tmp_path / "run", tmp_path / "out", to="diffusers", segment=2)
     assert "PixArtTransformer2DModel" in said and "null text" not in said

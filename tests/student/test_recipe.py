@@ -79,6 +79,7 @@ def test_later_overrides_win_and_nested_sections_are_reached():
     "override, message",
     [
         ("distill.learning_rat=1", r"unknown key 'distill.learning_rat'; did you mean 'distill.learning_rate'\?"),
+        ("distill.wd=1", r"unknown key 'distill.wd'; expected one of steps, batch_size, learning_rate, "),
         ("distil.steps=1", r"unknown key 'distil'; did you mean 'distill'\?"),
         ("teacher.train.step=1", r"unknown key 'teacher.train.step'; did you mean 'teacher.train.steps'\?"),
         ("distill.steps=many", r"distill.steps is 'many'; expected int"),

@@ -90,11 +90,10 @@ def trajectories(
             raise ValueError("trajectories.online is set: `ard distill` makes them as it goes; expected false here")
         if dry_run:
             return show_plan(recipe, "distill", 1, process)
+        folder = required(recipe.trajectories.folder, "trajectories.folder")
         dit, sha256 = opened_teacher(recipe, random_teacher, unfinished)
         with progress_bar("trajectories", recipe.trajectories.count, process.is_main) as advance:
-            store = stages.make_trajectories(
-                recipe, dit, sha256, trajectories_folder(recipe), process=process, on_progress=advance
-            )
+            store = stages.make_trajectories(recipe, dit, sha256, Path(folder), process=process, on_progress=advance)
         if process.is_main:
             size = readable_size(store.spec.row_bytes * len(store))
             typer.echo(f"{store.folder}: {len(store)} trajectories in {store.spec.shards} shards, {size}")
@@ -164,7 +163,8 @@ def finetune_gan(
             return show_plan(recipe, "gan", processes, process)
         folder = required(out, "--out")
         dit, sha256 = opened_teacher(recipe, random_teacher, unfinished)
-        student, source = open_student(required(recipe.gan.student, "gan.student"), recipe, unfinished=unfinished)
+        distilled = required_path(recipe.gan.student, "gan.student", "a run of `ard distill`, or weights of a student")
+        student, source = open_student(distilled, recipe, unfinished=unfinished)
         captions = condition_source(recipe.model, recipe.gan.captions or recipe.trajectories.prompts)
         prompts = stages.source_of(recipe)
         require_encoder(captions, encoder_of(prompts), "trajectories.prompts")
@@ -208,7 +208,9 @@ def opened_teacher(recipe: Recipe, random: bool, unfinished: bool) -> tuple[Teac
 
     if random:
         return random_teacher(recipe.model)
-    checkpoint = required(recipe.teacher.checkpoint, "teacher.checkpoint")
+    checkpoint = required_path(
+        recipe.teacher.checkpoint, "teacher.checkpoint", "a run, a checkpoint or a file of weights"
+    )
     return open_teacher(checkpoint, recipe.model, unfinished=unfinished)
 
 
@@ -219,7 +221,9 @@ def opened_trajectories(recipe: Recipe, teacher: Teacher, sha256: str, process: 
 
     if recipe.trajectories.online:
         return online_trajectories(recipe, teacher, sha256, process.device)
-    return TrajectoryStore(trajectories_folder(recipe), source_of(recipe))
+    stored = "what `ard trajectories` makes, or trajectories.online=true"
+    folder = required_path(recipe.trajectories.folder, "trajectories.folder", stored)
+    return TrajectoryStore(folder, source_of(recipe))
 
 
 def required(value: Any, name: str) -> Any:
@@ -228,8 +232,11 @@ def required(value: Any, name: str) -> Any:
     return value
 
 
-def trajectories_folder(recipe: Recipe) -> Path:
-    return Path(required(recipe.trajectories.folder, "trajectories.folder"))
+def required_path(value: str | None, name: str, expected: str) -> Path:
+    path = Path(required(value, name))
+    if not path.exists():
+        raise FileNotFoundError(f"{name} is {path}, which does not exist; expected {expected}")
+    return path
 
 
 @contextmanager

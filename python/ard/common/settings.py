@@ -71,12 +71,12 @@ def expand_paths(config: Any, where: str, names: Sequence[str]) -> None:
 
 
 def require_known(cls: type, name: Any, where: str) -> None:
-    """Raises ValueError unless ``name`` is a field of dataclass ``cls``, with the nearest one that is."""
+    """Raises ValueError unless ``name`` is a field of dataclass ``cls``, with one like it, or all of them."""
     fields = [field.name for field in dataclasses.fields(cls)]
     if name not in fields:
-        nearest = difflib.get_close_matches(str(name)[:80], fields, n=1, cutoff=0.0)
-        unknown = described(_join(where, name))
-        raise ValueError(f"config: unknown key {unknown}; did you mean {_join(where, nearest[0])!r}?")
+        nearest = difflib.get_close_matches(str(name)[:80], fields, n=1, cutoff=0.5)
+        meant = f"did you mean {_join(where, nearest[0])!r}?" if nearest else f"expected one of {', '.join(fields)}"
+        raise ValueError(f"config: unknown key {described(_join(where, name))}; {meant}")
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every family's teacher and student share, and what a family gives: the protocol of docs/architecture.md.
+"""What every family's teacher and student share, and what a family gives: the protocol of docs/add_a_model.md.
 
 Shape suffixes used in this room:
 

@@ -78,7 +78,8 @@ def export_weights(
     student = any(name.startswith("final_layer2.") for name in opened.state)
     if student != (segment is not None):
         raise ValueError(
-            f"segment: got {segment}; expected " + ("a segment of the student" if student else "none for a teacher")
+            f"segment: got {segment}; expected "
+            + ("--segment of the student's steps, from 0 on" if student else "none for a teacher")
         )
     state = dict(opened.state) if segment is None else segment_teacher_state(opened.state, segment)
     if not opened.facts and not recipe:

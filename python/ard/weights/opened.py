@@ -114,7 +114,9 @@ def open_student(
         config, routing = recipe.model, recipe.student
         steps, timesteps = recipe.steps, recipe.segment_times
     else:
-        raise ValueError(f"{path} is a bare file of weights; expected a recipe beside it, for heads and history layers")
+        raise ValueError(
+            f"{path} is a bare file of weights; expected a recipe (--config) beside it, for heads and history layers"
+        )
     if (found := student_steps(source.state)) != steps:
         whose = "its checkpoint" if source.facts else "the recipe"
         raise ValueError(
