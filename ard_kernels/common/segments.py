@@ -47,7 +47,7 @@ def check_segment_length(
                 f"{op}: {name} has {tokens} tokens; expected a multiple of {argument}={length}{_counted(*of)}"
             )
         return [length]
-    if not isinstance(segment_length, Sequence) or isinstance(segment_length, str) or not segment_length:
+    if not isinstance(segment_length, Sequence) or isinstance(segment_length, (str, bytes)) or not segment_length:
         got = described(segment_length)
         raise ValueError(f"{op}: {argument} is {got}; expected an int or a sequence of ints, one per segment")
     lengths = [check_int(op, f"{argument}[{i}]", n, 1, "tokens") for i, n in enumerate(segment_length)]

@@ -308,8 +308,12 @@ def test_what_diffusers_cannot_express_is_refused(tmp_path, changes, message):
 def test_other_positions_and_states_are_not_exported():
     state = teacher_of().state_dict()
     state["pos_embed"] = state["pos_embed"].clone()
-    state["pos_embed"][0, 3, 5] += 1e-6
-    with pytest.raises(ValueError, match=r"pos_embed differs by \S+e-0[67] from the sin-cos table; expected at most"):
+    state["pos_embed"][0, 3, 5] += 2e-4  # of an average, as those of DiT's trainer
+    to_diffusers(state, SIGMA)
+    state["pos_embed"][0, 3, 5] += 2e-3
+    with pytest.raises(
+        ValueError, match=r"pos_embed differs by 0\.0022 from the sin-cos table; expected at most 0\.001"
+    ):
         to_diffusers(state, SIGMA)
     state["pos_embed"][0, 3, 5] = torch.nan
     with pytest.raises(ValueError, match=r"pos_embed differs by nan"):

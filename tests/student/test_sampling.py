@@ -19,7 +19,7 @@ from ard.diffusion.sampling import LEAST_SHARD, SamplingConfig, parse_classes, s
 from ard.models.dit import DiTConfig
 from ard.models.sit import SiTConfig
 from ard.models.student import ARDStudent
-from ard.storage.images import to_uint8
+from ard.storage.images import to_uint8, write_grid
 from ard.weights.opened import random_teacher
 from fault_runs import DEATHS, Child, dying
 from safetensors.torch import load_file
@@ -163,10 +163,36 @@ def test_fresh_samples_replace_others_finished_or_not(tmp_path):
     write_samples(student_of(), tmp_path / "new", few)
     sample(tmp_path / "finished", bool)
     Child(dying, sample, 12, False, tmp_path / "killed").kill_after(None)
-    for folder in (tmp_path / "finished", tmp_path / "killed"):
+    write_samples(student_of(channels=4), tmp_path / "latents", few)
+    for folder in (tmp_path / "finished", tmp_path / "killed", tmp_path / "latents"):
         write_samples(student_of(), folder, few, fresh=True)
         assert contents(folder)["samples.npz"] == contents(tmp_path / "new")["samples.npz"]
         assert sorted(contents(folder)) == FILES
+
+
+@pytest.mark.usefixtures("pillow")
+def test_a_fresh_start_that_was_killed_at_once_loses_nothing(tmp_path):
+    """Its empty folder of shards says nothing of what it was to be."""
+    few = SamplingConfig(count=5)
+    write_samples(student_of(), tmp_path, few)
+    (tmp_path / ".ard-parts").mkdir()
+    with pytest.raises(ValueError, match="of other settings or weights"):
+        write_samples(student_of(), tmp_path, replace(few, seed=1))
+    write_samples(student_of(), tmp_path, few)
+    assert sorted(contents(tmp_path)) == FILES
+
+
+@pytest.mark.usefixtures("pillow")
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_second_job_is_refused_until_the_last_file_is_written(tmp_path, monkeypatch, fresh):
+    def second(path, shown, columns):
+        with pytest.raises(ValueError, match="another job is writing to it"):
+            write_samples(student_of(), tmp_path, SamplingConfig(count=5, seed=9), fresh=fresh)
+        write_grid(path, shown, columns=columns)
+
+    monkeypatch.setattr("ard.diffusion.sampling.write_grid", second)
+    write_samples(student_of(), tmp_path, SamplingConfig(count=5))
+    assert sorted(contents(tmp_path)) == FILES
 
 
 @pytest.mark.usefixtures("pillow")

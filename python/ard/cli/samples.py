@@ -124,7 +124,7 @@ def sample(
         recipe = read_recipe(config) if config is not None else None
         student, opened = open_student(source, recipe, weights, unfinished=unfinished)
         chosen = parse_classes(classes)
-        texts = given_prompts(student, prompts, prompt, encoder, truncate, out, process)
+        texts = given_prompts(student, prompts, prompt, encoder, truncate, out, fresh, process)
         if texts is not None:
             require_encoder(texts, opened.text_encoder, str(source))
         count = count or (len(chosen or texts.texts) if texts else 100)
@@ -240,12 +240,14 @@ def given_prompts(
     encoder: str | None,
     truncate: bool,
     out: Path,
+    fresh: bool,
     process: Process,
 ) -> Prompts | None:
     """The prompts of `ard sample`'s options, encoded if they are not yet; None for a student of classes."""
     from ard.conditions.prompts import check_prompt, read_prompts, write_prompts
     from ard.conditions.sources import Prompts, condition_source
     from ard.models.pixart import PixArtConfig
+    from ard.storage.files import FolderLock, remove_folder
     from ard.storage.shards import MANIFEST_NAME
 
     if store is not None and prompt:
@@ -270,6 +272,10 @@ def given_prompts(
                     f"{encoder} gives text of {text_encoder.channels} channels; expected {model.caption_channels}, the "
                     "student's"
                 )
+            if fresh and process.is_main and (out / "prompts" / MANIFEST_NAME).exists():
+                with FolderLock(out):
+                    remove_folder(out / "prompts")
+            process.barrier()
             sizes: dict[str, Any] = {"truncate": truncate, "process": process, "on_progress": advance}
             where = str(write_prompts(out / "prompts", prompt, text_encoder, **sizes).folder)
     elif encoder is not None or truncate:

@@ -9,6 +9,7 @@ import math
 import re
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -34,7 +35,7 @@ from ard.storage.images import (
     write_npz,
     write_png,
 )
-from ard.storage.shards import ShardedStore, ShardSpec, Tensors, write_shards
+from ard.storage.shards import MANIFEST_NAME, ShardedStore, ShardSpec, Tensors, write_shards
 from ard.weights.opened import state_sha256
 from ard_kernels.common.arguments import described
 
@@ -42,6 +43,7 @@ IMAGE_CHANNELS = (1, 3)  # a student of other channels makes latents
 GRID_SAMPLES = 100
 LARGEST_CLASS = 999_999  # of what a model may have
 
+FILES = "samples.npz", "samples.safetensors"  # of images, of latents
 PICTURES = "images"  # the folder of PNGs
 LEAST_SHARD = 64  # samples
 
@@ -154,49 +156,56 @@ def write_samples(
         codec=codec.fingerprint if codec else "none",
         prompts=source.fingerprint,
     )
-    name, parts = "samples.npz" if pixels else "samples.safetensors", folder / SAMPLE_PARTS
+    name, parts = FILES[0] if pixels else FILES[1], folder / SAMPLE_PARTS
     identity = fingerprint(replace(spec, shard_size=1))  # which no sample depends on
-    finished = None if fresh or parts.exists() else _finished(folder, name, identity)
-    process.barrier()  # all ranks have seen the same; now it may change
-    if process.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_temporary(folder)
-        if fresh and parts.exists():
-            with FolderLock(parts):
-                remove_folder(parts)
-    if finished:
-        if on_progress:
-            on_progress(config.count)
-        return finished
-    process.barrier()
     # Twice on disk: in a shard and in the file.
     sizes = {"batch_size": config.batch_size, "row_bytes": 2 * math.prod(image_shape) * (1 if pixels else 4)}
-    write_shards(parts, "samples", spec, make_rows, **sizes, process=process, on_progress=on_progress)
-    seconds, made = process.gather(torch.tensor([spent])).T
-    content = {
-        **(facts or {}),
-        "file": name,
-        "spec": identity,
-        "count": config.count,
-        "seed": config.seed,
-        **({"prompts": prompts.texts} if prompts else {}),
-        "classes": list(config.classes) or "all",  # or numbers of the prompts
-        "steps": student.steps,
-        "precision": config.precision,
-        "processes": process.world_size,
-        "device": process.device.type,
-        "images_per_second": float(made.sum() / seconds.max()) if made.any() else None,
-    }
-    if process.is_main:
-        _assemble(folder, content, config.batch_size, prompts is not None and pixels)
-    process.barrier()
+    with FolderLock(folder) if process.is_main else nullcontext():
+        finished = _begin(folder, name, identity, fresh, process)
+        if finished is not None:
+            if on_progress:
+                on_progress(config.count)
+            return finished
+        write_shards(parts, "samples", spec, make_rows, **sizes, process=process, on_progress=on_progress)
+        seconds, made = process.gather(torch.tensor([spent])).T
+        content = {
+            **(facts or {}),
+            "file": name,
+            "spec": identity,
+            "count": config.count,
+            "seed": config.seed,
+            **({"prompts": prompts.texts} if prompts else {}),
+            "classes": list(config.classes) or "all",  # or numbers of the prompts
+            "steps": student.steps,
+            "precision": config.precision,
+            "processes": process.world_size,
+            "device": process.device.type,
+            "images_per_second": float(made.sum() / seconds.max()) if made.any() else None,
+        }
+        if process.is_main:
+            _assemble(folder, content, config.batch_size, prompts is not None and pixels)
+        process.barrier()
     return content
+
+
+def _begin(folder: Path, name: str, identity: str, fresh: bool, process: Process) -> dict[str, Any] | None:
+    """What sample.json says, where the same samples are there; else the folder is ready for `write_shards`."""
+    parts = folder / SAMPLE_PARTS
+    begun = (parts / MANIFEST_NAME).exists()  # of which samples, `write_shards` asks
+    finished = None if fresh or begun else _finished(folder, name, identity)
+    process.barrier()  # all ranks have seen the same; now it may change
+    if process.is_main:
+        remove_temporary(folder)
+        if parts.exists() and (fresh or not begun):
+            remove_folder(parts)
+    process.barrier()
+    return finished
 
 
 def _finished(folder: Path, name: str, identity: str) -> dict[str, Any] | None:
     """What sample.json says of the same samples; None if there are none, or damaged ones. ValueError for others."""
-    path, said = folder / name, folder / SAMPLE_NAME
-    if not path.exists() and not said.exists():
+    said = folder / SAMPLE_NAME
+    if not any((folder / known).exists() for known in (SAMPLE_NAME, *FILES)):
         return None
     content = read_sample_json(said) if said.exists() else {}
     if content.get("spec") != identity:
@@ -204,7 +213,7 @@ def _finished(folder: Path, name: str, identity: str) -> dict[str, Any] | None:
             f"{folder} holds samples of other settings or weights, as {SAMPLE_NAME} says; expected another folder, or "
             "--fresh to replace them"
         )
-    whole = path.is_file() and content.get("sha256") == file_sha256(path)
+    whole = (folder / name).is_file() and content.get("sha256") == file_sha256(folder / name)
     return {**content, "images_per_second": None} if whole else None
 
 
@@ -226,6 +235,9 @@ def _assemble(folder: Path, content: dict[str, Any], batch_size: int, one_by_one
         write_tensors(path, {"images": parts.read("images", every), **conditions})
         shown = torch.from_numpy(to_uint8(latent_preview(shown)))
     write_grid(folder / "grid.png", shown.numpy(), columns=round(len(shown) ** 0.5))
+    for other in set(FILES) - {path.name}:
+        (folder / other).unlink(missing_ok=True)
+    remove_pictures(folder / PICTURES)
     if one_by_one:
         write_pictures(folder / PICTURES, parts, conditions["prompt"], batch_size)
     content["sha256"] = file_sha256(path)
@@ -233,12 +245,16 @@ def _assemble(folder: Path, content: dict[str, Any], batch_size: int, one_by_one
     remove_folder(folder / SAMPLE_PARTS)
 
 
-def write_pictures(folder: Path, parts: ShardedStore, prompts: Tensor, batch_size: int) -> None:
-    """images/<number of the prompt>-<sample>.png, of five and six digits; those of an earlier call are removed."""
-    folder.mkdir(exist_ok=True)
-    for path in folder.iterdir():
+def remove_pictures(folder: Path) -> None:
+    """Those that `write_pictures` has written there, if any."""
+    for path in folder.iterdir() if folder.is_dir() else ():
         if re.fullmatch(r"\d{5,}-\d{6,}\.png", path.name, re.ASCII):
             path.unlink()
+
+
+def write_pictures(folder: Path, parts: ShardedStore, prompts: Tensor, batch_size: int) -> None:
+    """images/<number of the prompt>-<sample>.png, of five and six digits."""
+    folder.mkdir(exist_ok=True)
     for rows in torch.arange(len(parts)).split(batch_size):
         for row, image in zip(rows.tolist(), parts.read("images", rows).numpy(), strict=True):
             write_png(folder / f"{int(prompts[row]):05d}-{row:06d}.png", image)
