@@ -55,10 +55,11 @@ class Group:
 class How:
     """How long and how carefully to measure."""
 
-    seconds: float = 2.0
+    seconds: float = 2.0  # after which only the least number of rounds is finished
     rounds: int = 200
     warmup: int = 3
     compiled: bool = True  # peers through Inductor; a dry run leaves it out
+    least: int = 15
 
 
 def kernel_groups(*ops: str) -> list[Group]:
@@ -157,7 +158,7 @@ def measure(job: Job, device: torch.device, how: How) -> Measurement:
         return Measurement([], {}, refused, wrong)
     runs |= references(case, device)
     timer = fresh_wall_clock if job.fresh_memory else make_timer(device)
-    timings = interleaved(runs, how.rounds, how.warmup, timer=timer, seconds=how.seconds)
+    timings = interleaved(runs, how.rounds, how.warmup, timer=timer, seconds=how.seconds, least=how.least)
     ceiling = gpu_ceilings(device).get(job.op.unit) or reference_rate(case, timings)
     alive = [name for name in peers if name in runs]
     facts = {"refused": refused | wrong, "ceiling": ceiling, "input_sets": len(sets), "errors": errors}

@@ -318,7 +318,7 @@ def cpu_jobs() -> list[Job]:
     fresh = (adaln_job(op, 4, 256, 1152, torch.float32, way, 1.0, **fp32) for op in ADALN[:2] for way in both)
     found += [replace(job, fresh_memory=True) for job in fresh]
     found += [seam_job(seam, 1560, 1536, "forward+backward", goals["forward+backward"], **fp32) for seam in SEAMS]
-    goals = {"forward": 1.3, "forward+backward": 1.5}  # of the compiled chain; the eager one takes 5 times as long
+    goals = {"forward": 1.3, "forward+backward": 1.5}
     found += [norm_rope_job(*shape, way, goals[way], **fp32) for shape in NORM_ROPE_SHAPES for way in both]
     return found + [history_job(1, L=L, **fp32) for L in (256, 64, 16)]
 

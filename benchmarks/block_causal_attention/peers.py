@@ -73,6 +73,12 @@ def forced_sdpa(backend: SDPBackend) -> Attend:
     return attend
 
 
+def sdpa_by_name(device: torch.device) -> dict[str, Attend]:
+    """PyTorch's implementations. On the CPU flash is its own choice, and asking for it would cost a call 30 us."""
+    forced = {name: forced_sdpa(backend) for name, backend in FORCED[device.type].items()}
+    return forced | {"flash": sdpa} if device.type == "cpu" else forced
+
+
 def output(returned: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Some return it alone, some with a log-sum-exp."""
     return returned[0] if isinstance(returned, tuple) else returned
@@ -227,8 +233,7 @@ def flex_peers(case: Case, device: torch.device, compiled: bool) -> dict[str, Ca
 def attention_peers(case: Case, device: torch.device, compiled: bool) -> dict[str, Callable[[], Attend]]:
     """Makers by name: a peer that cannot be made is refused with the reason."""
     peers = {
-        f"sdpa_loop_{name}": lambda backend=backend: loop_over_segments(case, forced_sdpa(backend))
-        for name, backend in FORCED[device.type].items()
+        f"sdpa_loop_{name}": partial(loop_over_segments, case, attend) for name, attend in sdpa_by_name(device).items()
     }
     peers["sdpa_dense_bool"] = lambda: dense(case, device, additive=False)
     peers["sdpa_dense_float"] = lambda: dense(case, device, additive=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
-from benchmarks.block_causal_attention.peers import FORCED, Attend, forced_sdpa
+from benchmarks.block_causal_attention.peers import Attend, sdpa_by_name
 from testing.cases import Case
 
 
@@ -48,8 +49,7 @@ def preallocated(case: Case, device: torch.device, attend: Attend) -> Callable:
 def history_peers(case: Case, device: torch.device, compiled: bool) -> dict[str, Callable[[], Callable]]:
     """Makers by name; Inductor has nothing to gain in them, whether `compiled` or not."""
     peers = {}
-    for name, backend in FORCED[device.type].items():
-        attend = forced_sdpa(backend)
-        peers[f"cat_{name}"] = lambda attend=attend: concatenated(case, attend)
-        peers[f"preallocated_{name}"] = lambda attend=attend: preallocated(case, device, attend)
+    for name, attend in sdpa_by_name(device).items():
+        peers[f"cat_{name}"] = partial(concatenated, case, attend)
+        peers[f"preallocated_{name}"] = partial(preallocated, case, device, attend)
     return peers
