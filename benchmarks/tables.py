@@ -68,10 +68,11 @@ def work(row: Row) -> str:
 
 
 def word_of(row: Row) -> str:
-    """Whether the ratio meets its target; "within noise": missed by less than the noise."""
-    if row.met:
-        return "met"
-    return "within noise" if row.ratio and row.ratio * (1 + row.noise) >= row.target else "missed"
+    """Whether the ratio meets its target, or misses it; "within noise": by less than the noise."""
+    if not row.ratio:
+        return "met" if row.met else "missed"
+    near = row.ratio * (1 - row.noise) < row.target <= row.ratio * (1 + row.noise)
+    return ("met" if row.met else "missed") + ", within noise" * near
 
 
 def goals_of(row: Row) -> tuple[bool, list[dict]]:
@@ -111,8 +112,9 @@ def machines_table(machines: Mapping[str, Sequence[Row]]) -> str:
         word = word_of(row) if of_ratio else "met"
         word = word if all(goal["met"] for goal in others) else "missed"
         ratio = f"{row.ratio:.2f}x" if row.ratio else "no alternative"
-        marks = {"met": ratio, "missed": f"**{ratio}**", "within noise": f"**{ratio}** (within noise)"}
-        return f"{milliseconds(row.time(row.ours))} ms, {marks[word]} {words(row.best_peer or '')}".strip()
+        bold = "**" * word.startswith("missed")
+        mark = f"{bold}{ratio}{bold}" + " (within noise)" * word.endswith("within noise")
+        return f"{milliseconds(row.time(row.ours))} ms, {mark} {words(row.best_peer or '')}".strip()
 
     return side_by_side(machines, "target", target, said)
 
