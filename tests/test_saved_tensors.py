@@ -78,6 +78,21 @@ def test_the_same_values_in_other_memory(name, hooks, backend, device):
         torch.testing.assert_close(b, a)
 
 
+@each_op
+def test_a_graph_of_the_gradient_under_hooks(name):
+    """The op of the backward saves nothing: its own gradient is refused when it is asked for."""
+    op, shapes = OPS[name]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes if shape[0] != L]
+    tables = [torch.randn(shape) for shape in shapes if shape == (L, 4)]
+    call = [inputs[0], *tables, *inputs[1:]]
+    with save_on_cpu():
+        y = op(*call, backend="cpu")
+        total = sum(part.sin().sum() for part in (y if isinstance(y, tuple) else (y,)))
+        gradients_of_all = torch.autograd.grad(total, inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match="gradients of gradients are not supported"):
+        sum(gradient.sum() for gradient in gradients_of_all).backward()
+
+
 OTHERS = {
     "bf16": (lambda x: x.bfloat16(), "has given back torch.bfloat16 of shape"),
     "float64": (lambda x: x.double(), "has given back torch.float64"),

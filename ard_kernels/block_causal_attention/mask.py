@@ -260,7 +260,6 @@ def _table(rows: Any) -> Sequence[Sequence[bool]]:
     for i, row in enumerate(rows):
         if len(row) != len(rows[0]):
             raise ValueError(f"SegmentMask: rows[{i}] has {len(row)} entries; expected {len(rows[0])}, as rows[0]")
-    for row in rows:
         # No floats: a mask that is added to scores has 0 for what is seen.
         wrong = [value for value in row if value is not True and value is not False and not _is_bit(value)]
         if wrong:

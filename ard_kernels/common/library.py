@@ -93,10 +93,9 @@ def define_op(
     `kernel` runs on every device; its last argument is the backend. `check` raises ValueError for inputs that the
     kernel would not survive: `torch.ops.ard.*` asks it, a public function has checked what it passes.
     `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` are those of an autograd.Function, which reads
-    `saved_tensors(ctx)`. `flops` gets the
-    op's inputs, tensors as they are after the call. `reads_host`: what is launched depends on a tensor of the host, so
-    that torch.compile must not replay it in a CUDA graph. `normal(*inputs)`: inputs of a call of the same work, which
-    `record.py` notes in place of these.
+    `saved_tensors(ctx)`. `flops` gets the op's inputs, tensors as they are after the call. `reads_host`: what is
+    launched depends on a tensor of the host, so that torch.compile must not replay it in a CUDA graph.
+    `normal(*inputs)`: inputs of a call of the same work, which `record.py` notes in place of these.
     """
     name = schema.split("(", 1)[0]
     if record.RECORDING:
@@ -231,7 +230,9 @@ def _gradient_function(run: Callable, run_backward: Callable, setup_context: Cal
             setup_context(ctx, inputs, output)
             # Hooks of single tensors (`_raw_saved_tensors`) cannot be seen from here.
             if _hooks_of_saved is None or _hooks_of_saved(True):  # True: but for those that a compiler traces
-                ctx.as_saved = [None if x is None else (x.dtype, x.shape, x.device, x.stride()) for x in ctx.to_save]
+                ctx.as_saved = [
+                    None if x is None else (x.dtype, x.shape, x.device, x.stride()) for x in ctx.to_save or ()
+                ]
             return output
 
         @staticmethod

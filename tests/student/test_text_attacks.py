@@ -9,7 +9,7 @@ import torch
 from ard import ARDStudent
 from ard.common.settings import LATER, fingerprint
 from ard.common.streams import shuffled
-from ard.conditions.prompts import TEXTS_NAME, write_prompts
+from ard.conditions.prompts import TEXTS_NAME, PromptStore, write_prompts
 from ard.conditions.sources import Classes, Prompts, encoder_of, require_encoder
 from ard.config.recipe import read_recipe
 from ard.data.latents import LatentSpec
@@ -101,6 +101,15 @@ def test_a_later_field_counts_once_it_is_set():
 
 class OtherEncoder(WordEncoder):
     fingerprint = "other words"
+
+
+def test_a_fresh_store_replaces_other_texts_unless_the_new_ones_are_refused(tmp_path):
+    old = write_prompts(tmp_path, ["a caption"], WordEncoder())
+    for how, message in (({}, "holds prompts with"), ({"fresh": True}, "is empty")):
+        with pytest.raises(ValueError, match=message):
+            write_prompts(tmp_path, ["two", "texts"] if not how else ["two", ""], WordEncoder(), **how)
+        assert PromptStore(tmp_path).spec == old.spec
+    assert write_prompts(tmp_path, ["two", "texts"], WordEncoder(), fresh=True).texts[:2] == ["two", "texts"]
 
 
 def test_text_of_another_encoder_is_refused(tmp_path):

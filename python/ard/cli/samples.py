@@ -247,7 +247,6 @@ def given_prompts(
     from ard.conditions.prompts import check_prompt, read_prompts, write_prompts
     from ard.conditions.sources import Prompts, condition_source
     from ard.models.pixart import PixArtConfig
-    from ard.storage.files import FolderLock, remove_folder
     from ard.storage.shards import MANIFEST_NAME
 
     if store is not None and prompt:
@@ -272,11 +271,7 @@ def given_prompts(
                     f"{encoder} gives text of {text_encoder.channels} channels; expected {model.caption_channels}, the "
                     "student's"
                 )
-            if fresh and process.is_main and (out / "prompts" / MANIFEST_NAME).exists():
-                with FolderLock(out):
-                    remove_folder(out / "prompts")
-            process.barrier()
-            sizes: dict[str, Any] = {"truncate": truncate, "process": process, "on_progress": advance}
+            sizes: dict[str, Any] = {"truncate": truncate, "fresh": fresh, "process": process, "on_progress": advance}
             where = str(write_prompts(out / "prompts", prompt, text_encoder, **sizes).folder)
     elif encoder is not None or truncate:
         raise ValueError(

@@ -20,7 +20,7 @@ from torch import Tensor
 from ard.common.process import Process
 from ard.common.settings import fingerprint
 from ard.models.config import Condition
-from ard.storage.files import DamagedFile, shown, write_text
+from ard.storage.files import DamagedFile, FolderLock, remove_folder, shown, write_text
 from ard.storage.shards import MANIFEST_NAME, ShardedStore, ShardSpec, Tensors, write_shards
 
 TEXTS_NAME = "prompts.txt"
@@ -117,13 +117,14 @@ def write_prompts(
     truncate: bool = False,
     shard_size: int = 1024,
     batch_size: int = 32,
+    fresh: bool = False,
     process: Process | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> PromptStore:
     """Encodes each distinct prompt once, and '' and ``negative`` beside them; goes on where an equal call was killed.
 
     prompts: one line of text each, at least one. truncate: cut what has more tokens than the encoder keeps, instead of
-    refusing it.
+    refusing it. fresh: a store of other texts is replaced.
     Raises ValueError, before anything is written, for a prompt that is empty, too long or has a line break in it, as
     one of ``negative`` may not be either, unless empty; and for a folder that holds other texts.
     """
@@ -158,6 +159,10 @@ def write_prompts(
             raise ValueError(f"prompts {indices.start} to {indices.stop - 1}: the encoder's text is not finite")
         return {"text": text, "text_mask": mask.cpu()}
 
+    if fresh and process.is_main and (folder / MANIFEST_NAME).exists():
+        with FolderLock(folder):
+            remove_folder(folder)
+    process.barrier()
     sizes = {"batch_size": batch_size, "row_bytes": spec.row_bytes}
     write_shards(folder, PromptStore.KIND, spec, make_rows, **sizes, process=process, on_progress=on_progress)
     if process.is_main and not (folder / TEXTS_NAME).is_file():

@@ -129,7 +129,7 @@ class PatchTrunk(Trunk):
     def check_buffers(self) -> None:
         """The positions must be those of the config, of which tensors show no more than the number of tokens."""
         # Those of another grid or scale differ by about 1. DiT's trainer averages them like weights, which in float32
-        # moves them by 1.7e-4 (decay 0.9999; ten times that with 0.99999).
+        # moves them by 1.7e-4.
         error = float((self.pos_embed.detach().cpu().double()[0] - self.positions()).abs().max())
         if not error <= 1e-2:
             scale = getattr(self.config, "position_scale", None)
